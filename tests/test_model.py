@@ -1,0 +1,776 @@
+"""Proofs of nala_min/model.py. Every test takes the module as an argument: test_bug_zoo.py calls
+them with broken copies, which they must reject. Numbers in brackets are equations of model.py."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+B, H, D, M = 2, 3, 4, 5
+FEATURE_MAPS = ("cosine", "split", "elu", "relu")
+SIGNED_MAPS = ("cosine", "split")
+
+
+def random_qkv(num_tokens, dtype=torch.float64, batch=B, heads=H):
+    """Random q, k, v that ask for gradients."""
+    return tuple(
+        torch.randn(batch, heads, num_tokens, size, dtype=dtype, requires_grad=True)
+        for size in (D, D, M)
+    )
+
+
+def output_and_gradients(attention, q, k, v):
+    """The output of attention(q, k, v), and the gradients of a fixed random reading of it."""
+    out = attention(q, k, v)
+    reading = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, *torch.autograd.grad((out * reading).sum(), (q, k, v))
+
+
+def loop_attention(model, q, k, v, feature_map, causal):
+    """Eq. (5) as a loop over queries, with nothing shared between them. No mass: output 0."""
+    phi_q, phi_k = model.query_features(q, feature_map), model.key_features(k, feature_map)
+    rows = []
+    for t in range(q.shape[2]):
+        visible = slice(0, t + 1) if causal else slice(None)
+        weights = (phi_q[:, :, t, None] * phi_k[:, :, visible]).sum(-1, keepdim=True)
+        mass = weights.sum(2)
+        rows.append((weights * v[:, :, visible]).sum(2) / torch.where(mass > 0, mass, 1.0))
+    return torch.stack(rows, dim=2)
+
+
+def cut_and_resume(model, q, k, v, feature_map):
+    """The sequence in pieces of 1, 2, 4, ... tokens, chunked and recurrent in turn."""
+    pieces, state, start, size = [], None, 0, 1
+    while start < q.shape[2]:
+        piece = (x[:, :, start : start + size] for x in (q, k, v))
+        out, state = model.nala_attention(
+            *piece,
+            causal=True,
+            feature_map=feature_map,
+            mode=("chunked", "recurrent")[len(pieces) % 2],
+            chunk_size=3,
+            state=state,
+            return_state=True,
+        )
+        pieces.append(out)
+        start, size = start + size, 2 * size
+    return torch.cat(pieces, dim=2)
+
+
+def causal_form(mode, chunk_size=None):
+    def form(model, q, k, v, feature_map):
+        return model.nala_attention(
+            q, k, v, causal=True, feature_map=feature_map, mode=mode, chunk_size=chunk_size
+        )
+
+    return form
+
+
+CAUSAL_FORMS = {
+    "auto": causal_form("auto"),
+    "quadratic": causal_form("parallel"),
+    "recurrent": causal_form("recurrent"),
+    **{f"chunked by {size}": causal_form("chunked", size) for size in (1, 3, 16, 64, 100)},
+    "cut and resumed": cut_and_resume,
+}
+
+# --- 1. The published forms -----------------------------------------------------------------------
+
+PUBLISHED = np.load(Path(__file__).parent / "published_forms.npz")
+CASES = sorted({name.rpartition("/")[0] for name in PUBLISHED.files})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_published_forms(model, case):
+    """Both published forms, run once by their own code with eps = 0."""
+    q, k, v, exact = (torch.from_numpy(PUBLISHED[f"{case}/{x}"]) for x in ("q", "k", "v", "exact"))
+    out = model.nala_attention(q, k, v, feature_map=case.partition("/")[0])
+    assert_close(out, exact, rtol=1e-9, atol=1e-12)
+
+
+# --- 2. All forms give the same numbers -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 63, 64, 65, 500])
+@pytest.mark.parametrize("form", CAUSAL_FORMS)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_causal_forms_equal_the_loop(model, feature_map, form, num_tokens):
+    q, k, v = random_qkv(num_tokens)
+    want = output_and_gradients(
+        lambda *qkv: loop_attention(model, *qkv, feature_map, causal=True), q, k, v
+    )
+    got = output_and_gradients(lambda *qkv: CAUSAL_FORMS[form](model, *qkv, feature_map), q, k, v)
+    assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 500])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_bidirectional_form_equals_the_loop(model, feature_map, num_tokens):
+    q, k, v = random_qkv(num_tokens)
+    want = output_and_gradients(
+        lambda *qkv: loop_attention(model, *qkv, feature_map, causal=False), q, k, v
+    )
+    got = output_and_gradients(
+        lambda *qkv: model.nala_attention(*qkv, feature_map=feature_map), q, k, v
+    )
+    assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "chunked", "recurrent"])
+def test_state_is_the_sum_over_tokens(model, mode):
+    """(14): S = sum phi(k)^T v, z = sum phi(k)."""
+    q, k, v = random_qkv(9)
+    if mode == "parallel":
+        with pytest.raises(ValueError, match="state"):
+            model.nala_attention(q, k, v, causal=True, mode=mode, return_state=True)
+        return
+    _, state = model.nala_attention(
+        q, k, v, causal=True, mode=mode, chunk_size=4, return_state=True
+    )
+    phi_k = model.key_features(k)
+    S, z = torch.einsum("bhnf,bhnm->bhfm", phi_k, v), phi_k.sum(2)
+    assert_close(state, torch.cat([S, z[..., None]], -1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "parallel", "chunked", "recurrent"])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_gradcheck(model, feature_map, mode):
+    """Gradients against finite differences."""
+    options = {"feature_map": feature_map}
+    if mode != "bidirectional":
+        options |= {"causal": True, "mode": mode, "chunk_size": 2 if mode == "chunked" else None}
+    q, k, v = random_qkv(5, batch=1, heads=2)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: model.nala_attention(*qkv, **options), (q, k, v), raise_exception=False
+    )
+
+
+def rms_ratio(got, want):
+    return ((got.double() - want).square().mean() / want.square().mean()).sqrt().item()
+
+
+@pytest.mark.parametrize("form", ["bidirectional", *CAUSAL_FORMS])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+def test_low_precision_is_near_float64(model, dtype, bound, feature_map, form):
+    """Outputs and gradients in dtype against float64, from the same rounded inputs."""
+
+    def attention(q, k, v):
+        if form == "bidirectional":
+            return model.nala_attention(q, k, v, feature_map=feature_map)
+        return CAUSAL_FORMS[form](model, q, k, v, feature_map)
+
+    low = [x.detach().to(dtype).requires_grad_() for x in random_qkv(65)]
+    high = [x.detach().double().requires_grad_() for x in low]
+    got, want = output_and_gradients(attention, *low), output_and_gradients(attention, *high)
+    for name, g, w in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
+        assert g.dtype == dtype, name
+        assert rms_ratio(g, w) <= bound, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_half_precision_counts_to_many_tokens(model, feature_map, causal, dtype):
+    """Sums of 5,000 tokens: a float16 sum of ones stops at 2,048, a bfloat16 one at 256. Large
+    keys, whose cubes and sums float16 cannot hold."""
+    q, k, v = (x.detach().to(dtype) for x in random_qkv(5000, batch=1, heads=1))
+    options = {"causal": causal, "feature_map": feature_map}
+    got = model.nala_attention(q, 40 * k, v, **options)
+    want = model.nala_attention(q.double(), (40 * k).double(), v.double(), **options)
+    assert rms_ratio(got, want) <= 2e-2
+    sums = model.nala_attention(q, 40 * k, torch.ones_like(v), **options)
+    mass = model.query_features(q, feature_map).sum(-1, keepdim=True) > 0
+    assert mass.double().mean() > 0.9
+    assert_close(sums, mass.to(dtype).expand_as(v), rtol=0, atol=1e-2)
+
+
+def test_elu_survives_very_negative_bfloat16(model):
+    """elu(x) + 1 = exp(x) is not 0 at x = -20, as it is when 1 is added after rounding."""
+    x = torch.tensor([[-20.0]], dtype=torch.bfloat16)
+    assert_close(model.key_features(x, "elu").double(), x.double().exp(), rtol=1e-5, atol=0)
+
+
+def test_autocast_changes_nothing(model):
+    q, k, v = (x.float() for x in random_qkv(300))
+    want = model.nala_attention(q, k, v, causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.nala_attention(q, k, v, causal=True)
+    assert torch.equal(got, want)
+
+
+def test_chunked_form_keeps_no_state_for_each_token(model):
+    """The largest tensor of forward and backward has room for N / C states, not for N: the
+    (B, H, N, F, M) cumulative sum that other implementations make is the one to avoid."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    num_tokens, chunk_size, size = 1024, 64, 16
+    q, k, v = (torch.randn(1, 2, num_tokens, size, requires_grad=True) for _ in range(3))
+    with Largest() as largest:
+        output_and_gradients(
+            lambda *qkv: model.nala_attention(*qkv, causal=True, chunk_size=chunk_size), q, k, v
+        )
+    state = 2 * size * (size + 1)
+    assert num_tokens * chunk_size < num_tokens * state / 8  # the bound below tells them apart
+    assert largest.numel <= 2 * max((num_tokens // chunk_size + 1) * state, num_tokens * chunk_size)
+
+
+# --- 3. The theorems ------------------------------------------------------------------------------
+
+
+def test_entropy_by_hand(model):
+    weights = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 5.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    weights = torch.cat([weights, torch.tensor([[3.0, 1.0, 0.0, 0.0]])]).double()
+    want = torch.tensor([math.log(4), 0, 0, 0.25 * math.log(4) + 0.75 * math.log(4 / 3)]).double()
+    assert_close(model.entropy(weights), want)
+
+
+def test_softmax_entropy_falls_with_the_query_norm(model):
+    """(4): dPSE/dc = -c Var_p(s), by autograd through the attention weights themselves."""
+    k = torch.randn(1, 1, 9, D, dtype=torch.float64)
+    _, direction = model.decompose(torch.randn(D, dtype=torch.float64))
+    s = (k @ direction).flatten()
+    for c in (0.01, 0.5, 1.0, 3.0):
+        c = torch.tensor(c, dtype=torch.float64, requires_grad=True)
+        q = (c * math.sqrt(D) * direction).expand(1, 1, 9, D)
+        pse = model.entropy(model.attention_weights(q, k, feature_map="softmax"))[0, 0, 0]
+        p = torch.softmax(c.detach() * s, 0)
+        variance = (p * s**2).sum() - (p * s).sum() ** 2
+        assert_close(torch.autograd.grad(pse, c)[0], -c.detach() * variance)
+
+
+def entropies(model, q, k, scales, **options):
+    """Entropy of the first query, rescaled, over keys k (N, D)."""
+    rows = []
+    for scale in scales:
+        queries = (scale * q).expand(1, 1, *k.shape)
+        rows.append(model.entropy(model.attention_weights(queries, k[None, None], **options)))
+    return torch.stack(rows)[:, 0, 0, 0]
+
+
+def test_relu_cancels_the_query_norm_and_elu_does_not(model):
+    """(6). A factor of 4 is exact in floating point, so exactly zero means zero."""
+    q, k = torch.randn(D, dtype=torch.float64), torch.randn(32, D, dtype=torch.float64)
+    relu = entropies(model, q, k, (0.25, 1.0, 4.0), feature_map="relu")
+    assert relu[0] == relu[1] == relu[2]
+    elu = entropies(model, q, k, (0.25, 1.0, 4.0), feature_map="elu")
+    softmax = entropies(model, q, k, (0.25, 1.0, 4.0), feature_map="softmax")
+    assert 0 < (elu[0] - elu[2]).abs() < 0.2 * (softmax[0] - softmax[2])
+
+
+@pytest.mark.parametrize("feature_map", SIGNED_MAPS)
+def test_query_norm_acts_as_an_exponent(model, feature_map):
+    """(7): features are |d|^p up to one factor a query, p = 3 (0.5 + tanh|q|)."""
+    direction = torch.tensor([0.8, -0.6, 0.0], dtype=torch.float64)
+    for norm in (0.05, 0.3, 1.0, 2.0, 50.0):
+        features = model.query_features(norm * direction, feature_map)
+        magnitude = features.unflatten(0, (2, 3)).norm(dim=0)  # cos^2 + sin^2 = 1, 1^2 + 0^2 = 1
+        power = 3 * (0.5 + math.tanh(norm))
+        assert_close(magnitude[1] / magnitude[0], torch.tensor(0.75).double() ** power)
+        assert magnitude[2] == 0
+
+
+def test_norm_scale_moves_the_live_range(model):
+    """Ours: tanh(norm / s), 1.0 by default."""
+    norm = torch.tensor([[0.0], [2.0], [8.0]], dtype=torch.float64)
+    assert_close(model.query_power(norm, norm_scale=4.0), model.query_power(norm / 4))
+    assert_close(model.query_power(norm)[0], torch.tensor([1.5]).double())
+    q, k, v = random_qkv(6)
+    plain = model.nala_attention(q, k, v)
+    assert torch.equal(model.nala_attention(q, k, v, norm_scale=1.0), plain)
+    assert (model.nala_attention(q, k, v, norm_scale=4.0) - plain).abs().max() > 1e-3
+
+
+def test_key_keeps_its_norm(model):
+    """(8): a key of twice the norm weighs 2^lam as much."""
+    k = torch.randn(10, D, dtype=torch.float64)
+    for feature_map in SIGNED_MAPS:
+        once, twice = (model.key_features(c * k, feature_map) for c in (1.0, 2.0))
+        assert_close(twice, 8 * once)
+
+
+def adversarial_vectors():
+    """Vectors of every sign pattern and size, along axes and nearly along them."""
+    grid = torch.tensor([-1e3, -1.0, -1e-8, 0.0, 1e-8, 1.0, 1e3], dtype=torch.float64)
+    return torch.cartesian_prod(grid, grid, grid)  # (343, 3)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_weights_are_not_negative(model, feature_map):
+    """(10) for every term, and so for every weight."""
+    for x in (adversarial_vectors(), torch.randn(300, 3, dtype=torch.float64)):
+        scores = model.query_features(x, feature_map) @ model.key_features(x, feature_map).mT
+        assert scores.min() >= 0
+        assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("name", ["cosine_map", "sign_split"])
+def test_maps_keep_the_norm(model, name):
+    """(10): |phi(x)| = |a|, opposite signs are inhibited and equal ones pass."""
+    magnitude, direction = torch.rand(100, D).double(), torch.randn(100, D).double()
+    norms = getattr(model, name)(magnitude, direction).norm(dim=-1)
+    assert_close(norms, magnitude.norm(dim=-1), rtol=1e-12, atol=1e-12)
+    one, axis = torch.ones(1, dtype=torch.float64), torch.eye(1, dtype=torch.float64)[0]
+    plus, minus = (getattr(model, name)(one, sign * axis) for sign in (1.0, -1.0))
+    assert_close(plus @ plus, torch.tensor(1.0).double())
+    assert 0 <= plus @ minus < 1e-15
+
+
+def test_without_a_quarter_of_pi_weights_are_negative(model):
+    """q = e1, k = -e1: an angle of tanh(20) either way gives cos(2) < 0; with pi/4 it does not."""
+    axis = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    too_wide = torch.tanh(20 * axis)
+    assert_close(torch.cos(too_wide - -too_wide)[0], torch.tensor(math.cos(2)).double())
+    assert math.cos(2) < 0 <= model.cosine_map(axis, axis) @ model.cosine_map(axis, -axis)
+
+
+def test_cosine_map_tends_to_the_sign_split(model):
+    """(11), as alpha grows."""
+    a_q, a_k, d_q, d_k = torch.randn(4, 200, D, dtype=torch.float64)
+    a_q, a_k = a_q.abs(), a_k.abs()
+    limit = (model.sign_split(a_q, d_q) * model.sign_split(a_k, d_k)).sum(-1)
+    gaps = []
+    for alpha in (2.0, 20.0, 200.0, 1e9):
+        maps = model.cosine_map(a_q, d_q, alpha), model.cosine_map(a_k, d_k, alpha)
+        gaps.append(((maps[0] * maps[1]).sum(-1) - limit).abs().max())
+    assert gaps[0] > gaps[1] > gaps[2] > gaps[3]
+    assert gaps[3] < 1e-12
+
+
+def test_more_norm_is_not_always_less_entropy(model):
+    """The honest counterexample: every key shares channel 0, one is an outlier in channel 1. With
+    more norm NaLa turns to the larger channel of d(q), which all keys share: entropy rises."""
+    k = torch.tensor([[1.0, 0.5]] * 7 + [[1.0, 3.0]], dtype=torch.float64)
+    q = torch.tensor([0.8, 0.6], dtype=torch.float64)
+    scales = (0.05, 0.5, 1.0, 2.0, 4.0)
+    assert (entropies(model, q, k, scales).diff() > 0).all()
+    assert (entropies(model, q, k, scales, feature_map="softmax").diff() < 0).all()
+
+
+def test_decompose(model):
+    """(2), on a 2 x 3 tensor: the zero vector has direction 0 and finite gradients."""
+    x = torch.tensor([[3.0, 0.0, -4.0], [0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    norm, direction = model.decompose(x)
+    assert_close(norm, torch.tensor([[5.0], [0.0]]).double())
+    assert_close(direction, torch.tensor([[0.6, 0.0, -0.8], [0.0, 0.0, 0.0]]).double())
+    (gradient,) = torch.autograd.grad((norm + direction).sum(), x)
+    assert torch.isfinite(gradient).all()
+
+
+def test_safe_power_changes_no_weight(model):
+    """(12): the largest channel is 1, the others keep their ratio to it."""
+    direction = torch.tensor([[0.6, 0.0, -0.8]], dtype=torch.float64)
+    power = torch.tensor([[4.0]], dtype=torch.float64)
+    want = torch.tensor([[0.75**4, 0.0, 1.0]], dtype=torch.float64)
+    assert_close(model.query_magnitude(direction, power), want)
+    assert_close(model.query_magnitude(1e-30 * direction, power), want)
+
+
+def test_rope_turns_the_numerator_only(model):
+    """(17) against a loop: every form, every cut."""
+    q, k, v = random_qkv(11)
+    positions = torch.arange(11)[:, None]
+    phi_q, phi_k = model.query_features(q), model.key_features(k)
+    frequencies = 10000.0 ** (-torch.arange(D) / D)
+    rows = []
+    for t in range(11):
+        complex_q, complex_k = (
+            torch.complex(*x.chunk(2, -1)) for x in (phi_q[:, :, t, None], phi_k[:, :, : t + 1])
+        )
+        turn = torch.polar(torch.ones(t + 1, D), (t - torch.arange(t + 1))[:, None] * frequencies)
+        numerator = (complex_q * complex_k.conj() * turn).real.sum(-1, keepdim=True)
+        denominator = (phi_q[:, :, t, None] * phi_k[:, :, : t + 1]).sum((-1, -2))[..., None]
+        rows.append((numerator * v[:, :, : t + 1]).sum(2) / denominator)
+    want = torch.stack(rows, 2)
+    for options in ({"mode": "parallel"}, {"mode": "recurrent"}, {"chunk_size": 4}):
+        got = model.nala_attention(q, k, v, causal=True, rope_positions=positions, **options)
+        assert_close(got, want, rtol=1e-5, atol=1e-5)  # angles are float32
+    first, state = model.nala_attention(
+        q[:, :, :4],
+        k[:, :, :4],
+        v[:, :, :4],
+        causal=True,
+        rope_positions=positions[:4],
+        return_state=True,
+    )
+    rest = model.nala_attention(
+        q[:, :, 4:],
+        k[:, :, 4:],
+        v[:, :, 4:],
+        causal=True,
+        rope_positions=positions[4:],
+        state=state,
+    )
+    assert_close(torch.cat([first, rest], 2), got, rtol=1e-10, atol=1e-10)
+
+
+# --- 4. Safety ------------------------------------------------------------------------------------
+
+MODES = {
+    "bidirectional": {},
+    "quadratic": {"causal": True, "mode": "parallel"},
+    "chunked": {"causal": True, "mode": "chunked", "chunk_size": 4},
+    "recurrent": {"causal": True, "mode": "recurrent"},
+}
+
+
+@pytest.mark.parametrize("key_scale", [1e-3, 1e-2, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("query_scale", [1e-6, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feature_map", SIGNED_MAPS)
+def test_rows_sum_to_one(model, feature_map, mode, query_scale, key_scale):
+    """In float32, at scales where an eps in the denominator would show."""
+    q, k = (scale * torch.randn(B, H, 33, 16) for scale in (query_scale, key_scale))
+    sums = model.nala_attention(
+        q, k, torch.ones(B, H, 33, 1), feature_map=feature_map, **MODES[mode]
+    )
+    assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-6)
+    weights = model.attention_weights(q, k, causal="causal" in MODES[mode], feature_map=feature_map)
+    assert weights.min() >= 0
+    assert_close(weights.sum(-1), torch.ones(B, H, 33), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("feature_map", [*FEATURE_MAPS, "softmax"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_are_what_the_output_is_made_of(model, feature_map, causal):
+    q, k, v = random_qkv(20)
+    if feature_map == "softmax":
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    else:
+        out = model.nala_attention(q, k, v, causal=causal, feature_map=feature_map)
+    weights = model.attention_weights(q, k, causal=causal, feature_map=feature_map)
+    assert_close(weights @ v, out)
+    if feature_map in ("cosine", "elu", "softmax"):  # a clipped query may have no mass
+        assert_close(weights.sum(-1), torch.ones(B, H, 20, dtype=torch.float64))
+    if causal:
+        assert torch.equal(weights, weights.tril())
+
+
+DEGENERATE = {
+    "zero query row": lambda q, k: q[:, :, 2].zero_(),
+    "every query zero": lambda q, k: q.zero_(),
+    "zero key row": lambda q, k: k[:, :, 0].zero_(),
+    "every key zero": lambda q, k: k.zero_(),
+    "exact-zero channels": lambda q, k: (q[..., 1].zero_(), k[..., 2].zero_()),
+    "exact-zero channel of a small query": lambda q, k: q.mul_(1e-4)[..., 1].zero_(),
+    "one channel alone": lambda q, k: (q[..., 1:].zero_(), k[..., 1:].zero_()),
+    "one visible key": lambda q, k: k[:, :, 1:].zero_(),
+    "query and keys without a common channel": lambda q, k: (q[..., 1:].zero_(), k[..., 0].zero_()),
+}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("damage", DEGENERATE)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_degenerate_inputs_stay_finite(model, feature_map, mode, damage, dtype, num_tokens):
+    q, k, v = (x.detach().to(dtype) for x in random_qkv(max(num_tokens, 3)))
+    DEGENERATE[damage](q, k)
+    q, k, v = (x[:, :, :num_tokens].requires_grad_() for x in (q, k, v))
+    results = output_and_gradients(
+        lambda *qkv: model.nala_attention(*qkv, feature_map=feature_map, **MODES[mode]), q, k, v
+    )
+    for name, x in zip(("output", "dq", "dk", "dv"), results, strict=True):
+        assert torch.isfinite(x).all(), name
+
+
+@pytest.mark.parametrize("nothing", ["query", "keys", "mask"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_no_mass_gives_output_and_gradient_zero(model, feature_map, mode, nothing):
+    if feature_map == "elu":
+        nothing = "mask"  # elu(0) + 1 = 1: zero vectors have mass
+    q, k, v = random_qkv(6)
+    with torch.no_grad():
+        if nothing != "mask":
+            {"query": q, "keys": k}[nothing].zero_()
+    mask = torch.full((B, 6), nothing != "mask")
+    results = output_and_gradients(
+        lambda *qkv: model.nala_attention(
+            *qkv, feature_map=feature_map, key_mask=mask, **MODES[mode]
+        ),
+        q,
+        k,
+        v,
+    )
+    for x in results:
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feature_map", [*FEATURE_MAPS, "softmax"])
+def test_padding_changes_nothing(model, feature_map, mode, side):
+    """Outputs and gradients of real tokens with garbage beside them; the garbage gets none."""
+
+    def attention(q, k, v, key_mask=None):
+        if feature_map == "softmax":
+            return model.softmax_attention(
+                q, k, v, causal="causal" in MODES[mode], key_mask=key_mask
+            )
+        return model.nala_attention(
+            q, k, v, feature_map=feature_map, key_mask=key_mask, **MODES[mode]
+        )
+
+    q, k, v = random_qkv(9)
+    want = output_and_gradients(attention, q, k, v)
+    left, _ = {"left": (5, 0), "right": (0, 5), "both": (3, 2)}[side]
+    real = slice(left, left + 9)
+    mask = torch.zeros(B, 14, dtype=torch.bool)
+    mask[:, real] = True
+
+    def pad(x):
+        garbage = 100 * torch.randn(B, H, 14, x.shape[-1], dtype=x.dtype)
+        garbage[:, :, real] = x.detach()
+        return garbage.requires_grad_()
+
+    padded = [pad(x) for x in (q, k, v)]
+    got = output_and_gradients(lambda *qkv: attention(*qkv, key_mask=mask)[:, :, real], *padded)
+    assert_close(got[0], want[0], rtol=1e-10, atol=1e-10)
+    for gradient, wanted in zip(got[1:], want[1:], strict=True):
+        assert_close(gradient[:, :, real], wanted, rtol=1e-10, atol=1e-10)
+        assert (gradient[:, :, ~mask[0]] == 0).all()
+
+
+def test_each_row_of_a_batch_has_its_own_padding(model):
+    q, k, v = random_qkv(8)
+    mask = torch.tensor([[True] * 3 + [False] * 5, [False] * 8])
+    out = model.nala_attention(q, k, v, key_mask=mask)
+    alone = model.nala_attention(q[:1, :, :3], k[:1, :, :3], v[:1, :, :3])
+    assert_close(out[:1, :, :3], alone)
+    assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e9])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bidirectional"])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_the_future_changes_no_past_output(model, feature_map, mode, size):
+    """To the last bit, in float32, for a future that would swamp the past if it were seen."""
+    q, k, v = (x.detach().float() for x in random_qkv(13))
+    before = model.nala_attention(q, k, v, feature_map=feature_map, **MODES[mode])
+    for cut in range(1, 13):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, :, cut:] = size * torch.randn_like(x[:, :, cut:])
+        after = model.nala_attention(*changed, feature_map=feature_map, **MODES[mode])
+        assert torch.equal(after[:, :, :cut], before[:, :, :cut])
+        assert not torch.equal(after[:, :, cut], before[:, :, cut])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_heads_and_batches_do_not_mix(model, mode):
+    q, k, v = random_qkv(7)
+    want = model.nala_attention(q, k, v, **MODES[mode])
+    for b in range(B):
+        for h in range(H):
+            one = (x[b : b + 1, h : h + 1] for x in (q, k, v))
+            got = model.nala_attention(*one, **MODES[mode])
+            assert_close(got[0, 0], want[b, h], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "fast"}, "mode='fast' is not one of"),
+        ({"mode": "chunked"}, "pass causal=True"),
+        ({"feature_map": "gelu"}, "feature_map='gelu' is not one of"),
+        ({"feature_map": "softmax"}, "feature_map='softmax' is not one of"),
+        ({"causal": True, "chunk_size": 0}, "chunk_size=0"),
+        ({"key_mask": torch.ones(B, 7)}, "key_mask must be bool"),
+        ({"key_mask": torch.ones(B, 3, dtype=torch.bool)}, "key_mask must be bool"),
+        ({"return_state": True}, "a state needs causal=True"),
+        ({"causal": True, "state": torch.zeros(B, H, 2 * D, M)}, "state must be"),
+        ({"k": torch.zeros(B, H, 6, D)}, "q and k must be"),
+        ({"v": torch.zeros(B, H, 6, M)}, "v \\(B, H, N, M\\)"),
+        ({"q": torch.zeros(7, D)}, "q and k must be"),
+        ({"rope_positions": torch.zeros(7, 3)}, "not divisible by 2 x 3 axes"),
+    ],
+)
+def test_a_mistake_is_named(model, change, message):
+    q, k, v = (x.float() for x in random_qkv(7))
+    arguments = {"q": q, "k": k, "v": v} | change
+    with pytest.raises(ValueError, match=message):
+        model.nala_attention(**arguments)
+
+
+# --- 5. The language model ------------------------------------------------------------------------
+
+ATTENTIONS = ("nala", "split", "elu", "relu", "softmax")
+
+
+def small_lm(model, **options):
+    sizes = {"vocab_size": 11, "num_layers": 2, "num_heads": 2, "dim": 16, "conv_size": 3}
+    return model.NaLaLM(model.LMConfig(**sizes | options))
+
+
+VARIANTS = [{"attention": name} for name in ATTENTIONS] + [
+    {"rope": "numerator"},
+    {"norm_scale": None},
+    {"conv_size": 1},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_decoding_equals_recomputing_the_whole_prefix(model, options):
+    """Greedy tokens, in float64; weights are made large so that the tokens differ."""
+    lm = small_lm(model, **options).double()
+    for parameter in lm.parameters():
+        parameter.data.mul_(5.0)
+    prompt = torch.randint(11, (3, 5))
+    want = prompt
+    for _ in range(30):
+        logits, _ = lm(want)
+        want = torch.cat([want, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert len(want.unique()) > 3
+    assert torch.equal(lm.generate(prompt, 30, temperature=0), want)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_every_parameter_gets_a_gradient(model, options):
+    lm = small_lm(model, **options)
+    logits, _ = lm(torch.randint(11, (2, 12)))
+    F.cross_entropy(logits.flatten(0, 1), torch.randint(11, (24,))).backward()
+    for name, parameter in lm.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_bfloat16_autocast_is_near_float32(model, options):
+    """What the gpu preset trains with: logits and the gradient of every parameter."""
+    lm = small_lm(model, **options)
+    tokens = torch.randint(11, (4, 30))
+    logits, gradients = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits.append(lm(tokens)[0].float())
+        loss = F.cross_entropy(logits[-1].flatten(0, 1), tokens.flatten())
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, lm.parameters())])
+        )
+    assert rms_ratio(logits[1], logits[0].double()) < 2e-2
+    assert rms_ratio(gradients[1], gradients[0].double()) < 5e-2
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_block_is_the_same_for_every_attention(model, attention):
+    """A fair comparison: the same parameters, name by name, whatever the attention."""
+    shapes = {n: p.shape for n, p in small_lm(model, attention=attention).named_parameters()}
+    assert shapes == {n: p.shape for n, p in small_lm(model).named_parameters()}
+
+
+def test_the_language_model_does_not_see_the_future(model):
+    lm = small_lm(model)
+    tokens = torch.randint(11, (1, 20))
+    changed = tokens.clone()
+    changed[:, 10] = (tokens[:, 10] + 1) % 11
+    before, after = lm(tokens)[0], lm(changed)[0]
+    assert torch.equal(after[:, :10], before[:, :10])
+    assert not torch.equal(after[:, 10:], before[:, 10:])
+
+
+def test_gated_block_by_hand(model):
+    """(16), with the local convolution written out."""
+    config = model.LMConfig(vocab_size=5, num_heads=2, dim=8, conv_size=3)
+    block = model.GatedAttention(config).double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    q, k, v, gate = (x @ w.T for w in block.project.weight.chunk(4))
+    heads = [y.view(1, 6, 2, 4).transpose(1, 2) for y in (q, k, v)]
+    o = loop_attention(model, *heads, "cosine", causal=True).transpose(1, 2).reshape(1, 6, 8)
+    w, bias = block.local.conv.weight[:, 0], block.local.conv.bias
+    local = torch.stack(
+        [sum(w[:, j] * v[:, t + j - 2] for j in range(3) if t + j >= 2) + bias for t in range(6)], 1
+    )
+    y = F.layer_norm(o + local, (8,), block.norm.weight, block.norm.bias)
+    want = (y * gate * torch.sigmoid(gate)) @ block.out.weight.T
+    assert_close(block(x, model.BlockState())[0], want)
+
+
+def test_generate_is_seeded_and_keeps_the_mode(model):
+    lm = small_lm(model)
+    lm.train()
+    prompt = torch.randint(11, (2, 3))
+    a, b, c = (lm.generate(prompt, 40, seed=seed) for seed in (1, 1, 2))
+    assert a.shape == (2, 43)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(a[:, :3], prompt)
+    assert lm.training
+    assert torch.equal(lm.generate(prompt, 40, top_k=1), lm.generate(prompt, 40, temperature=0))
+
+
+def test_temperature_and_top_k_shape_the_draw(model):
+    lm = small_lm(model)
+    prompt = torch.zeros(4000, 1, dtype=torch.long)
+    logits = lm(prompt[:1])[0][0, -1]
+    for temperature, top_k in ((1.0, None), (0.1, None), (1.0, 3)):
+        kept = (
+            logits
+            if top_k is None
+            else logits.where(logits >= logits.topk(3).values[-1], -math.inf)
+        )
+        want = torch.softmax(kept / temperature, 0)
+        drawn = lm.generate(prompt, 1, temperature=temperature, top_k=top_k, seed=0)[:, 1]
+        got = torch.bincount(drawn, minlength=11) / 4000
+        assert (got - want).abs().max() < 0.04
+        assert (got[want == 0] == 0).all()
+
+
+def test_decoding_state_does_not_grow(model):
+    """Constant memory a token for NaLa; softmax's cache grows."""
+
+    def numel(state):
+        if isinstance(state, torch.Tensor):
+            return state.numel()
+        return sum(map(numel, state)) if isinstance(state, tuple | list) else 0
+
+    for attention, grows in (("nala", False), ("softmax", True)):
+        lm = small_lm(model, attention=attention)
+        _, short = lm(torch.randint(11, (1, 8)))
+        _, long = lm(torch.randint(11, (1, 80)))
+        assert (numel(long) > numel(short)) == grows
+
+
+def test_overfits_a_short_text(model):
+    """200 characters by heart: loss below 0.1."""
+    text = "First Citizen: before we proceed any further, hear me speak. All: speak, speak. " * 3
+    characters = sorted(set(text))
+    tokens = torch.tensor([characters.index(c) for c in text[:201]])[None]
+    lm = small_lm(model, vocab_size=len(characters), dim=32)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    for _ in range(150):
+        logits, _ = lm(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 5}, "num_heads=5 does not divide dim=16"),
+        ({"attention": "fast"}, "attention='fast' is not one of"),
+        ({"rope": "both"}, "rope='both'"),
+        ({"rope": "numerator", "attention": "softmax"}, "not for 'softmax'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        small_lm(model, **options)

@@ -1,0 +1,197 @@
+"""The shape comments of model.py, executed. A comment such as `# (B, H, N, F)` at the end of a
+statement says what the statement makes; here the code runs, and what was made is measured."""
+
+import ast
+import inspect
+import io
+import math
+import re
+import sys
+import tokenize
+
+import pytest
+import torch
+from mutants import SOURCE, load_model
+
+SHAPE = re.compile(r"\([^()]*,[^()]*\)")  # "(B, N)" and "(..., 1)", not "(13)" or "(B)"
+TAIL = re.compile(rf"# *({SHAPE.pattern})(, {SHAPE.pattern})*$")
+STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)
+
+
+def shape_comments(source):
+    """{first line of a statement: (statement, shapes)} for statements that end in shapes."""
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, STATEMENTS)]
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and TAIL.match(token.string):
+            (node,) = (node for node in statements if node.end_lineno == token.start[0])
+            found[node.lineno] = (node, SHAPE.findall(token.string))
+    return found
+
+
+def made(node, frame, returned):
+    """What a statement of frame has made: the values of its targets, or what it returned."""
+    if isinstance(node, ast.Return):
+        return returned if isinstance(returned, tuple) else (returned,)
+    (target,) = node.targets if isinstance(node, ast.Assign) else (node.target,)
+    targets = target.elts if isinstance(target, ast.Tuple) else [target]
+    return [eval(ast.unparse(target), frame.f_globals, frame.f_locals) for target in targets]
+
+
+def fits(shape, comment, sizes):
+    """Whether a live shape is the one that the comment names, with sizes for its letters."""
+    names = [name.strip() for name in comment[1:-1].split(",") if name.strip()]
+    wanted = [eval(name, {}, sizes) for name in names if name != "..."]
+    if names[0] == "...":
+        return len(wanted) <= len(shape) and list(shape[len(shape) - len(wanted) :]) == wanted
+    return list(shape) == wanted
+
+
+def wrong_shape_comments(module, source, scenarios):
+    """Run scenarios, pairs of sizes and a function of module. Returns a line for each comment that
+    a live tensor contradicts, and one for each that no scenario reached."""
+    comments = shape_comments(source)
+    complaints, reached = [], set()
+    for sizes, run in scenarios:
+        measure(module, run, sizes, comments, complaints, reached)
+    return complaints + [f"line {line}: never reached" for line in comments.keys() - reached]
+
+
+def measure(module, run, sizes, comments, complaints, reached):
+    """Trace run(module): when a commented statement is over, hold what it made to its comment."""
+    statement_at = {
+        line: first
+        for first, (node, _) in comments.items()
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+
+    def check(frame, first, returned):
+        node, shapes = comments[first]
+        values = made(node, frame, returned)
+        shapes = shapes * len(values) if len(shapes) == 1 else shapes
+        if len(shapes) != len(values):
+            complaints.append(f"line {first}: {len(shapes)} shapes for {len(values)} values")
+        for value, comment in zip(values, shapes, strict=False):
+            if value is None:  # an optional tensor that is not there
+                continue
+            reached.add(first)
+            if not fits(value.shape, comment, sizes):
+                complaints.append(f"line {first}: {comment} is {tuple(value.shape)} at {sizes}")
+
+    def trace_call(frame, event, _):
+        code = frame.f_code
+        if code.co_filename != module.cosine_map.__code__.co_filename or code.co_name[0] == "<":
+            return None  # another file, or a generator within a statement
+        pending = None  # the statement that runs
+
+        def trace_line(frame, event, value):
+            nonlocal pending
+            now = statement_at.get(frame.f_lineno) if event == "line" else None
+            if pending is not None and now != pending:
+                if event == "return" or not isinstance(comments[pending][0], ast.Return):
+                    check(frame, pending, value)
+                pending = None
+            pending = now if event == "line" else pending
+            return trace_line
+
+        return trace_line
+
+    before = sys.gettrace()
+    sys.settrace(trace_call)
+    try:
+        with torch.no_grad():
+            run(module)
+    finally:
+        sys.settrace(before)
+
+
+def attention_scenario(feature_map, **options):
+    """Attention as a function, with a size of its own for every letter."""
+    sizes = {"B": 2, "H": 4, "N": 13, "D": 10, "M": 7, "C": 3, "T": 5}
+    sizes["F"] = sizes["D"] if feature_map in ("elu", "relu") else 2 * sizes["D"]
+    mask = torch.rand(sizes["B"], sizes["N"]) > 0.3
+
+    def run(module):
+        q, k = torch.randn(2, *(sizes[name] for name in "BHND"))
+        v = torch.randn(*(sizes[name] for name in "BHNM"))
+        if feature_map == "softmax":
+            module.softmax_attention(q, k, v, key_mask=mask, **options)
+        else:
+            module.nala_attention(q, k, v, feature_map=feature_map, key_mask=mask, **options)
+
+    return sizes, run
+
+
+def weights_scenario():
+    """Attention weights, which come from values with as many channels as there are tokens."""
+    sizes = {"B": 2, "H": 4, "N": 13, "D": 10, "M": 13, "F": 20}
+
+    def run(module):
+        q, k = torch.randn(2, *(sizes[name] for name in "BHND"))
+        module.entropy(module.attention_weights(q, k))
+
+    return sizes, run
+
+
+def lm_scenario(**options):
+    """The model, where a value has as many channels as a key and a text is one chunk."""
+    sizes = {"B": 2, "H": 3, "N": 13, "D": 6, "M": 6, "E": 18, "V": 17, "W": 5, "F": 12}
+    sizes |= {"T": 1, "C": sizes["N"]}
+    prompt = torch.randint(sizes["V"], (sizes["B"], sizes["N"]))
+
+    def run(module):
+        config = module.LMConfig(
+            vocab_size=sizes["V"],
+            num_layers=1,
+            num_heads=sizes["H"],
+            dim=sizes["E"],
+            conv_size=sizes["W"],
+            **options,
+        )
+        module.NaLaLM(config).generate(prompt, 1, top_k=4)
+        module.NaLaLM(config).generate(prompt, 1, temperature=0)
+
+    return sizes, run
+
+
+CHUNKED = {"causal": True, "mode": "chunked", "chunk_size": 3, "return_state": True}
+SCENARIOS = [
+    *(attention_scenario(name) for name in ("cosine", "split", "elu", "relu", "softmax")),
+    *(attention_scenario(name, **CHUNKED) for name in ("cosine", "elu")),
+    attention_scenario("cosine", causal=True, mode="parallel"),
+    attention_scenario("cosine", causal=True, mode="recurrent", return_state=True),
+    attention_scenario("cosine", **CHUNKED, rope_positions=torch.arange(13)[:, None]),
+    weights_scenario(),
+    lm_scenario(),
+    lm_scenario(norm_scale=None),
+    lm_scenario(rope="numerator"),
+    lm_scenario(attention="softmax"),
+]
+
+
+def test_every_shape_comment_is_true(model):
+    source = inspect.getsource(model)
+    assert len(shape_comments(source)) > 40
+    assert wrong_shape_comments(model, source, SCENARIOS) == []
+
+
+@pytest.mark.parametrize("line", sorted(shape_comments(SOURCE)))
+def test_a_wrong_shape_comment_is_found(line):
+    """Each comment in turn is given another last size, which alone must be reported."""
+    node, _ = shape_comments(SOURCE)[line]
+    lines = SOURCE.splitlines(keepends=True)
+    code, hash_sign, comment = lines[node.end_lineno - 1].rpartition("#")
+    wrong = comment.rpartition(")")[0] + " + 100)\n"
+    lines[node.end_lineno - 1] = code + hash_sign + wrong
+    source = "".join(lines)
+    module = load_model(source, f"wrong_comment_{line}.py")
+    complaints = wrong_shape_comments(module, source, SCENARIOS)
+    assert complaints
+    assert {complaint.partition(":")[0] for complaint in complaints} == {f"line {line}"}
+
+
+def test_letters_have_sizes_of_their_own():
+    """So that (B, H) is not mistaken for (H, B)."""
+    sizes, _ = attention_scenario("cosine")
+    assert len(set(sizes.values())) == len(sizes)
+    assert math.ceil(sizes["N"] / sizes["C"]) == sizes["T"]
