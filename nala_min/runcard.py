@@ -1,0 +1,101 @@
+"""Run cards: what made a result, so that anyone can make it again; and files written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+RESULTS = Path(__file__).parent.parent / "notebooks" / "results"  # the committed run cards
+
+
+def run_card(
+    config: dict[str, Any],
+    data: dict[str, Any],
+    device: torch.device,
+    seconds: float,
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything needed to make a result again, ready for JSON.
+
+    config: what decides the result; data: its name and checksum; seconds: how long it took.
+    """
+    return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "config": config,
+        "data": data,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy")},
+        },
+        "hardware": {"device": _device_name(device), "threads": torch.get_num_threads()},
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(seconds, 1),
+        "results": results,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cpu" and cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return f"{device.type}, {platform.processor() or platform.machine()}"
+
+
+def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> str:
+    """A sentence on what the committed cards reached with this config, whatever the seed.
+
+    pattern: file names in RESULTS; sha256: of the data; result: a name in the cards' results.
+    """
+    reached = [
+        card["results"][result]
+        for card in map(read_json, RESULTS.glob(pattern))
+        if card["config"] | {"seed": 0} == config | {"seed": 0} and card["data"]["sha256"] == sha256
+    ]
+    if not reached:
+        return "No committed run has these flags and this data: nothing to compare with."
+    return (
+        f"Expect a {result.replace('_', ' ')} of about {sum(reached) / len(reached):.2f}"
+        f" ({min(reached):.3f} to {max(reached):.3f} in {len(reached)} committed runs)."
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write value as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def read_json(path: Path) -> Any:
+    """What write_json wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file that is there whole or not at all: a temporary file, then a rename."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""Train a character model with norm-aware linear attention on Tiny Shakespeare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nala_min import LMConfig, NaLaLM, data, runcard, train
+from nala_min.train import UsageError, flag
+
+PRESETS = {  # gpu: nanoGPT's character recipe
+    "cpu": dict(layers=4, heads=4, dim=128, block=128, batch=8, steps=2400, lr=3e-3, dropout=0.0),
+    "gpu": dict(layers=6, heads=6, dim=384, block=256, batch=64, steps=5000, lr=1e-3, dropout=0.2),
+}
+
+
+@dataclass
+class Settings(train.Settings):
+    """Train a character model with norm-aware linear attention on Tiny Shakespeare, then sample
+    from it. With no flag: under 5 minutes on 2 CPU cores. Writes a checkpoint, a loss curve and a
+    run card to --out."""
+
+    NAME = "shakespeare"
+    PRESETS = PRESETS
+
+    data: Path | None = flag(
+        None, "UTF-8 text to train on (default: Tiny Shakespeare)", decides=False
+    )
+    sample: int | None = flag(
+        None, "train nothing, generate this many characters from the checkpoint", decides=False
+    )
+    prompt: str = flag("", "what the sample begins with (default: a new line)", decides=False)
+    layers: int | None = flag(None, "blocks")
+    heads: int | None = flag(None, "attention heads in a block")
+    dim: int | None = flag(None, "width of the model")
+    block: int | None = flag(None, "characters in a training window")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % self.heads:
+            raise UsageError(f"--heads {self.heads} does not divide --dim {self.dim}")
+        if self.sample is not None and self.sample < 1:
+            raise UsageError(f"--sample {self.sample} is not a positive number of characters")
+
+
+def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:
+    """The model that a run's config describes."""
+    sizes = (config[name] for name in ("layers", "heads", "dim"))
+    options = {name: config[name] for name in ("dropout", "attention")}
+    return NaLaLM(LMConfig(len(vocabulary.characters), *sizes, **options))
+
+
+def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats a character. inputs, targets: (B, N)."""
+    logits, _ = model(inputs)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+@torch.no_grad()
+def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int = 1) -> float:
+    """Mean loss over consecutive windows of tokens, or over every n-th of them."""
+    model.eval()
+    device = model.head.weight.device
+    total, count = 0.0, 0
+    for inputs, targets in data.all_windows(tokens, block_size, 64, every):
+        loss = next_token_loss(model, inputs.to(device), targets.to(device))
+        total, count = total + loss.item() * targets.numel(), count + targets.numel()
+    return total / count
+
+
+def print_sample(
+    model: NaLaLM, vocabulary: data.Vocabulary, prompt: Tensor, length: int, seed: int
+):
+    """Print prompt (1, N) and a continuation of length characters."""
+    prompt = prompt.to(model.head.weight.device)
+    print(vocabulary.decode(model.generate(prompt, length, temperature=0.8, seed=seed)[0]))
+
+
+def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
+    """prompt as integers (1, N); an empty one is the first character, a new line in most texts."""
+    try:
+        return vocabulary.encode(prompt or vocabulary.characters[0])[None]
+    except ValueError as error:
+        raise UsageError(f"--prompt: {error}: use other characters") from error
+
+
+def sample(settings: Settings, device: torch.device) -> None:
+    """Print a sample from the checkpoint of an earlier run."""
+    saved = train.load_checkpoint(settings.out / "checkpoint.pt")
+    vocabulary = data.Vocabulary(saved["extra"]["characters"])
+    prompt = encode_prompt(vocabulary, settings.prompt)
+    model = build_model(saved["extra"], vocabulary).to(device)
+    model.load_state_dict(saved["model"])
+    print_sample(model, vocabulary, prompt, settings.sample, settings.seed)
+
+
+def main() -> None:
+    settings = train.parse_flags(Settings)
+    device = train.choose_device(settings.device)
+    if settings.sample is not None:
+        return sample(settings, device)
+
+    try:
+        text = data.load_text(settings.data)
+        vocabulary, training, validation = data.split_text(text.text, settings.block)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data {settings.data or ''}: {error}") from error
+    prompt = encode_prompt(vocabulary, settings.prompt)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings.config(), vocabulary).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    about = {"name": text.name, "sha256": text.sha256, "characters": len(text.text)}
+    print(
+        f"{text.name}: {len(text.text):,} characters, {len(vocabulary.characters)} different."
+        f" NaLaLM, attention {settings.attention}: {parameters:,} parameters on {device}."
+    )
+    print(runcard.expected("shakespeare_*", settings.config(), text.sha256, "validation_loss"))
+
+    history, seconds = train.fit(
+        model,
+        settings.recipe(device),
+        batch=lambda step: data.random_windows(
+            training, settings.block, settings.batch, settings.seed, step
+        ),
+        loss=next_token_loss,
+        evaluate=lambda model: validation_loss(model, validation, settings.block, every=4),
+        checkpoint=settings.out / "checkpoint.pt",
+        extra=settings.config() | {"data": about, "characters": vocabulary.characters},
+        resume=settings.resume,
+    )
+    loss = validation_loss(model, validation, settings.block)
+    results = {"validation_loss": loss, "parameters": parameters, "history": history}
+    card = runcard.run_card(settings.config(), about, device, seconds, results)
+    runcard.write_json(settings.out / "card.json", card)
+    title = f"attention {settings.attention}, {parameters:,} parameters, seed {settings.seed}"
+    train.plot_curve(history, title, settings.out / "curve.png")
+    print(
+        f"Validation loss {loss:.4f} nats a character on the last tenth of {text.name}, after"
+        f" {seconds:.0f} s of training. Checkpoint, curve and run card: {settings.out}"
+    )
+    print_sample(model, vocabulary, prompt, 500, settings.seed)
+
+
+if __name__ == "__main__":
+    train.run_script(main)
