@@ -459,7 +459,7 @@ class GatedAttention(nn.Module):
         self.norm_scale = config.norm_scale
         if config.norm_scale is None:
             root = math.sqrt(config.dim // config.num_heads)
-            self.norm_scale = nn.Parameter(torch.full((config.num_heads, 1, 1), root))  # (H, 1, 1)
+            self.norm_scale = nn.Parameter(torch.full((config.num_heads,), root))  # (H,)
 
     def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """x: (B, N, E), the tokens that follow state. Returns (B, N, E) and the new state."""
@@ -473,7 +473,10 @@ class GatedAttention(nn.Module):
         if self.feature_map is None:
             o, attention = softmax_attention(q, k, v, **options)
         else:
-            options |= {"feature_map": self.feature_map, "norm_scale": self.norm_scale}
+            scale = self.norm_scale
+            if isinstance(scale, nn.Parameter):
+                scale = scale[:, None, None]  # (H, 1, 1)
+            options |= {"feature_map": self.feature_map, "norm_scale": scale}
             if self.rope:
                 positions = torch.arange(state.position, end, device=x.device)  # (N,)
                 options["rope_positions"] = positions[:, None]
