@@ -311,10 +311,12 @@ def adversarial_vectors():
     return torch.cartesian_prod(grid, grid, grid)  # (343, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_weights_are_not_negative(model, feature_map):
-    """(10) for every term, and so for every weight."""
+def test_weights_are_not_negative(model, feature_map, dtype):
+    """(10) for every term, and so for every weight, to the last bit."""
     for x in (adversarial_vectors(), torch.randn(300, 3, dtype=torch.float64)):
+        x = x.to(dtype)
         scores = model.query_features(x, feature_map) @ model.key_features(x, feature_map).mT
         assert scores.min() >= 0
         assert torch.isfinite(scores).all()
