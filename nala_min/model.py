@@ -5,25 +5,26 @@ gets sharper as a query's norm grows. Linear attention divides that norm away an
 values. NaLa writes a query as norm x direction, returns the norm as the exponent of a power kernel,
 and sends directions through cosines, so that every weight is non-negative and nothing is clipped.
 
-Glossary.  The numbers (1) ... (17) are used in every comment, test and notebook of the project.
+Glossary. The numbers (1) ... (17) are used in every comment, test and notebook of the project.
 
-  symbol     name in the code            shape             equation
-  q, k, v    q, k, v                     (B, H, N, D or M) queries, keys and values of H heads
-  |x|, d(x)  norm, direction             (..., 1), (..., D)    (2) x = norm * direction
-  PSE        entropy                     (B, H, N)             (3) how many keys a query attends to
-  p          power                       (..., 1)              (7) lam * (tau + tanh(norm))
-  a          magnitude                   (..., D)              (7) query: |d|^p  (8) key: |k|^lam
-  theta      angle                       (..., D)              (9) pi/4 * tanh(alpha * direction)
-  phi        query_, key_features        (..., F)              (9) [a cos theta; a sin theta]
-  (S, z)     state                       (B, H, F, M + 1)      (14) sum of phi(k)^T [v 1]
+  symbol     name in the code       shape                     equation
+  q, k, v    q, k, v                (B, H, N, D), v: M for D  queries, keys and values of H heads
+  |x|, d(x)  norm, direction        (..., 1), (..., D)        (2)  x = norm * direction
+  PSE        entropy                (B, H, N)                 (3)  how many keys share a query
+  p          power                  (..., 1)                  (7)  lam * (tau + tanh(norm))
+  a          magnitude              (..., D)                  (7)  query |d|^p, (8) key |k|^lam
+  theta      angle                  (..., D)                  (9)  pi/4 * tanh(alpha * direction)
+  phi        phi_q, phi_k           (..., F)                  (9)  [a cos(theta); a sin(theta)]
+  [v 1]      values                 (B, H, N, M + 1)          (13) value, and 1 for the normaliser
+  (S, z)     state                  (B, H, F, M + 1)          (14) sum over tokens of phi(k)^T [v 1]
 
-  B batch, H heads, N tokens, D channels of a head, M channels of a value, F features: 2D, or D for
-  the baselines; C tokens in each of T chunks; E width of the model, W of its convolution, V
-  characters.
+  B batch, H heads, N tokens, D channels of a head, M channels of a value; F features, which are 2D,
+  or D for the baselines; C tokens in each of T chunks; E width of the model, W of its convolution,
+  V characters.
 
-Contents:  1 decomposition (2), 2 kernel (7, 8, 12), 3 cosine mapping (9, 10, 11), 4 features,
-           5 attention forms (5, 13, 13c, 14, 15, 17), 6 softmax (1), weights, entropy (3),
-           7 gated block (16), 8 language model, 9 argument checks.
+Contents: 1 decomposition (2), 2 kernel (7, 8, 12), 3 cosine mapping (9, 10, 11), 4 features,
+5 attention forms (5, 13, 13c, 14, 15, 17), 6 softmax (1), weights and entropy (3), 7 gated block
+(16), 8 language model, 9 argument checks.
 """
 
 from __future__ import annotations

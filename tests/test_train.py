@@ -17,14 +17,7 @@ from torch.testing import assert_close
 from nala_min import LMConfig, NaLaLM, runcard, train
 from nala_min.train import Recipe, UsageError, fit, flag
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small to share among cores, which may be busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- Flags ---------------------------------------------------------------------------------------
