@@ -130,7 +130,7 @@ def split_text(text: str, block_size: int) -> tuple[Vocabulary, Tensor, Tensor]:
     if len(tokens) - cut <= block_size:
         raise ValueError(
             f"{len(tokens):,} characters are too few for windows of {block_size}: give more than"
-            f" {10 * block_size:,}"
+            f" {10 * block_size:,}, or smaller windows"
         )
     return vocabulary, tokens[:cut], tokens[cut:]
 

@@ -716,6 +716,30 @@ def test_generate_is_seeded_and_keeps_the_mode(model):
     assert torch.equal(lm.generate(prompt, 40, top_k=1), lm.generate(prompt, 40, temperature=0))
 
 
+def test_dropout_acts_in_training_only(model):
+    lm = small_lm(model, dropout=0.5)
+    tokens = torch.randint(11, (1, 9))
+    assert not torch.equal(lm(tokens)[0], lm(tokens)[0])
+    drawn = lm.generate(tokens, 20, temperature=0)  # in training mode when it is called
+    lm.eval()
+    assert torch.equal(lm(tokens)[0], lm(tokens)[0])
+    assert torch.equal(lm.generate(tokens, 20, temperature=0), drawn)
+
+
+def test_initial_weights(model):
+    """Normal with deviation 0.02; what ends a residual branch is smaller by the root of their
+    number, so that the first loss is near that of guessing."""
+    lm = small_lm(model, num_layers=8, dim=128)
+    ends = [end for block in lm.blocks for end in (block.attention.out, block.mlp[-1])]
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            want = 0.02 / math.sqrt(16) if module in ends else 0.02
+            assert module.weight.std().item() == pytest.approx(want, rel=0.1)
+    logits = lm(torch.randint(11, (4, 64)))[0].flatten(0, 1)
+    loss = F.cross_entropy(logits, torch.randint(11, (256,))).item()
+    assert loss == pytest.approx(math.log(11), abs=0.2)
+
+
 def test_temperature_and_top_k_shape_the_draw(model):
     lm = small_lm(model)
     prompt = torch.zeros(4000, 1, dtype=torch.long)
