@@ -192,6 +192,28 @@ def test_half_precision_counts_to_many_tokens(model, feature_map, causal, dtype)
     assert_close(sums, mass.to(dtype).expand_as(v), rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("feature_map", SIGNED_MAPS)
+def test_options_reach_the_features(model, feature_map):
+    q, k, v = random_qkv(9)
+    query_options = {"lam": 2.0, "tau": 0.3, "alpha": 1.5, "norm_scale": 4.0}
+    key_options = {"lam": 2.0, "alpha": 1.5}
+    phi_q = model.query_features(q, feature_map, **query_options)
+    weights = phi_q @ model.key_features(k, feature_map, **key_options).mT
+    want = weights / weights.sum(-1, keepdim=True)
+    assert_close(model.nala_attention(q, k, v, feature_map=feature_map, **query_options), want @ v)
+    assert_close(model.attention_weights(q, k, feature_map=feature_map, **query_options), want)
+    for name, default in {"lam": 3.0, "tau": 0.5, "alpha": 20.0, "norm_scale": 1.0}.items():
+        changed = model.query_features(q, feature_map, **query_options | {name: default})
+        assert torch.equal(changed, phi_q) == (name == "alpha" and feature_map == "split"), name
+
+
+def test_baselines_are_elu_plus_one_and_relu(model):
+    x = torch.randn(50, D, dtype=torch.float64)
+    for features in (model.query_features, model.key_features):
+        assert_close(features(x, "elu"), F.elu(x) + 1)
+        assert torch.equal(features(x, "relu"), x.clamp_min(0))
+
+
 def test_elu_survives_very_negative_bfloat16(model):
     """elu(x) + 1 = exp(x) is not 0 at x = -20, as it is when 1 is added after rounding."""
     x = torch.tensor([[-20.0]], dtype=torch.bfloat16)
@@ -239,6 +261,13 @@ def test_entropy_by_hand(model):
     weights = torch.cat([weights, torch.tensor([[3.0, 1.0, 0.0, 0.0]])]).double()
     want = torch.tensor([math.log(4), 0, 0, 0.25 * math.log(4) + 0.75 * math.log(4 / 3)]).double()
     assert_close(model.entropy(weights), want)
+
+
+def test_entropy_of_weights_that_do_not_sum_to_one(model):
+    """The scale of the weights changes neither the entropy nor, along it, the gradient."""
+    weights = torch.rand(3, 7, dtype=torch.float64, requires_grad=True)
+    assert_close(model.entropy(5 * weights), model.entropy(weights))
+    assert torch.autograd.gradcheck(model.entropy, weights, raise_exception=False)
 
 
 def test_softmax_entropy_falls_with_the_query_norm(model):
@@ -714,6 +743,7 @@ def test_generate_is_seeded_and_keeps_the_mode(model):
     assert torch.equal(a[:, :3], prompt)
     assert lm.training
     assert torch.equal(lm.generate(prompt, 40, top_k=1), lm.generate(prompt, 40, temperature=0))
+    assert torch.equal(lm.generate(prompt, 40, top_k=99, seed=1), a)
 
 
 def test_dropout_acts_in_training_only(model):
@@ -724,6 +754,21 @@ def test_dropout_acts_in_training_only(model):
     lm.eval()
     assert torch.equal(lm(tokens)[0], lm(tokens)[0])
     assert torch.equal(lm.generate(tokens, 20, temperature=0), drawn)
+    assert not lm.training
+
+
+def test_dropout_follows_the_embedding_and_both_branches_of_each_block(model):
+    lm, calls = small_lm(model), []
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    lm(torch.randint(11, (1, 9)))
+    assert len(calls) == 1 + 2 * len(lm.blocks)
+
+
+def test_a_learned_norm_scale_starts_at_the_root_of_the_channels(model):
+    block = model.GatedAttention(model.LMConfig(5, dim=64, num_heads=4, norm_scale=None))
+    assert block.norm_scale.tolist() == [4.0] * 4
 
 
 def test_initial_weights(model):
