@@ -10,10 +10,10 @@ Glossary. The numbers (1) ... (17) are used in every comment, test and notebook 
   symbol     name in the code       shape                     equation
   q, k, v    q, k, v                (B, H, N, D), v: M for D  queries, keys and values of H heads
   |x|, d(x)  norm, direction        (..., 1), (..., D)        (2)  x = norm * direction
-  PSE        entropy                (B, H, N)                 (3)  how many keys share a query
+  PSE        entropy                (B, H, N)                 (3)  log of how many keys count
   p          power                  (..., 1)                  (7)  lam * (tau + tanh(norm))
   a          magnitude              (..., D)                  (7)  query |d|^p, (8) key |k|^lam
-  theta      angle                  (..., D)                  (9)  pi/4 * tanh(alpha * direction)
+  theta      angle                  (..., D)                  (9)  pi/4 * tanh(alpha d), here + pi/4
   phi        phi_q, phi_k           (..., F)                  (9)  [a cos(theta); a sin(theta)]
   [v 1]      values                 (B, H, N, M + 1)          (13) value, and 1 for the normaliser
   (S, z)     state                  (B, H, F, M + 1)          (14) sum over tokens of phi(k)^T [v 1]
