@@ -35,24 +35,17 @@ class Settings(train.Settings):
         None, "train nothing, generate this many characters from the checkpoint", decides=False
     )
     prompt: str = flag("", "what the sample begins with (default: a new line)", decides=False)
-    layers: int | None = flag(None, "blocks")
-    heads: int | None = flag(None, "attention heads in a block")
-    dim: int | None = flag(None, "width of the model")
     block: int | None = flag(None, "characters in a training window")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim % self.heads:
-            raise UsageError(f"--heads {self.heads} does not divide --dim {self.dim}")
         if self.sample is not None and self.sample < 1:
             raise UsageError(f"--sample {self.sample} is not a positive number of characters")
 
 
 def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:
     """The model that a run's config describes."""
-    sizes = (config[name] for name in ("layers", "heads", "dim"))
-    options = {name: config[name] for name in ("dropout", "attention")}
-    return NaLaLM(LMConfig(len(vocabulary.characters), *sizes, **options))
+    return NaLaLM(LMConfig(vocab_size=len(vocabulary.characters), **train.block_options(config)))
 
 
 def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -91,7 +84,7 @@ def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
 
 def sample(settings: Settings, device: torch.device) -> None:
     """Print a sample from the checkpoint of an earlier run."""
-    saved = train.load_checkpoint(settings.out / "checkpoint.pt")
+    saved = train.load_checkpoint(settings.out / "checkpoint.pt", "characters")
     vocabulary = data.Vocabulary(saved["extra"]["characters"])
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)
@@ -119,7 +112,7 @@ def main() -> None:
         f"{text.name}: {len(text.text):,} characters, {len(vocabulary.characters)} different."
         f" NaLaLM, attention {settings.attention}: {parameters:,} parameters on {device}."
     )
-    print(runcard.expected("shakespeare_*", settings.config(), text.sha256, "validation_loss"))
+    print(runcard.expected("shakespeare_*.json", settings.config(), text.sha256, "validation_loss"))
 
     history, seconds = train.fit(
         model,
@@ -128,7 +121,9 @@ def main() -> None:
             training, settings.block, settings.batch, settings.seed, step
         ),
         loss=next_token_loss,
-        evaluate=lambda model: validation_loss(model, validation, settings.block, every=4),
+        evaluate=lambda model: {
+            "validation_loss": validation_loss(model, validation, settings.block, every=4)
+        },
         checkpoint=settings.out / "checkpoint.pt",
         extra=settings.config() | {"data": about, "characters": vocabulary.characters},
         resume=settings.resume,

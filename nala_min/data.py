@@ -6,20 +6,144 @@ import hashlib
 import http.client
 import os
 import pydoc_data.topics
+import tarfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-SHAKESPEARE = "Tiny Shakespeare"
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+# --- Files from the network -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file on the network, and how to know it."""
+
+    name: str
+    url: str
+    file: str  # its name in the cache
+    size: int  # bytes
+    sha256: str
+
+    def is_at(self, path: Path) -> bool:
+        """Whether path is this file, to the byte."""
+        return (
+            path.is_file() and path.stat().st_size == self.size and self.hash(path) == self.sha256
+        )
+
+    @staticmethod
+    def hash(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SHAKESPEARE = Source(
+    "Tiny Shakespeare",
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "tinyshakespeare.txt",
+    1_115_394,
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+CIFAR10 = Source(
+    "CIFAR-10",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "cifar-10-binary.tar.gz",
+    170_052_171,
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+)
+
+# What download raises.
+NO_DOWNLOAD = (OSError, ValueError, http.client.HTTPException)
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $XDG_CACHE_HOME/nala_min, by default ~/.cache/nala_min."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nala_min"
+
+
+def fetch(source: Source, announce: Callable[[str], None] = print, hint: str = "") -> Path:
+    """Where source lies in the cache, downloaded and announced, with hint, if it is not yet there.
+
+    Raises what download raises.
+    """
+    path = cache_dir() / source.file
+    if not source.is_at(path):
+        announce(f"Downloading {source.name}, {source.size:,} bytes, from {source.url}{hint}")
+        download(source, path)
+    return path
+
+
+def download(source: Source, path: Path, timeout: float = 20.0) -> None:
+    """Fetch source to path, which appears only whole and only if its SHA-256 is the expected one.
+
+    Shows progress, speed and time left. A transfer that breaks off goes on at once where it
+    stopped, as long as something more comes; what has come stays in path.part for the next call.
+    timeout: seconds without an answer. Raises OSError or http.client.HTTPException if the transfer
+    fails, ValueError if the bytes are not the expected ones: those are deleted.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.touch()
+    try:
+        with part.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
+            _transfer(source, file, timeout)
+    finally:
+        if part.exists() and part.stat().st_size == 0:
+            part.unlink()
+    if source.is_at(path):  # another process was faster: it wrote the same bytes to the same places
+        part.unlink(missing_ok=True)
+        return
+    if not source.is_at(part):
+        found = f"{part.stat().st_size:,} bytes with SHA-256 {source.hash(part)}"
+        part.unlink()
+        raise ValueError(
+            f"{source.url} gave {found}, not {source.size:,} with {source.sha256}: deleted"
+        )
+    os.replace(part, path)
+
+
+def _transfer(source, file, timeout):
+    """Append what file still lacks of source."""
+    with tqdm(
+        desc=source.name, total=source.size, initial=file.tell(), unit="B", unit_scale=True
+    ) as bar:
+        while (have := file.tell()) < source.size:
+            request = urllib.request.Request(source.url)
+            if have:
+                request.add_header("Range", f"bytes={have}-")
+            error = ConnectionError(f"{source.url} broke off after {have:,} bytes")
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as response:
+                    if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # begins anew
+                        offered = int(response.headers.get("Content-Length", source.size))
+                        if offered != source.size:  # a page that asks to sign in, say
+                            raise ValueError(
+                                f"{source.url} has {offered:,} bytes, not {source.size:,}"
+                            )
+                        file.seek(0)
+                        bar.reset()
+                    while file.tell() <= source.size and (block := response.read(1 << 16)):
+                        file.write(block)
+                        bar.update(len(block))
+            except (OSError, http.client.HTTPException) as failure:
+                error = failure
+                if isinstance(failure, urllib.error.HTTPError):
+                    failure.close()
+            if file.tell() <= have:
+                raise error
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
 STAND_IN = "Python manual (stand-in)"
 
 
@@ -32,19 +156,14 @@ class Text:
 
     @property
     def sha256(self) -> str:
+        """Of its UTF-8 bytes."""
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
-
-
-def cache_dir() -> Path:
-    """Folder for downloads, shared by every checkout: $XDG_CACHE_HOME or ~/.cache, /nala_min."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nala_min"
 
 
 def load_text(
     path: Path | None = None,
     *,
-    url: str = SHAKESPEARE_URL,
-    sha256: str = SHAKESPEARE_SHA256,
+    source: Source = SHAKESPEARE,
     announce: Callable[[str], None] = print,
 ) -> Text:
     """The text of path; without one Tiny Shakespeare, cached or downloaded; without a network the
@@ -53,16 +172,11 @@ def load_text(
     Raises OSError if path cannot be read and ValueError if it is not UTF-8 text.
     """
     if path is not None:
-        text = path.read_bytes().decode("utf-8")
-        same = hashlib.sha256(text.encode("utf-8")).hexdigest() == sha256
-        return Text(SHAKESPEARE if same else path.name, text)
-    cached = cache_dir() / "tinyshakespeare.txt"
+        name = source.name if source.is_at(path) else path.name
+        return Text(name, path.read_bytes().decode("utf-8"))
     try:
-        if not (cached.exists() and _sha256(cached) == sha256):
-            announce(f"Downloading {SHAKESPEARE} from {url}")
-            download(url, cached, sha256)
-        return Text(SHAKESPEARE, cached.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        return Text(source.name, fetch(source, announce).read_bytes().decode("utf-8"))
+    except NO_DOWNLOAD as error:
         announce(
             f"NO SHAKESPEARE: {error}\n"
             f"Training on a stand-in instead, the {STAND_IN}; its loss is not comparable with"
@@ -71,31 +185,6 @@ def load_text(
         return Text(
             STAND_IN, "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
         )
-
-
-def download(url: str, path: Path, sha256: str, timeout: float = 20.0) -> None:
-    """Fetch url into path, which appears only whole and only if its SHA-256 is the expected one.
-
-    timeout: seconds without an answer. Raises OSError or http.client.HTTPException if the transfer
-    fails, ValueError if the bytes are not the expected ones.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as response, part.open("wb") as file:
-            while block := response.read(1 << 16):
-                file.write(block)
-        found = _sha256(part)
-        if found != sha256:
-            raise ValueError(f"{url} has SHA-256 {found}, not the expected {sha256}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -156,3 +245,265 @@ def all_windows(
     inputs = tokens[: count * block_size].view(count, block_size)[::every]
     targets = tokens[1 : count * block_size + 1].view(count, block_size)[::every]
     yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+
+
+# --- Images ---------------------------------------------------------------------------------------
+
+DRAWN = "drawn digits (stand-in)"
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+BATCHES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+BATCH = 10_000  # images in a file
+RECORD = 1 + 3 * 32 * 32  # bytes of an image: its label, then red, green and blue, row by row
+SLOW = (
+    ".\nSince June 2026 this host gives 50 to 80 kB a second: it may take 40 minutes. Ctrl-C stops"
+    " it, and the next run goes on from there.\nInstead: --url MIRROR, --data-dir FOLDER with the"
+    " archive or its files, or --data synthetic, digits that are drawn here."
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Small colour images in 10 classes, and what to call them in a result."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: tuple[Tensor, Tensor]  # images (n, 3, 32, 32) uint8 and labels (n,) int64
+    test: tuple[Tensor, Tensor]
+    mirror: bool  # whether a mirrored image still shows its class
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all images and labels, to train on first."""
+        digest = hashlib.sha256()
+        for tensor in (*self.train, *self.test):
+            digest.update(tensor.numpy())
+        return digest.hexdigest()
+
+
+def load_images(
+    name: str = "cifar10",
+    folder: Path | None = None,
+    url: str | None = None,
+    *,
+    source: Source = CIFAR10,
+    announce: Callable[[str], None] = print,
+) -> Images:
+    """CIFAR-10 from folder, else from the cache, else from url or its author's page; without a
+    network the drawn digits that name="synthetic" asks for, announced as a stand-in.
+
+    Raises OSError or ValueError, which name the file or address, if what folder or url gives is
+    missing, truncated or corrupt.
+    """
+    if name == "synthetic":
+        return drawn_digits()
+    if folder is not None:
+        return _images_in(folder, source)
+    try:
+        mirrored = replace(source, url=url or source.url)
+        return _images(source.name, _read_archive(fetch(mirrored, announce, "" if url else SLOW)))
+    except NO_DOWNLOAD as error:
+        if url is not None:
+            raise ValueError(str(error)) from error
+        announce(
+            f"NO CIFAR-10: {error}\n"
+            f"Training on a stand-in instead, {DRAWN}; its accuracy is not comparable with"
+            " CIFAR-10's. See --data-dir and --url."
+        )
+        return drawn_digits()
+
+
+def _images_in(folder: Path, source: Source) -> Images:
+    """CIFAR-10 from the files of its archive, in folder or one below, or from its archive there."""
+    for place in (folder / "cifar-10-batches-bin", folder):
+        if any((place / name).exists() for name in BATCHES):
+            files = {str(place / name): (place / name).read_bytes() for name in BATCHES}
+            return _images(f"{source.name} (files in a folder)", files)
+    archive = folder / source.file
+    if not archive.exists():
+        raise ValueError(f"{folder} has neither {BATCHES[0]} and its like nor {source.file}")
+    if not source.is_at(archive):
+        raise ValueError(f"{archive} is corrupt or truncated: its SHA-256 is not {source.sha256}")
+    return _images(source.name, _read_archive(archive))
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    """The six files in an archive, which is never unpacked: nothing in it can name a place to write
+    to. A link in place of a file is left out, and so missed."""
+    found = {}
+    with tarfile.open(path, "r|gz") as archive:
+        for member in archive:
+            if member.isfile() and Path(member.name).name in BATCHES:
+                found[Path(member.name).name] = archive.extractfile(member).read()
+    return {f"{name} in {path}": found.get(name, b"") for name in BATCHES}
+
+
+def _images(name: str, files: dict[str, bytes]) -> Images:
+    """Images out of the contents of the six files, which are checked as far as can be."""
+    decoded = []
+    for path, content in files.items():
+        if len(content) != BATCH * RECORD:
+            raise ValueError(
+                f"{path} has {len(content):,} bytes, not {BATCH * RECORD:,}: truncated or corrupt"
+            )
+        records = np.frombuffer(content, np.uint8).reshape(BATCH, RECORD)
+        if records[:, 0].max() >= len(CIFAR10_CLASSES):
+            raise ValueError(f"{path} has a label above {len(CIFAR10_CLASSES) - 1}: corrupt")
+        decoded.append(records)
+
+    def tensors(records):
+        images = records[:, 1:].reshape(-1, 3, 32, 32)
+        return torch.from_numpy(images.copy()), torch.from_numpy(records[:, 0].astype(np.int64))
+
+    *training, test = decoded
+    return Images(name, CIFAR10_CLASSES, tensors(np.concatenate(training)), tensors(test), True)
+
+
+FONTS = (
+    "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif"
+    " DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmb10"
+    " cmss10 cmtt10"
+).split()  # those of matplotlib that have digits
+
+
+def drawn_digits(num_train: int = 20_000, num_test: int = 4_000) -> Images:
+    """Digits in many fonts, turned, bent and coloured, over clutter: the shape of CIFAR-10, made in
+    seconds, always the same. Light on dark as often as dark on light, so that no linear classifier
+    can read them."""
+    glyphs = _draw_glyphs()
+    parts = []
+    for i, start in enumerate(range(0, num_train + num_test, 5000)):
+        count = min(5000, num_train + num_test - start)
+        parts.append(_draw_images(glyphs, count, torch.Generator().manual_seed(i)))
+    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Images(
+        DRAWN,
+        tuple("0123456789"),
+        (images[:num_train], labels[:num_train]),
+        (images[num_train:], labels[num_train:]),
+        mirror=False,
+    )
+
+
+def _draw_glyphs(size: int = 48) -> Tensor:
+    """Every digit in every font, (fonts, 10, size, size), 1 where there is ink."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    figure = Figure(figsize=(10 * size / 72, len(FONTS) * size / 72), dpi=72)
+    for row, font in enumerate(FONTS):
+        for digit in range(10):
+            x, y = (digit + 0.5) / 10, 1 - (row + 0.5) / len(FONTS)
+            style = {"font": folder / f"{font}.ttf", "fontsize": 0.7 * size}
+            figure.text(x, y, str(digit), ha="center", va="center_baseline", **style)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = torch.from_numpy(np.array(canvas.buffer_rgba())[..., 0])
+    ink = 1 - pixels.float() / 255
+    return ink.view(len(FONTS), size, 10, size).transpose(1, 2)
+
+
+def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """count images (count, 3, 32, 32) uint8 and their digits (count,)."""
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=random)
+
+    def smooth(cells):  # noise of a few cells, as wide as the image
+        coarse = torch.randn(count, 3, cells, cells, generator=random)
+        return F.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=True)
+
+    def write(digits, shift, scale, turn):
+        """Ink (count, 1, 32, 32) of digits in random fonts, moved, scaled, turned and bent."""
+        fonts = torch.randint(len(glyphs), (count,), generator=random)
+        angle, size = uniform(-turn, turn), uniform(*scale)
+        cos, sin = angle.cos() / size, angle.sin() / size
+        rows = torch.stack([cos, -sin, uniform(-shift, shift), sin, cos, uniform(-shift, shift)], 1)
+        grid = F.affine_grid(rows.view(count, 2, 3), (count, 1, 32, 32), align_corners=False)
+        grid = grid + 0.06 * smooth(4)[:, :2].movedim(1, -1)
+        return F.grid_sample(glyphs[fonts, digits][:, None], grid, align_corners=False)
+
+    labels = torch.randint(10, (count,), generator=random)
+    picture = uniform(0.1, 0.9, 3, 1, 1) + 0.12 * smooth(5)
+    for _ in range(3):  # pieces of other digits, larger, off the middle, faint
+        other = torch.randint(10, (count,), generator=random)
+        ink = write(other, shift=1.6, scale=(0.6, 1.6), turn=3.1)
+        picture = picture + uniform(-0.35, 0.35, 3, 1, 1) * ink
+    ink = write(labels, shift=0.25, scale=(0.7, 1.1), turn=0.45)
+    sign = uniform(-1, 1, 1, 1, 1).sign()  # lighter than its ground, or darker
+    picture = picture + sign * uniform(0.3, 0.7, 3, 1, 1) * ink
+    picture = picture + 0.03 * torch.randn(picture.shape, generator=random)
+    return (picture.clamp(0, 1) * 255).to(torch.uint8), labels
+
+
+def shuffled_batch(
+    images: Tensor, labels: Tensor, batch_size: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """The images and labels of a step; an epoch takes each at most once, in an order of its own.
+
+    A function of (seed, step) alone, like random_windows. Raises ValueError if there are fewer than
+    batch_size.
+    """
+    if batch_size > len(images):
+        raise ValueError(f"a batch of {batch_size:,} is more than the {len(images):,} images")
+    epoch, i = divmod(step, len(images) // batch_size)
+    order = np.random.default_rng([seed, epoch]).permutation(len(images))
+    chosen = torch.from_numpy(order[i * batch_size : (i + 1) * batch_size]).to(images.device)
+    return images[chosen], labels[chosen]
+
+
+def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -> Tensor:
+    """Move each image by up to shift pixels, reflected at its edges, and mirror half of them.
+
+    images: (B, 3, R, S), on any device. A function of images, seed and step alone.
+    """
+    random = np.random.default_rng([seed, step, 1])
+    count, channels, *sides = images.shape
+
+    def moved(side: int) -> np.ndarray:
+        """Where each pixel along one side comes from, (B, side)."""
+        places = np.arange(side) + random.integers(-shift, shift + 1, (count, 1))
+        places %= (period := max(1, 2 * (side - 1)))
+        return np.minimum(places, period - places)  # reflected at both ends
+
+    rows, columns = map(moved, sides)
+    if mirror:
+        columns = np.where(random.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+    rows, columns = (torch.from_numpy(x).to(images.device) for x in (rows, columns))
+    which, channel = (torch.arange(n, device=images.device) for n in (count, channels))
+    return images[
+        which[:, None, None, None],
+        channel[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Bytes to numbers of about zero mean and unit variance, as natural images have them."""
+    return (images.float() - 120) / 64
+
+
+def read_png(path: Path) -> Tensor:
+    """The middle square of a PNG of any size, as an image (3, 32, 32) uint8; transparent is white.
+
+    Read by matplotlib, which takes neither grey of 2 or 4 bits nor one transparent colour (tRNS).
+
+    Raises OSError or SyntaxError if there is no such file, or it is no PNG.
+    """
+    from matplotlib.image import imread
+
+    with path.open("rb") as file:
+        pixels = torch.from_numpy(imread(file, format="png").astype(np.float32))
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    *colour, alpha = pixels.split(1, dim=2)  # each (height, width, 1)
+    if len(colour) in (0, 2):  # grey, or red, green and blue without alpha
+        colour, alpha = [*colour, alpha], torch.ones_like(alpha)
+    opaque = torch.cat(colour, dim=2) * alpha + 1 - alpha
+    side = min(opaque.shape[:2])
+    top, left = ((size - side) // 2 for size in opaque.shape[:2])
+    square = opaque[top : top + side, left : left + side].movedim(2, 0)[None]
+    small = F.interpolate(square, size=(32, 32), mode="bilinear", antialias=True)
+    return (255 * small[0].expand(3, -1, -1)).round().to(torch.uint8)

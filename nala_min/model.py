@@ -396,29 +396,74 @@ def entropy(weights: Tensor) -> Tensor:
 ATTENTIONS = {"nala": "cosine", "split": "split", "elu": "elu", "relu": "relu", "softmax": None}
 
 
-@dataclass(frozen=True)
-class LMConfig:
-    """Sizes and choices of a NaLaLM. Raises ValueError for those that do not fit together."""
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What both models' blocks need. Raises ValueError for what does not fit together."""
 
-    vocab_size: int
     num_layers: int = 4
     num_heads: int = 4
     dim: int = 128  # E
-    conv_size: int = 4  # W
+    conv_size: int  # W, of local(v)
     dropout: float = 0.0
-    attention: str = "nala"
+    attention: str | Sequence[str] = "nala"  # in every block, or a name for each block
     rope: str | None = None  # "numerator": Eq. (17)
     norm_scale: float | None = 1.0  # of query_power; None: learned by each head, from sqrt(D)
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide dim={self.dim}")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention={self.attention!r} is not one of {tuple(ATTENTIONS)}")
+        if len(self.attentions) != self.num_layers:
+            raise ValueError(
+                f"attention={self.attention!r} names {len(self.attentions)} blocks,"
+                f" not num_layers={self.num_layers}"
+            )
+        if unknown := set(self.attentions) - ATTENTIONS.keys():
+            raise ValueError(f"attention={unknown.pop()!r} is not one of {tuple(ATTENTIONS)}")
+        if self.conv_size < 1:
+            raise ValueError(f"conv_size={self.conv_size} is not positive")
         if self.rope not in (None, "numerator"):
             raise ValueError(f"rope={self.rope!r} is neither None nor 'numerator'")
-        if self.rope and self.attention == "softmax":
+        if self.rope and "softmax" in self.attentions:
             raise ValueError("rope='numerator' is for linear attention, not for 'softmax'")
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The name of each block's attention, first to last."""
+        one = isinstance(self.attention, str)
+        return (self.attention,) * self.num_layers if one else tuple(self.attention)
+
+    @property
+    def kind(self) -> str:
+        """What the model is: "linear", "softmax", or "hybrid" if only some blocks are linear."""
+        linear = sum(name != "softmax" for name in self.attentions)
+        return {0: "softmax", self.num_layers: "linear"}.get(linear, "hybrid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig(BlockConfig):
+    """Sizes and choices of a NaLaLM."""
+
+    vocab_size: int  # V
+    conv_size: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(BlockConfig):
+    """Sizes and choices of a NaLaViT. The released backbone is a hybrid, linear attention in early
+    blocks and softmax in late ones: attention=("split", "split", "softmax", "softmax")."""
+
+    num_classes: int = 10  # Y
+    conv_size: int = 5
+    patch_size: int = 4  # P, pixels along a side of a patch: a power of 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_size < 1 or self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size={self.patch_size} is not a power of 2")
+        if self.dim % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide dim={self.dim}")
+        if self.conv_size % 2 == 0:
+            raise ValueError(f"conv_size={self.conv_size} is even: it has no middle")
 
 
 class BlockState(NamedTuple):
@@ -446,15 +491,31 @@ class CausalConv(nn.Module):
         return self.conv(x.mT).mT, x[:, x.shape[1] - self.past :]  # (B, N, E), (B, W - 1, E)
 
 
-class GatedAttention(nn.Module):
-    """y = W_o( LayerNorm(o + local(v)) * SiLU(W_g x) ), Eq. (16), for any attention o."""
+class GridConv(nn.Module):
+    """Depthwise convolution over W x W patches: local(v) of Eq. (16) on an image."""
 
-    def __init__(self, config: LMConfig):
+    def __init__(self, dim: int, size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim)
+
+    def forward(self, x: Tensor, before: None) -> tuple[Tensor, None]:
+        """x: (B, R, S, E), which nothing comes before. Returns (B, R, S, E)."""
+        return self.conv(x.movedim(-1, 1)).movedim(1, -1), before  # (B, R, S, E)
+
+
+class GatedAttention(nn.Module):
+    """y = W_o( LayerNorm(o + local(v)) * SiLU(W_g x) ), Eq. (16), for any attention o.
+
+    Tokens of a text, (B, N, E), see the past. Patches of an image, (B, R, S, E), see one another.
+    """
+
+    def __init__(self, config: BlockConfig, attention: str):
         super().__init__()
         self.num_heads, self.rope = config.num_heads, config.rope
-        self.feature_map = ATTENTIONS[config.attention]
+        self.causal = isinstance(config, LMConfig)
+        self.feature_map = ATTENTIONS[attention]
         self.project = nn.Linear(config.dim, 4 * config.dim, bias=False)  # to q, k, v and gate
-        self.local = CausalConv(config.dim, config.conv_size)
+        self.local = (CausalConv if self.causal else GridConv)(config.dim, config.conv_size)
         self.norm = nn.LayerNorm(config.dim)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.norm_scale = config.norm_scale
@@ -462,48 +523,69 @@ class GatedAttention(nn.Module):
             root = math.sqrt(config.dim // config.num_heads)
             self.norm_scale = nn.Parameter(torch.full((config.num_heads,), root))  # (H,)
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        """x: (B, N, E) or (B, R, S, E). Returns (B, H, N, D); patches count row by row."""
+        x = x.flatten(1, -2).unflatten(-1, (self.num_heads, -1))  # (B, N, H, D)
+        return x.transpose(1, 2)  # (B, H, N, D)
+
     def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        """x: (B, N, E), the tokens that follow state. Returns (B, N, E) and the new state."""
-        q, k, v, gate = self.project(x).chunk(4, dim=-1)  # (B, N, E)
-        local, conv = self.local(v, state.conv)  # (B, N, E), (B, W - 1, E)
-        q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)
-        )  # (B, H, N, D)
-        end = state.position + x.shape[1]
-        options: dict = {"causal": True, "state": state.attention, "return_state": True}
+        """x: (B, N, E), the tokens that follow state, or (B, R, S, E). Returns the same shape and
+        the new state."""
+        q, k, v, gate = self.project(x).chunk(4, dim=-1)  # (..., E)
+        local, conv = self.local(v, state.conv)  # (..., E), (B, W - 1, E)
+        q, k, v = (self.split_heads(y) for y in (q, k, v))  # (B, H, N, D)
+        past: dict = {}
+        if self.causal:
+            past = {"causal": True, "state": state.attention, "return_state": True}
         if self.feature_map is None:
-            o, attention = softmax_attention(q, k, v, **options)
+            o = softmax_attention(q, k, v, **past)
         else:
-            scale = self.norm_scale
-            if isinstance(scale, nn.Parameter):
-                scale = scale[:, None, None]  # (H, 1, 1)
-            options |= {"feature_map": self.feature_map, "norm_scale": scale}
-            if self.rope:
-                positions = torch.arange(state.position, end, device=x.device)  # (N,)
-                options["rope_positions"] = positions[:, None]
-            o, attention = nala_attention(q, k, v, **options)
-        o = o.transpose(1, 2).flatten(2)  # (B, N, E)
-        y = self.out(self.norm(o + local) * F.silu(gate))  # (B, N, E)
-        return y, BlockState(attention, conv, end)
+            options = self.options(x, state)
+            o = nala_attention(q, k, v, feature_map=self.feature_map, **options, **past)
+        o, attention = o if self.causal else (o, None)
+        o = o.transpose(1, 2).reshape(x.shape)  # (..., E)
+        y = self.out(self.norm(o + local) * F.silu(gate))  # (..., E)
+        return y, BlockState(attention, conv, state.position + x.shape[1])
+
+    def options(self, x: Tensor, state: BlockState) -> dict[str, float | Tensor | None]:
+        """What this block asks of nala_attention for x: norm_scale, rope_positions."""
+        scale, positions = self.norm_scale, None
+        if isinstance(scale, nn.Parameter):
+            scale = scale[:, None, None]  # (H, 1, 1)
+        if self.rope:
+            axes = [torch.arange(size, device=x.device) for size in x.shape[1:-1]]
+            grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+            positions = state.position + grid.flatten(0, -2)  # (N, A)
+        return {"norm_scale": scale, "rope_positions": positions}
 
 
 class Block(nn.Module):
     """Pre-norm residual block: gated attention, then a two-layer perceptron."""
 
-    def __init__(self, config: LMConfig):
+    def __init__(self, config: BlockConfig, attention: str):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
-        self.attention = GatedAttention(config)
+        self.attention = GatedAttention(config, attention)
         self.mlp = nn.Sequential(
             nn.Linear(config.dim, 4 * config.dim), nn.GELU(), nn.Linear(4 * config.dim, config.dim)
         )
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        """x: (B, N, E), the tokens that follow state. Returns (B, N, E) and the new state."""
+        """x: (B, N, E), the tokens that follow state, or (B, R, S, E). Returns the same shape and
+        the new state."""
         y, state = self.attention(self.norm1(x), state)
-        x = x + self.dropout(y)  # (B, N, E)
+        x = x + self.dropout(y)  # (..., E)
         return x + self.dropout(self.mlp(self.norm2(x))), state
+
+
+def _initialise(model: NaLaLM | NaLaViT) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for block in model.blocks:  # 2 branches a block add up: keep the variance of their sum
+        for branch_end in (block.attention.out, block.mlp[-1]):
+            nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * len(model.blocks)))
 
 
 # --- 8. The language model ------------------------------------------------------------------------
@@ -518,15 +600,10 @@ class NaLaLM(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, name) for name in config.attentions)
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:  # 2 branches a block add up: keep the variance of their sum
-            for branch_end in (block.attention.out, block.mlp[-1]):
-                nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * config.num_layers))
+        _initialise(self)
 
     def forward(
         self, tokens: Tensor, state: Sequence[BlockState] | None = None
@@ -575,7 +652,41 @@ class NaLaLM(nn.Module):
         return torch.cat(text, dim=1)
 
 
-# --- 9. Errors that name the argument -------------------------------------------------------------
+# --- 9. The image model ---------------------------------------------------------------------------
+
+
+class NaLaViT(nn.Module):
+    """Image classifier: a convolutional stem, gated blocks in which every patch sees every other,
+    the mean over all patches. Convolutions, which see the zeros around the image, tell it where a
+    patch is: there is no position embedding, and so an image may have any size."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        width = config.dim // config.patch_size
+        layers = [nn.Conv2d(3, width, 3, padding=1)]
+        while width < config.dim:  # half the size, twice the channels
+            norm = nn.GroupNorm(1, width)  # of each image as a whole
+            layers += [norm, nn.GELU(), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)]
+            width *= 2
+        self.stem = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, name) for name in config.attentions)
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, height, width), of about zero mean and unit variance. Returns logits
+        (B, Y) over the Y classes."""
+        x = self.stem(images).movedim(1, -1)  # (B, R, S, E)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x, _ = block(x, BlockState())  # (B, R, S, E)
+        return self.head(self.norm(x).mean(dim=(1, 2)))  # (B, Y)
+
+
+# --- 10. Errors that name the argument ------------------------------------------------------------
 
 
 def _check_arguments(q, k, v, causal, mode, chunk_size, key_mask, state, return_state):

@@ -1,4 +1,4 @@
-"""The training loop that both scripts share, with its flags, checkpoints and run cards."""
+"""The training loop that both scripts share, with its flags, optimisers and checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nala_min.model import ATTENTIONS
+from nala_min.model import BlockConfig
 from nala_min.runcard import write_whole
 
 
@@ -29,13 +29,20 @@ class UsageError(ValueError):
 
 
 def flag(
-    default: Any, help: str, choices: Sequence[str] | None = None, *, decides: bool = True
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    *,
+    decides: bool = True,
+    zero: bool = False,
 ) -> Any:
     """A dataclass field that parse_flags turns into a command-line flag.
 
-    decides: whether the result depends on it, or it only says where and how to run.
+    decides: whether the result depends on it, or it only says where and how to run; zero: whether a
+    number of PRESETS may be 0.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "decides": decides})
+    about = {"help": help, "choices": choices, "decides": decides, "zero": zero}
+    return field(default=default, metadata=about)
 
 
 @dataclass
@@ -52,7 +59,9 @@ class Settings:
     preset: str | None = flag(
         None, "sizes and recipe (default: gpu with CUDA, else cpu)", choices=["cpu", "gpu"]
     )
-    attention: str = flag("nala", "kernel of every layer", choices=list(ATTENTIONS))
+    attention: str = flag(
+        "nala", "kernel of every block, or one for each: nala,nala,softmax,softmax"
+    )
     seed: int = flag(1, "of initial weights, data order and dropout")
     out: Path | None = flag(
         None, "folder of the run (default: runs/NAME_PRESET_ATTENTION_seedN)", decides=False
@@ -64,20 +73,31 @@ class Settings:
     steps: int | None = flag(None, "training steps")
     batch: int | None = flag(None, "examples in a batch")
     lr: float | None = flag(None, "highest learning rate")
-    dropout: float | None = flag(None, "share of activations dropped in training")
+    dropout: float | None = flag(None, "share of activations dropped in training", zero=True)
+    layers: int | None = flag(None, "blocks")
+    heads: int | None = flag(None, "attention heads in a block")
+    dim: int | None = flag(None, "width of the model")
 
     def __post_init__(self) -> None:
         self.preset = self.preset or ("gpu" if torch.cuda.is_available() else "cpu")
-        for name, value in self.PRESETS[self.preset].items():
+        zero = {item.name for item in fields(self) if item.metadata["zero"]}
+        for name, default in self.PRESETS[self.preset].items():
             if getattr(self, name) is None:
-                setattr(self, name, value)
-            if name != "dropout" and not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)} is not positive and finite")
-        if not 0 <= self.dropout < 1:
+                setattr(self, name, default)
+            value = getattr(self, name)
+            if not (0 < value < math.inf or (value == 0 and name in zero)):
+                wanted = "0 or more" if name in zero else "positive"
+                raise UsageError(f"--{name} {value} is not {wanted} and finite")
+        if self.dropout >= 1:
             raise UsageError(f"--dropout {self.dropout} is not a share from 0 to less than 1")
+        try:
+            BlockConfig(**block_options(self.config()), conv_size=1)
+        except ValueError as error:
+            raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed {self.seed} is not a number from 0 to 2^63 - 1")
-        run = f"{self.NAME}_{self.preset}_{self.attention}_seed{self.seed}"
+        attention = self.attention.replace(",", "-")  # there may be one for each block
+        run = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
         self.out = self.out or Path("runs") / run
 
     def config(self) -> dict[str, Any]:
@@ -88,6 +108,18 @@ class Settings:
         """How to train: ten points on the curve, and on a CUDA card in bfloat16."""
         every, half = max(1, self.steps // 10), device.type == "cuda"
         return Recipe(self.steps, self.lr, eval_every=every, bfloat16=half)
+
+
+def block_options(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run's config says of its model's blocks, for LMConfig and ViTConfig."""
+    names = config["attention"].split(",")
+    return {
+        "num_layers": config["layers"],
+        "num_heads": config["heads"],
+        "dim": config["dim"],
+        "dropout": config["dropout"],
+        "attention": names if len(names) > 1 else names[0],
+    }
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,24 +192,29 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-FORMAT = 1  # of a checkpoint: counted up when what fit saves changes
+FORMAT = 2  # of a checkpoint: counted up when what fit saves changes
 
 
 # --- Checkpoints and curves -------------------------------------------------------------------
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What fit saved at path, on the CPU. Raises UsageError if there is none or it is damaged."""
+def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
+    """What fit saved at path, on the CPU, with names in its extra.
+
+    Raises UsageError if there is none, it is damaged, or it lacks a name: another script's.
+    """
     if not path.exists():
         raise UsageError(f"no checkpoint at {path}: train first, or name its folder with --out")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError("another format")
-        return saved
     except Exception as error:  # torch raises many kinds for a damaged file, in many lines
         kind = type(error).__name__
         raise UsageError(f"{path} is no checkpoint of this version ({kind}): train anew") from error
+    if not set(names) <= saved.get("extra", {}).keys():
+        raise UsageError(f"{path} is a run of another script: name another folder with --out")
+    return saved
 
 
 def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
@@ -190,19 +227,28 @@ def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -
 
 
 def plot_curve(history: list[dict[str, float]], title: str, path: Path) -> None:
-    """Training and validation loss against steps, as a PNG."""
+    """What history has of each step, losses and accuracies in panels of their own, as a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
+    units = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
+    shown = [what for what in units if any(name.endswith(what) for name in history[0])]
+    figure = Figure(figsize=(6.4, 1.2 + 2.8 * len(shown)), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     steps = [point["step"] for point in history]
-    for name, colour, style in (("train", "#0072b2", "--"), ("validation", "#d55e00", "-")):
-        values = [point[f"{name}_loss"] for point in history]
-        axes.plot(steps, values, style, color=colour, marker="o", markersize=3, label=name)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats)", title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    for what, axes in zip(shown, panels, strict=True):
+        for name in history[0]:
+            if name.endswith(what):
+                training = name.startswith("train")
+                colour, style = ("#0072b2", "--") if training else ("#d55e00", "-")
+                values = [point[name] for point in history]
+                label = name.replace("_", " ")
+                axes.plot(steps, values, style, color=colour, marker="o", markersize=3, label=label)
+        axes.set(ylabel=units[what])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    panels[-1].set(xlabel="step")
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
@@ -211,10 +257,11 @@ def plot_curve(history: list[dict[str, float]], title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW with linear warm-up and cosine decay to a tenth."""
+    """How to train: AdamW, or Muon beside it, with linear warm-up and cosine decay to a tenth."""
 
     steps: int
     learning_rate: float
+    muon: float | None = None  # learning rate of Muon, for matrices; None: AdamW for all
     warmup: int = 100
     weight_decay: float = 0.1
     beta2: float = 0.99
@@ -222,21 +269,70 @@ class Recipe:
     eval_every: int = 500  # steps between two points of the curve, and two checkpoints
     bfloat16: bool = False
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..., steps - 1."""
+    def learning_rate_at(self, step: int, highest: float) -> float:
+        """Learning rate of step 0, 1, ..., steps - 1, which rises to highest and falls."""
         warm = min(1.0, (step + 1) / self.warmup)
         decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.learning_rate * warm * (0.1 + 0.9 * decay)
+        return highest * warm * (0.1 + 0.9 * decay)
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but not biases and normalisation gains."""
-    parameters = list(model.parameters())
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is made orthogonal before it is added, so that every direction learns
+    at one speed (Jordan and others 2024, https://kellerjordan.github.io/posts/muon).
+
+    torch.optim.Muon takes no convolutions, and works in bfloat16, which is slow on a CPU that lacks
+    such arithmetic.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 0.05)
+                ahead = weight.grad.lerp(state["momentum"], 0.95).flatten(1)  # Nesterov's momentum
+                rate = group["lr"] * max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(rate * orthogonal(ahead).view_as(weight))
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """The matrix nearest to orthogonal in x's direction: singular values of 1, or about it.
+
+    x: (R, S). By Newton and Schulz's iteration with Jordan's coefficients: five steps of an odd
+    polynomial bring every singular value between about 0.003 and 1 to between 0.7 and 1.2.
+    """
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.mT).mT
+    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW that decays matrices, but not biases and normalisation gains. With recipe.muon it
+    leaves all matrices to Muon but those at the model's two ends, embedding and head."""
+    ends = [getattr(model, name).weight for name in ("embed", "head") if hasattr(model, name)]
+    inner = []
+    if recipe.muon:
+        inner = [p for p in model.parameters() if p.ndim >= 2 and all(p is not end for end in ends)]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in inner)]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+    adam = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+    optimizers = [adam, Muon(inner, recipe.muon, recipe.weight_decay)] if inner else [adam]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]  # the highest, as PyTorch's schedulers call it
+    return optimizers
 
 
 def fit(
@@ -245,7 +341,7 @@ def fit(
     *,
     batch: Callable[[int], tuple[Tensor, Tensor]],
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    evaluate: Callable[[nn.Module], float],
+    evaluate: Callable[[nn.Module], dict[str, float]],
     checkpoint: Path,
     extra: dict[str, Any],
     resume: bool = False,
@@ -253,22 +349,24 @@ def fit(
     """Train model in place, on the device it is on.
 
     batch(step) gives inputs and targets and must depend on step alone; loss(model, inputs, targets)
-    a scalar; evaluate(model) a validation loss. Every recipe.eval_every steps and at the end,
-    checkpoint is written: model, optimiser, random state, history and extra, a dict of plain values
-    that must be the same when the run is resumed.
+    a scalar; evaluate(model) numbers by name, as validation_loss. Every recipe.eval_every steps
+    and at the end, checkpoint is written: model, optimiser, random state, history and extra, a dict
+    of plain values that must be the same when the run is resumed.
 
-    Returns the history, a dict of step, train_loss, validation_loss a point, and the seconds spent.
+    Returns the history, a dict of step, train_loss and what evaluate gave a point, and the seconds
+    spent.
     Raises UsageError if the checkpoint's folder cannot be made, or if it is to be resumed from and
     is not of this run.
     """
     device = next(model.parameters()).device
-    optimizer = make_optimizer(model, recipe)
+    optimizers = make_optimizers(model, recipe)
     first, history, spent = 0, [], 0.0
     if resume:
         saved = load_checkpoint(checkpoint)
         _check_same_run(saved["extra"], extra, checkpoint)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         first, history, spent = saved["step"], saved["history"], saved["seconds"]
         torch.set_rng_state(saved["random"]["cpu"])
         if device.type == "cuda" and "cuda" in saved["random"]:
@@ -286,7 +384,7 @@ def fit(
         state = {
             "format": FORMAT,
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
             "history": history,
             "seconds": time.perf_counter() - start,
@@ -300,15 +398,16 @@ def fit(
     bar = tqdm(total=recipe.steps, initial=first, desc="training", unit="step", dynamic_ncols=True)
     try:
         for step in range(first, recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(step)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = recipe.learning_rate_at(step, group["initial_lr"])
             inputs, targets = (x.to(device, non_blocking=True) for x in batch(step))
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
                 value = loss(model, inputs, targets)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             losses.append(value.detach())
             bar.update()
             if step % 20 == 0:  # reading a loss makes a GPU wait
@@ -317,17 +416,17 @@ def fit(
                 point = {
                     "step": step + 1,
                     "train_loss": torch.stack(losses).mean().item(),
-                    "validation_loss": evaluate(model),
+                    **evaluate(model),
                 }
                 if not all(map(math.isfinite, point.values())):
                     raise UsageError(f"the loss is not finite at step {step + 1}: lower --lr")
                 model.train()
                 losses.clear()
                 history.append(point)
-                bar.write(
-                    f"step {step + 1:5d}   train {point['train_loss']:.3f}"
-                    f"   validation {point['validation_loss']:.3f}"
+                numbers = (
+                    f"{name.replace('_', ' ')} {point[name]:.3f}" for name in list(point)[1:]
                 )
+                bar.write(f"step {step + 1:5d}   {'   '.join(numbers)}")
                 save(step + 1)
     except KeyboardInterrupt:
         if checkpoint.exists():

@@ -1,5 +1,6 @@
-"""The bug zoo: errors that published linear attentions shipped, planted in a copy of model.py. Each
-must be rejected by the proof that is named beside it, or the proof proves nothing."""
+"""The bug zoo: errors that published linear attentions shipped, and some that an image invites,
+planted in a copy of model.py. Each must be rejected by the proof that is named beside it, or the
+proof proves nothing."""
 
 import pytest
 import test_model as proofs
@@ -173,6 +174,43 @@ ZOO = {
         "    return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)",
         proofs.test_weights_are_not_negative,
         {"feature_map": "cosine", "dtype": torch.float32},
+    ),
+    # none of these is known from elsewhere: ways to get an image wrong
+    "a patch sees only those before it": (
+        "past: dict = {}",
+        'past: dict = {"causal": True}',
+        proofs.test_every_patch_sees_every_other,
+        {"attention": "nala"},
+    ),
+    "patches are taken column by column": (
+        "x = x.flatten(1, -2)",
+        "x = x.transpose(1, -2).flatten(1, -2)",
+        proofs.test_split_heads_takes_patches_row_by_row,
+        {},
+    ),
+    "rope counts patches along one line": (
+        "positions = state.position + grid.flatten(0, -2)",
+        "positions = state.position + torch.arange(len(grid.flatten(0, -2)))[:, None]",
+        proofs.test_rope_on_a_grid_knows_row_and_column,
+        {"attention": "nala"},
+    ),
+    "the first attention is that of the last block": (
+        "else tuple(self.attention)",
+        "else tuple(self.attention)[::-1]",
+        proofs.test_each_block_has_the_attention_that_is_named_for_it,
+        {"names": ("nala", "softmax")},
+    ),
+    "the images of a batch share their attention": (
+        "o = o.transpose(1, 2).reshape(x.shape)",
+        "o = o.mean(0, keepdim=True).expand_as(o).transpose(1, 2).reshape(x.shape)",
+        proofs.test_the_images_of_a_batch_do_not_mix,
+        {"options": {}, "training": False},
+    ),
+    "an image is mirrored at its edges": (
+        "padding=size // 2, groups=dim)",
+        'padding=size // 2, groups=dim, padding_mode="reflect")',
+        proofs.test_gated_block_on_a_grid_by_hand,
+        {"attention": "nala"},
     ),
 }
 

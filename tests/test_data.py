@@ -1,20 +1,27 @@
+import contextlib
+import gc
 import hashlib
 import http.client
 import http.server
+import os
 import socket
 import socketserver
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from nala_min import data
 from nala_min.data import SHAKESPEARE, STAND_IN, Vocabulary, all_windows, random_windows
 
-CONTENT = "".join(f"Bürger {i}: Höre mich!\n" for i in range(8000)).encode("utf-8")  # 2 reads
+CONTENT = "".join(f"Bürger {i}: Höre mich!\n" for i in range(8000)).encode("utf-8")  # 4 reads
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+HALF = 100_000  # bytes, about
+BLOCK = 1 << 16  # bytes of a read
 
 
 def answer(body, status="200 OK", length=None):
@@ -23,14 +30,21 @@ def answer(body, status="200 OK", length=None):
     return f"HTTP/1.0 {status}\r\nContent-Length: {length}\r\n\r\n".encode() + body
 
 
+def rest(start, stop=None):
+    """The answer to a Range request for CONTENT from start on, broken off at stop."""
+    return answer(CONTENT[start:stop], "206 Partial Content", len(CONTENT) - start)
+
+
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4000\r\n" + CONTENT[:100]
-TRUNCATED = (ValueError, http.client.HTTPException)  # Python's version decides
+WRONG_BYTE = CONTENT[:-9] + b"?" + CONTENT[-8:]
+BROKEN_OFF = answer(CONTENT[:HALF], length=len(CONTENT))
 
 # What a server does -> its answer (None: it refuses the connection) and what download raises.
 FAILURES = {
-    "wrong bytes": (answer(CONTENT.replace(b"7", b"8")), ValueError),
-    "empty body": (answer(b""), ValueError),
-    "truncated": (answer(CONTENT[:100_000], length=len(CONTENT)), TRUNCATED),
+    "wrong byte": (answer(WRONG_BYTE), ValueError),
+    "a byte too many": (answer(CONTENT + b"\n"), ValueError),
+    "empty body": (answer(b""), (OSError, ValueError)),
+    "an error page": (answer(b"<p>Sign in first</p>"), (OSError, ValueError)),
     "truncated chunk": (CHUNKED, http.client.HTTPException),
     "not HTTP": (b"220 mail server ready\r\n", http.client.HTTPException),
     "no answer": (b"", OSError),
@@ -42,9 +56,13 @@ failures = pytest.mark.parametrize("failure", FAILURES)
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.server.requests += 1
-        self.server.may_answer.wait(5)
-        self.wfile.write(self.server.answer)
+        server = self.server
+        server.ranges.append(self.headers["Range"])
+        server.may_answer.wait(5)
+        answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+        with contextlib.suppress(ConnectionError):  # the client has heard enough
+            for piece in [answer] if isinstance(answer, bytes) else answer():
+                self.wfile.write(piece)
 
     def log_message(self, *arguments):
         pass
@@ -52,13 +70,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A loopback server that answers each GET with server.answer and counts server.requests."""
+    """A loopback server. Each GET has the next of server.answers, the last for ever: bytes, or a
+    function that gives pieces. server.ranges has what Range each GET asked for."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
-        server.answer, server.requests = answer(CONTENT), 0
+        server.answers, server.ranges = [answer(CONTENT)], []
         server.may_answer = threading.Event()
         server.may_answer.set()
-        server.url = f"http://127.0.0.1:{server.server_address[1]}/input.txt"
+        server.source = source_at(f"http://127.0.0.1:{server.server_address[1]}/input.txt")
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
@@ -67,18 +86,23 @@ def server(monkeypatch):
         thread.join()
 
 
+def source_at(url):
+    """CONTENT, told to be Tiny Shakespeare, at url."""
+    return replace(SHAKESPEARE, url=url, size=len(CONTENT), sha256=SHA256)
+
+
 @pytest.fixture
-def url_of(server):
-    """url_of(failure): the address of a server that fails so."""
+def source_of(server):
+    """source_of(failure): CONTENT, at a server that fails so."""
 
-    def url_of(failure):
-        server.answer = FAILURES[failure][0]
-        if server.answer is not None:
-            return server.url
+    def source_of(failure):
+        server.answers = [FAILURES[failure][0]]
+        if server.answers != [None]:
+            return server.source
         with socket.create_server(("127.0.0.1", 0)) as closed:
-            return f"http://127.0.0.1:{closed.getsockname()[1]}/input.txt"
+            return source_at(f"http://127.0.0.1:{closed.getsockname()[1]}/input.txt")
 
-    return url_of
+    return source_of
 
 
 @pytest.fixture
@@ -105,12 +129,17 @@ def test_a_given_file_is_read_byte_for_byte(tmp_path):
     assert messages == []
 
 
-def test_a_given_file_with_the_bytes_of_shakespeare_is_named_so(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "is_shakespeare"),
+    [(CONTENT, True), (CONTENT + b"\n", False), (WRONG_BYTE, False)],
+    ids=["same", "longer", "as long"],
+)
+def test_a_given_file_is_shakespeare_only_with_its_bytes(content, is_shakespeare, tmp_path):
     path = tmp_path / "renamed.txt"
-    path.write_bytes(CONTENT)
-    assert data.load_text(path, sha256=SHA256).name == SHAKESPEARE
-    path.write_bytes(CONTENT + b"\n")
-    assert data.load_text(path, sha256=SHA256).name == "renamed.txt"
+    path.write_bytes(content)
+    text = data.load_text(path, source=source_at("http://unused"))
+    assert text.name == (SHAKESPEARE.name if is_shakespeare else "renamed.txt")
+    assert text.text.encode("utf-8") == content
 
 
 def test_a_given_file_that_is_not_utf8_raises_value_error(tmp_path):
@@ -125,41 +154,67 @@ def test_a_given_file_that_is_missing_raises_os_error(tmp_path):
         data.load_text(tmp_path / "nowhere.txt")
 
 
-# --- The download and its cache ------------------------------------------------------------------
+# --- A source and its cache ----------------------------------------------------------------------
+
+
+def test_a_source_is_at_a_file_with_its_bytes_and_nowhere_else(tmp_path):
+    source, path = source_at("http://unused"), tmp_path / "file"
+    assert not source.is_at(path)
+    assert not source.is_at(tmp_path)  # a folder
+    path.write_bytes(CONTENT)
+    assert source.is_at(path)
+    assert not replace(source, size=source.size + 1).is_at(path)
+    path.write_bytes(WRONG_BYTE)
+    assert not source.is_at(path)
 
 
 def test_a_download_is_cached_and_not_fetched_twice(server, cached):
     messages = []
-    load = partial(data.load_text, url=server.url, sha256=SHA256, announce=messages.append)
-    assert load() == load() == data.Text(SHAKESPEARE, CONTENT.decode("utf-8"))
+    load = partial(data.load_text, source=server.source, announce=messages.append)
+    assert load() == load() == data.Text(SHAKESPEARE.name, CONTENT.decode("utf-8"))
     assert load().sha256 == SHA256
-    assert server.requests == 1
-    assert len(messages) == 1 and server.url in messages[0]
+    assert len(server.ranges) == 1
+    assert len(messages) == 1 and server.source.url in messages[0]
     assert files_below(cached.parent) == [cached.name]
     assert cached.read_bytes() == CONTENT
 
 
-def test_a_corrupt_cached_file_is_fetched_again(server, cached):
-    cached.parent.mkdir(parents=True)
-    cached.write_bytes(CONTENT[:-1])
-    text = data.load_text(url=server.url, sha256=SHA256)
-    assert text == data.Text(SHAKESPEARE, CONTENT.decode("utf-8"))
-    assert server.requests == 1
+def test_fetch_announces_the_size_and_the_hint_before_it_downloads(server, cached):
+    messages = []
+
+    def announce(message):
+        messages.append((message, len(server.ranges)))
+
+    assert data.fetch(server.source, announce, hint=": slow") == cached
+    [(message, requests)] = messages
+    assert requests == 0
+    assert SHAKESPEARE.name in message and f"{len(CONTENT):,} bytes" in message
+    assert message.endswith(f"{server.source.url}: slow")
     assert cached.read_bytes() == CONTENT
 
 
-def test_a_corrupt_cached_file_is_not_used_without_a_network(url_of, cached):
+@pytest.mark.parametrize("corrupt", [CONTENT[:-1], WRONG_BYTE], ids=["short", "wrong byte"])
+def test_a_corrupt_cached_file_is_fetched_again(corrupt, server, cached):
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(corrupt)
+    text = data.load_text(source=server.source)
+    assert text == data.Text(SHAKESPEARE.name, CONTENT.decode("utf-8"))
+    assert server.ranges == [None]
+    assert cached.read_bytes() == CONTENT
+
+
+def test_a_corrupt_cached_file_is_not_used_without_a_network(source_of, cached):
     cached.parent.mkdir(parents=True)
     cached.write_bytes(CONTENT[:-1])
-    assert data.load_text(url=url_of("refused"), sha256=SHA256).name == STAND_IN
+    assert data.load_text(source=source_of("refused")).name == STAND_IN
 
 
 @failures
 def test_without_a_download_the_stand_in_is_announced_and_nothing_is_cached(
-    failure, url_of, cached
+    failure, source_of, cached
 ):
     messages = []
-    text = data.load_text(url=url_of(failure), sha256=SHA256, announce=messages.append)
+    text = data.load_text(source=source_of(failure), announce=messages.append)
     assert text.name == STAND_IN
     assert len(text.text) > 400_000
     assert "NO SHAKESPEARE" in messages[-1] and STAND_IN in messages[-1]
@@ -168,30 +223,207 @@ def test_without_a_download_the_stand_in_is_announced_and_nothing_is_cached(
 
 def test_a_cache_that_cannot_be_written_gives_the_stand_in(server, cached):
     cached.parents[1].write_text("a file where the folder should be", encoding="utf-8")
-    assert data.load_text(url=server.url, sha256=SHA256).name == STAND_IN
+    assert data.load_text(source=server.source).name == STAND_IN
+
+
+def test_a_text_that_broke_off_is_a_stand_in_at_first_and_whole_at_the_next_call(server, cached):
+    server.answers = [BROKEN_OFF, b""]
+    assert data.load_text(source=server.source).name == STAND_IN
+    assert files_below(cached.parent) == [f"{cached.name}.part"]
+    server.answers = [rest(HALF)]
+    assert data.load_text(source=server.source).text == CONTENT.decode("utf-8")
+    assert files_below(cached.parent) == [cached.name]
+
+
+# --- The download --------------------------------------------------------------------------------
 
 
 @failures
-def test_a_broken_download_raises_and_leaves_no_file(failure, url_of, tmp_path):
+def test_a_download_that_fails_raises_and_leaves_no_file(failure, source_of, tmp_path):
     with pytest.raises(FAILURES[failure][1]):
-        data.download(url_of(failure), tmp_path / "new" / "input.txt", SHA256)
+        data.download(source_of(failure), tmp_path / "new" / "input.txt")
     assert files_below(tmp_path) == []
+    gc.collect()  # a connection left open would warn
 
 
-def test_a_broken_download_leaves_the_old_file(url_of, tmp_path):
-    path = tmp_path / "input.txt"
+def test_wrong_bytes_are_named_and_deleted_and_the_old_file_stays(source_of, tmp_path):
+    path, source = tmp_path / "input.txt", source_of("wrong byte")
     path.write_bytes(b"old")
-    with pytest.raises(ValueError, match=SHA256):
-        data.download(url_of("wrong bytes"), path, SHA256)
+    with pytest.raises(ValueError, match=SHA256) as error:
+        data.download(source, path)
+    assert source.url in str(error.value)
+    assert hashlib.sha256(WRONG_BYTE).hexdigest() in str(error.value)
     assert files_below(tmp_path) == ["input.txt"]
     assert path.read_bytes() == b"old"
+
+
+def test_after_wrong_bytes_the_next_download_begins_anew(server, tmp_path):
+    """Nothing of them is left to go on from."""
+    path = tmp_path / "input.txt"
+    server.answers = [answer(WRONG_BYTE), answer(CONTENT)]
+    with pytest.raises(ValueError, match="deleted"):
+        data.download(server.source, path)
+    data.download(server.source, path)
+    assert server.ranges == [None, None]
+    assert path.read_bytes() == CONTENT
+
+
+def test_an_endless_answer_is_not_read_to_its_end(server, tmp_path):
+    sent = []
+
+    def endless():
+        yield b"HTTP/1.0 200 OK\r\n\r\n"
+        for _ in range(1000):  # so that a download that reads on fails, rather than hangs
+            sent.append(BLOCK)
+            yield b"a" * BLOCK
+
+    server.answers = [endless]
+    with pytest.raises(ValueError, match="deleted") as error:
+        data.download(server.source, tmp_path / "input.txt")
+    size = int(str(error.value).split(" gave ")[1].split(" bytes")[0].replace(",", ""))
+    assert len(CONTENT) < size <= len(CONTENT) + BLOCK
+    assert sum(sent) < 1000 * BLOCK
+    assert files_below(tmp_path) == []
 
 
 def test_a_silent_server_raises_os_error_after_the_timeout(server, tmp_path):
     server.may_answer.clear()
     with pytest.raises(OSError, match="timed out"):
-        data.download(server.url, tmp_path / "input.txt", SHA256, timeout=0.1)
+        data.download(server.source, tmp_path / "input.txt", timeout=0.1)
     assert files_below(tmp_path) == []
+
+
+def test_a_download_goes_on_at_once_as_often_as_more_comes(server, tmp_path):
+    server.answers = [BROKEN_OFF, rest(HALF, HALF + 5), rest(HALF + 5)]
+    data.download(server.source, tmp_path / "input.txt")
+    assert server.ranges == [None, f"bytes={HALF}-", f"bytes={HALF + 5}-"]
+    assert files_below(tmp_path) == ["input.txt"]
+    assert (tmp_path / "input.txt").read_bytes() == CONTENT
+
+
+# What a server that broke off says to the request for the rest -> what download raises.
+NO_MORE = {
+    "hangs up": (b"", OSError),
+    "empty body": (rest(HALF, HALF), (OSError, http.client.HTTPException)),
+    "an error page": (answer(b"<p>Sign in first</p>"), (OSError, ValueError)),
+    "503": (answer(b"later", status="503 Service Unavailable"), OSError),
+    "not HTTP": (b"220 mail server ready\r\n", http.client.HTTPException),
+}
+
+
+@pytest.mark.parametrize("no_more", NO_MORE)
+def test_what_came_before_nothing_more_came_is_where_the_next_call_goes_on(
+    no_more, server, tmp_path
+):
+    path = tmp_path / "input.txt"
+    path.write_bytes(b"old")
+    server.answers = [BROKEN_OFF, NO_MORE[no_more][0]]
+    with pytest.raises(NO_MORE[no_more][1]):
+        data.download(server.source, path)
+    assert server.ranges == [None, f"bytes={HALF}-"]
+    assert path.read_bytes() == b"old"
+    assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:HALF]
+
+    server.answers = [rest(HALF)]
+    data.download(server.source, path)
+    assert server.ranges[2:] == [f"bytes={HALF}-"]
+    assert path.read_bytes() == CONTENT
+    assert files_below(tmp_path) == ["input.txt"]
+
+
+def test_a_server_that_knows_no_ranges_begins_anew(server, tmp_path):
+    (tmp_path / "input.txt.part").write_bytes(CONTENT[:HALF])
+    data.download(server.source, tmp_path / "input.txt")
+    assert server.ranges == [f"bytes={HALF}-"]  # and was answered with 200 and all
+    assert (tmp_path / "input.txt").read_bytes() == CONTENT
+    assert files_below(tmp_path) == ["input.txt"]
+
+
+def test_a_server_that_knows_no_ranges_and_breaks_off_again_takes_nothing_away(server, tmp_path):
+    server.answers = [BROKEN_OFF, answer(CONTENT[:10], length=len(CONTENT))]
+    with pytest.raises((OSError, http.client.HTTPException)):
+        data.download(server.source, tmp_path / "input.txt")
+    assert len(server.ranges) == 2  # it is not asked for ever
+    assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:HALF]
+
+
+@pytest.mark.parametrize(
+    ("part", "requests"),
+    [(b"?" * HALF, 1), (WRONG_BYTE, 0), (CONTENT + b"more", 0)],
+    ids=["corrupt", "whole and corrupt", "too long"],
+)
+def test_a_wrong_part_file_is_found_out_and_deleted(part, requests, server, tmp_path):
+    (tmp_path / "input.txt.part").write_bytes(part)
+    server.answers = [rest(HALF)]
+    with pytest.raises(ValueError, match="deleted"):
+        data.download(server.source, tmp_path / "input.txt")
+    assert len(server.ranges) == requests
+    assert files_below(tmp_path) == []
+
+
+def test_a_whole_part_file_needs_no_network(source_of, tmp_path):
+    (tmp_path / "input.txt.part").write_bytes(CONTENT)
+    data.download(source_of("refused"), tmp_path / "input.txt")
+    assert (tmp_path / "input.txt").read_bytes() == CONTENT
+    assert files_below(tmp_path) == ["input.txt"]
+
+
+def test_an_interrupted_download_keeps_what_has_come(server, tmp_path, monkeypatch):
+    """Ctrl-C must not cost what took many minutes."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data.tqdm, "update", interrupt)  # called after each block
+        with pytest.raises(KeyboardInterrupt):
+            data.download(server.source, tmp_path / "input.txt")
+    assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:BLOCK]
+    server.answers = [rest(BLOCK)]
+    data.download(server.source, tmp_path / "input.txt")
+    assert server.ranges == [None, f"bytes={BLOCK}-"]
+    assert (tmp_path / "input.txt").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("shares_the_part_file", [True, False])
+def test_another_process_may_be_faster(shares_the_part_file, server, tmp_path):
+    path, part = tmp_path / "input.txt", tmp_path / "input.txt.part"
+
+    def other_process_finishes():
+        if shares_the_part_file:
+            part.write_bytes(CONTENT)
+            os.replace(part, path)
+        else:
+            path.write_bytes(CONTENT)
+        yield answer(CONTENT)
+
+    server.answers = [other_process_finishes]
+    data.download(server.source, path)
+    assert path.read_bytes() == CONTENT
+    assert files_below(tmp_path) == ["input.txt"]
+
+
+@pytest.mark.parametrize(
+    ("part", "answers"),
+    [
+        (b"", [answer(CONTENT)]),
+        (b"", [BROKEN_OFF, rest(HALF)]),
+        (CONTENT[:HALF], [rest(HALF)]),
+        (CONTENT[:HALF], [answer(CONTENT)]),
+    ],
+    ids=["at once", "broken off", "in two calls", "anew"],
+)
+def test_the_progress_bar_counts_each_byte_once_up_to_the_total(
+    part, answers, server, tmp_path, capsys
+):
+    (tmp_path / "input.txt.part").write_bytes(part)
+    server.answers = answers
+    data.download(server.source, tmp_path / "input.txt")
+    last = capsys.readouterr().err.split("\r")[-1]
+    size = tqdm.format_sizeof(len(CONTENT))
+    assert SHAKESPEARE.name in last
+    assert "100%" in last and f" {size}/{size} " in last
+    assert "B/s" in last
 
 
 @pytest.mark.parametrize("value", [None, ""])

@@ -1,7 +1,10 @@
 """Proofs of nala_min/model.py. Every test takes the module as an argument: test_bug_zoo.py calls
 them with broken copies, which they must reject. Numbers in brackets are equations of model.py."""
 
+import ast
+import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_cifar
 
 B, H, D, M = 2, 3, 4, 5
 FEATURE_MAPS = ("cosine", "split", "elu", "relu")
@@ -451,6 +456,13 @@ def test_rope_turns_the_numerator_only(model):
     assert_close(torch.cat([first, rest], 2), got, rtol=1e-10, atol=1e-10)
 
 
+def test_rotary_angles_share_the_frequencies_among_the_axes(model):
+    """(17) on an image: one half of the angles is the row's, the other the column's."""
+    places = torch.tensor([[0, 0], [0, 3], [2, 0], [5, 7]])
+    want = [[r, r / 100, s, s / 100] for r, s in places.tolist()]
+    assert_close(model.rotary_angles(places, 8), torch.tensor(want))
+
+
 # --- 4. Safety ------------------------------------------------------------------------------------
 
 MODES = {
@@ -652,6 +664,8 @@ def small_lm(model, **options):
 
 
 VARIANTS = [{"attention": name} for name in ATTENTIONS] + [
+    {"attention": ("split", "softmax")},
+    {"attention": ["softmax", "nala"]},
     {"rope": "numerator"},
     {"norm_scale": None},
     {"conv_size": 1},
@@ -699,13 +713,6 @@ def test_bfloat16_autocast_is_near_float32(model, options):
     assert rms_ratio(gradients[1], gradients[0].double()) < 5e-2
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_the_block_is_the_same_for_every_attention(model, attention):
-    """A fair comparison: the same parameters, name by name, whatever the attention."""
-    shapes = {n: p.shape for n, p in small_lm(model, attention=attention).named_parameters()}
-    assert shapes == {n: p.shape for n, p in small_lm(model).named_parameters()}
-
-
 def test_the_language_model_does_not_see_the_future(model):
     lm = small_lm(model)
     tokens = torch.randint(11, (1, 20))
@@ -719,7 +726,7 @@ def test_the_language_model_does_not_see_the_future(model):
 def test_gated_block_by_hand(model):
     """(16), with the local convolution written out."""
     config = model.LMConfig(vocab_size=5, num_heads=2, dim=8, conv_size=3)
-    block = model.GatedAttention(config).double()
+    block = model.GatedAttention(config, "nala").double()
     x = torch.randn(1, 6, 8, dtype=torch.float64)
     q, k, v, gate = (x @ w.T for w in block.project.weight.chunk(4))
     heads = [y.view(1, 6, 2, 4).transpose(1, 2) for y in (q, k, v)]
@@ -767,19 +774,25 @@ def test_dropout_follows_the_embedding_and_both_branches_of_each_block(model):
 
 
 def test_a_learned_norm_scale_starts_at_the_root_of_the_channels(model):
-    block = model.GatedAttention(model.LMConfig(5, dim=64, num_heads=4, norm_scale=None))
+    config = model.LMConfig(vocab_size=5, dim=64, num_heads=4, norm_scale=None)
+    block = model.GatedAttention(config, "nala")
     assert block.norm_scale.tolist() == [4.0] * 4
 
 
-def test_initial_weights(model):
+def check_initial_weights(net):
     """Normal with deviation 0.02; what ends a residual branch is smaller by the root of their
-    number, so that the first loss is near that of guessing."""
-    lm = small_lm(model, num_layers=8, dim=128)
-    ends = [end for block in lm.blocks for end in (block.attention.out, block.mlp[-1])]
-    for module in lm.modules():
+    number."""
+    ends = [end for block in net.blocks for end in (block.attention.out, block.mlp[-1])]
+    for module in net.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            want = 0.02 / math.sqrt(16) if module in ends else 0.02
+            want = 0.02 / math.sqrt(len(ends)) if module in ends else 0.02
             assert module.weight.std().item() == pytest.approx(want, rel=0.1)
+
+
+def test_initial_weights(model):
+    """So that the first loss is near that of guessing."""
+    lm = small_lm(model, num_layers=8, dim=128)
+    check_initial_weights(lm)
     logits = lm(torch.randint(11, (4, 64)))[0].flatten(0, 1)
     loss = F.cross_entropy(logits, torch.randint(11, (256,))).item()
     assert loss == pytest.approx(math.log(11), abs=0.2)
@@ -833,15 +846,378 @@ def test_overfits_a_short_text(model):
     assert loss.item() < 0.1
 
 
+# --- 6. The image model ---------------------------------------------------------------------------
+
+
+def small_vit(model, **options):
+    sizes = {"num_classes": 7, "num_layers": 2, "num_heads": 2, "dim": 16, "conv_size": 3}
+    return model.NaLaViT(model.ViTConfig(**{"patch_size": 2} | sizes | options))
+
+
+MODELS = {"LM": small_lm, "ViT": small_vit}
+VIT_VARIANTS = [*VARIANTS, {"patch_size": 1}, {"patch_size": 4, "conv_size": 5}]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (5, 7), (32, 32), (33, 20)])
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8, 16])
+def test_an_image_may_have_any_size_and_patches_of_any_size(model, patch_size, height, width):
+    """A patch for every patch_size pixels begun, in either direction."""
+    vit, grids = small_vit(model, patch_size=patch_size), []
+    vit.blocks[0].register_forward_pre_hook(lambda _, arguments: grids.append(arguments[0].shape))
+    logits = vit(torch.randn(2, 3, height, width))
+    assert grids == [(2, math.ceil(height / patch_size), math.ceil(width / patch_size), 16)]
+    assert logits.shape == (2, 7) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("options", VIT_VARIANTS, ids=str)
+def test_every_parameter_of_an_image_model_gets_a_gradient(model, options):
+    vit = small_vit(model, **options)
+    F.cross_entropy(vit(torch.randn(4, 3, 11, 6)), torch.randint(7, (4,))).backward()
+    for name, parameter in vit.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("options", VIT_VARIANTS, ids=str)
+def test_every_pixel_matters(model, options):
+    """The stem steps over none, at the edges neither."""
+    images = torch.randn(1, 3, 9, 6, dtype=torch.float64, requires_grad=True)
+    vit = small_vit(model, **options).double()
+    (gradient,) = torch.autograd.grad(vit(images)[0, 0], images)
+    assert (gradient != 0).all()
+
+
+@pytest.mark.parametrize("options", VIT_VARIANTS, ids=str)
+def test_bfloat16_autocast_of_an_image_model_is_near_float32(model, options):
+    """What the gpu preset trains with: logits and the gradient of every parameter."""
+    vit, images = small_vit(model, **options), torch.randn(4, 3, 12, 8)
+    logits, gradients = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits.append(vit(images).float())
+        loss = F.cross_entropy(logits[-1], torch.arange(4))
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, vit.parameters())])
+        )
+    assert rms_ratio(logits[1], logits[0].double()) < 2e-2
+    assert rms_ratio(gradients[1], gradients[0].double()) < 5e-2
+
+
+@pytest.mark.parametrize("options", VIT_VARIANTS, ids=str)
+def test_float32_images_are_near_float64(model, options):
+    vit, images = small_vit(model, **options), torch.randn(4, 3, 12, 8)
+    got, want = vit(images), vit.double()(images.double())
+    assert want.dtype == torch.float64
+    assert rms_ratio(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("attention", [*ATTENTIONS, ("split", "softmax"), ("elu", "nala")])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_blocks_are_the_same_for_every_attention(model, kind, attention):
+    """A fair comparison: the same parameters, name by name, whatever the attention."""
+    shapes, wanted = (
+        {name: parameter.shape for name, parameter in net.named_parameters()}
+        for net in (MODELS[kind](model, attention=attention), MODELS[kind](model))
+    )
+    assert shapes == wanted
+
+
+@pytest.mark.parametrize("names", list(itertools.product(ATTENTIONS, repeat=2)), ids="-".join)
+def test_each_block_has_the_attention_that_is_named_for_it(model, names):
+    """The whole image model, put together from the blocks of models of one attention each."""
+    vit = small_vit(model, attention=names).double()
+    images = torch.randn(2, 3, 6, 10, dtype=torch.float64)
+    x = vit.stem(images).movedim(1, -1)
+    for i, name in enumerate(names):
+        one = small_vit(model, attention=name).double()
+        one.load_state_dict(vit.state_dict())
+        x, _ = one.blocks[i](x, model.BlockState())
+    x = F.layer_norm(x, (16,), vit.norm.weight, vit.norm.bias)
+    mean = sum(x[:, r, s] for r in range(3) for s in range(5)) / 15
+    assert_close(vit(images), mean @ vit.head.weight.T + vit.head.bias)
+
+
+@pytest.mark.parametrize("names", [("nala", "softmax"), ("softmax", "nala")], ids="-".join)
+def test_each_block_of_the_language_model_has_its_attention(model, names):
+    """Only softmax remembers keys and values; its state is a pair."""
+    _, states = small_lm(model, attention=names)(torch.randint(11, (1, 4)))
+    assert [isinstance(state.attention, tuple) for state in states] == [
+        name == "softmax" for name in names
+    ]
+
+
+def test_split_heads_takes_patches_row_by_row(model):
+    config = model.ViTConfig(num_heads=3, dim=12)
+    x = torch.randn(2, 4, 5, 12)
+    heads = model.GatedAttention(config, "nala").split_heads(x)
+    assert heads.shape == (2, 3, 20, 4)
+    for h, r, s in itertools.product(range(3), range(4), range(5)):
+        assert torch.equal(heads[:, h, 5 * r + s], x[:, r, s, 4 * h : 4 * h + 4])
+
+
+def attention_by_hand(model, q, k, v, name):
+    """Bidirectional attention of a block by its name; softmax by Eq. (1)."""
+    if name == "softmax":
+        return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
+    return loop_attention(model, q, k, v, model.ATTENTIONS[name], causal=False)
+
+
+def gated_by_hand(block, x, attention):
+    """(16) on a grid (B, R, S, E) in two heads: the 5 x 5 convolution as a loop over patches and
+    neighbours, attention(q, k, v) over patches row by row."""
+    batch, rows, columns, dim = x.shape
+    q, k, v, gate = (x @ w.T for w in block.project.weight.chunk(4))
+    local = torch.zeros_like(v) + block.local.conv.bias
+    for r, s, i, j in itertools.product(range(rows), range(columns), range(-2, 3), range(-2, 3)):
+        if 0 <= r + i < rows and 0 <= s + j < columns:
+            local[:, r, s] += block.local.conv.weight[:, 0, i + 2, j + 2] * v[:, r + i, s + j]
+
+    def heads(y):
+        patches = [y[:, r, s].view(batch, 2, -1) for r in range(rows) for s in range(columns)]
+        return torch.stack(patches, 2)
+
+    o = attention(*(heads(y) for y in (q, k, v)))
+    o = torch.stack([o[:, :, n].reshape(batch, dim) for n in range(rows * columns)], 1)
+    y = F.layer_norm(o.view(x.shape) + local, (dim,), block.norm.weight, block.norm.bias)
+    return (y * gate * torch.sigmoid(gate)) @ block.out.weight.T
+
+
+def grid_block(model, attention="nala", **options):
+    sizes = {"num_heads": 2, "dim": 8, "conv_size": 5}
+    return model.GatedAttention(model.ViTConfig(**sizes | options), attention).double()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_gated_block_on_a_grid_by_hand(model, attention):
+    """(16), with every sum written out; the gain and shift of the norm are not 1 and 0."""
+    block = grid_block(model, attention)
+    for parameter in block.norm.parameters():
+        parameter.data.normal_()
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    want = gated_by_hand(block, x, lambda *qkv: attention_by_hand(model, *qkv, attention))
+    y, state = block(x, model.BlockState())
+    assert_close(y, want)
+    assert state.attention is None and state.conv is None  # nothing comes after an image
+
+
+@pytest.mark.parametrize("attention", ["nala", "split", "elu", "relu"])
+def test_rope_on_a_grid_knows_row_and_column(model, attention):
+    """(17) with the pair (row, column) as a patch's position."""
+    block = grid_block(model, attention, rope="numerator")
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    places = torch.tensor([(r, s) for r in range(3) for s in range(4)])
+    options = {"feature_map": model.ATTENTIONS[attention], "rope_positions": places}
+    want = gated_by_hand(block, x, lambda *qkv: model.nala_attention(*qkv, **options))
+    assert_close(block(x, model.BlockState())[0], want)
+
+
+def test_a_learned_norm_scale_is_that_of_its_head(model):
+    block = grid_block(model, norm_scale=None)
+    block.norm_scale.data = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+
+    def attention(*qkv):
+        heads = zip(*(y.split(1, dim=1) for y in qkv), (0.5, 3.0), strict=True)
+        return torch.cat([model.nala_attention(*y, norm_scale=s) for *y, s in heads], 1)
+
+    assert_close(block(x, model.BlockState())[0], gated_by_hand(block, x, attention))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_patch_sees_every_other(model, attention):
+    """Through attention alone: a convolution over 1 patch brings nothing from elsewhere. So many
+    channels that ReLU leaves some of each."""
+    block = grid_block(model, attention, conv_size=1, num_heads=1, dim=32)
+    x = torch.randn(1, 3, 4, 32, dtype=torch.float64)
+    before, _ = block(x, model.BlockState())
+    for r, s in itertools.product(range(3), range(4)):
+        changed = x.clone()
+        changed[:, r, s] += 1
+        after, _ = block(changed, model.BlockState())
+        assert ((after - before).abs().amax(-1) > 1e-9).all(), (r, s)
+
+
+KNOWS = {
+    "nothing": ({}, False),
+    "the stem": ({}, True),
+    "the local convolution": ({"conv_size": 3}, True),
+    "rope": ({"rope": "numerator"}, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "attention"),
+    [
+        (source, name)
+        for source in KNOWS
+        for name in (*ATTENTIONS, ("nala", "softmax"))
+        if source != "rope" or "softmax" not in (name, name[-1])
+    ],
+    ids=str,
+)
+def test_position_comes_from_convolutions_and_rope_only(model, source, attention):
+    """Pixels as patches, in another order: if nothing looks at neighbours, the same logits."""
+    options, knows = KNOWS[source]
+    options = {"conv_size": 1, "patch_size": 1, "attention": attention} | options
+    vit = small_vit(model, **options).double()
+    for name, parameter in vit.named_parameters():
+        parameter.data.mul_(5.0)  # so that a difference is seen
+        if name.startswith("stem") and parameter.ndim == 4 and source != "the stem":
+            middle = parameter[..., 1, 1].clone()
+            parameter.data.zero_()[..., 1, 1] = middle
+    images = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    moved = images.flatten(2)[..., torch.randperm(20)].view_as(images)
+    logits = vit(images)
+    difference = (vit(moved) - logits).abs().max() / logits.abs().max()
+    assert difference > 1e-4 if knows else difference < 1e-12
+
+
+def test_a_patch_knows_how_far_the_edge_is(model):
+    """Of an image of one colour: zeros lie around it, which the stem and every local convolution
+    see. Patches that are mirrored have different kernels between them and the edge."""
+    vit, seen = small_vit(model, patch_size=1).double(), []
+    for block in vit.blocks:
+        block.attention.local.register_forward_hook(lambda _, arguments, out: seen.append(out[0]))
+    images = torch.ones(1, 3, 9, 9, dtype=torch.float64)
+    seen.append(vit.stem(images).movedim(1, -1))
+    vit(images)
+    for x in seen:
+        corner, edge, middle = x[0, 0, 0], x[0, 0, 4], x[0, 4, 4]
+        for one, other in itertools.combinations((corner, edge, middle), 2):
+            assert (one - other).abs().max() > 1e-3 * x.abs().max()
+
+
+@pytest.mark.parametrize("options", VIT_VARIANTS, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_images_of_a_batch_do_not_mix(model, options, training):
+    vit = small_vit(model, **options).double().train(training)
+    images = torch.randn(4, 3, 6, 9, dtype=torch.float64)
+    want = vit(images)
+    for i in range(4):
+        assert_close(vit(images[i : i + 1]), want[i : i + 1], rtol=1e-10, atol=1e-12)
+    assert_close(vit(images.flip(0)), want.flip(0), rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_of_an_image_model_acts_in_training_only(model):
+    vit, images = small_vit(model, dropout=0.5), torch.randn(2, 3, 6, 8)
+    assert not torch.equal(vit(images), vit(images))
+    vit.eval()
+    assert torch.equal(vit(images), vit(images))
+    without = small_vit(model).eval()
+    without.load_state_dict(vit.state_dict())
+    assert torch.equal(vit(images), without(images))
+
+
+def test_dropout_follows_the_stem_and_both_branches_of_each_block(model):
+    vit, calls = small_vit(model), []
+    for module in vit.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    vit(torch.randn(1, 3, 4, 4))
+    assert len(calls) == 1 + 2 * len(vit.blocks)
+
+
+def test_initial_weights_of_an_image_model(model):
+    vit = small_vit(model, num_layers=4, dim=128, num_classes=200)
+    check_initial_weights(vit)
+    loss = F.cross_entropy(vit(torch.randn(64, 3, 4, 4)), torch.randint(200, (64,))).item()
+    assert loss == pytest.approx(math.log(200), abs=0.2)
+
+
+@pytest.mark.parametrize("attention", ["nala", "softmax", ("split", "softmax")])
+def test_overfits_a_few_images(model, attention):
+    """20 images of noise by heart: loss below 0.1."""
+    vit = small_vit(model, attention=attention, dim=32, patch_size=4)
+    images, labels = torch.randn(20, 3, 12, 16), torch.randint(7, (20,))
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = F.cross_entropy(vit(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert F.cross_entropy(vit(images), labels).item() < 0.1
+
+
+# --- 7. Configs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attention", "names", "kind"),
+    [
+        ("nala", ("nala",) * 3, "linear"),
+        ("softmax", ("softmax",) * 3, "softmax"),
+        (["softmax"] * 3, ("softmax",) * 3, "softmax"),
+        (["nala", "elu", "relu"], ("nala", "elu", "relu"), "linear"),
+        (("split", "split", "softmax"), ("split", "split", "softmax"), "hybrid"),
+        (("softmax", "softmax", "nala"), ("softmax", "softmax", "nala"), "hybrid"),
+    ],
+)
+def test_a_config_names_the_attention_of_each_block_and_their_kind(model, attention, names, kind):
+    for config in (
+        model.LMConfig(vocab_size=5, num_layers=3, attention=attention),
+        model.ViTConfig(num_layers=3, attention=attention),
+    ):
+        assert config.attentions == names
+        assert config.kind == kind
+
+
+def test_the_released_hybrid_is_written_as_its_docstring_says(model):
+    """The pattern in ViTConfig's docstring, at the default sizes."""
+    (written,) = re.findall(r"attention=(\(.*?\))", model.ViTConfig.__doc__)
+    config = model.ViTConfig(attention=ast.literal_eval(written))
+    assert config.kind == "hybrid"
+    is_linear = [name != "softmax" for name in config.attentions]
+    assert is_linear == sorted(is_linear, reverse=True)  # linear in early blocks
+    logits = model.NaLaViT(config)(torch.randn(1, 3, 32, 32))
+    assert logits.shape == (1, 10) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("preset", train_cifar.PRESETS)
+def test_no_preset_of_an_image_model_has_more_than_four_million_parameters(model, preset):
+    with torch.device("meta"):  # counted, not made
+        vit = train_cifar.build_model(train_cifar.PRESETS[preset] | {"attention": "nala"})
+    assert 10_000 < sum(parameter.numel() for parameter in vit.parameters()) <= 4_000_000
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_heads": 5}, "num_heads=5 does not divide dim=16"),
         ({"attention": "fast"}, "attention='fast' is not one of"),
+        ({"attention": ("nala", "fast")}, "attention='fast' is not one of"),
+        ({"attention": ("nala",)}, r"attention=\('nala',\) names 1 blocks, not num_layers=2"),
+        ({"attention": ["nala"] * 3}, "names 3 blocks, not num_layers=2"),
         ({"rope": "both"}, "rope='both'"),
         ({"rope": "numerator", "attention": "softmax"}, "not for 'softmax'"),
+        ({"rope": "numerator", "attention": ("nala", "softmax")}, "not for 'softmax'"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(model, options, message):
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_config_that_does_not_fit_is_named(model, kind, options, message):
     with pytest.raises(ValueError, match=message):
-        small_lm(model, **options)
+        MODELS[kind](model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 0}, "patch_size=0 is not a power of 2"),
+        ({"patch_size": -4}, "patch_size=-4 is not a power of 2"),
+        ({"patch_size": 3}, "patch_size=3 is not a power of 2"),
+        ({"patch_size": 12}, "patch_size=12 is not a power of 2"),
+        ({"patch_size": 32}, "patch_size=32 does not divide dim=16"),
+        ({"patch_size": 4, "dim": 18}, "patch_size=4 does not divide dim=18"),
+        ({"conv_size": 4}, "conv_size=4 is even"),
+        ({"conv_size": -1}, "conv_size=-1 is not positive"),
+        ({"conv_size": 0}, "conv_size=0 is not positive"),
+    ],
+)
+def test_an_image_config_that_does_not_fit_is_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        small_vit(model, **options)
+
+
+def test_a_config_takes_its_arguments_by_name_only(model):
+    """A size in the place of another would train, and be wrong."""
+    for config in (model.LMConfig, model.ViTConfig):
+        with pytest.raises(TypeError):
+            config(5)

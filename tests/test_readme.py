@@ -1,4 +1,4 @@
-"""The README: its commands, its code and every number of its table."""
+"""The README: its commands, its code and every number of its tables."""
 
 import re
 from pathlib import Path
@@ -10,41 +10,73 @@ from nala_min import runcard
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ATTENTIONS = ("nala", "softmax", "elu", "relu")
+# The cards of a table: their result, the table's heading, how it writes a number, the images' name.
+TABLES = {
+    "shakespeare": ("validation_loss", "loss", "{:.3f}", "Tiny Shakespeare"),
+    "cifar": ("test_accuracy", "accuracy", "{:.1%}", "CIFAR-10 (files in a folder)"),
+}
+tables = pytest.mark.parametrize("task", TABLES)
 
 
-def cards(attention):
-    """The committed cards of the default Shakespeare run with another attention, by seed."""
-    paths = runcard.RESULTS.glob(f"shakespeare_cpu_{attention}_seed*.json")
+def cards(task, attention):
+    """The committed cards of a task's default run with another attention, by seed."""
+    paths = runcard.RESULTS.glob(f"{task}_cpu_{attention}_seed*.json")
     return sorted((runcard.read_json(path) for path in paths), key=lambda c: c["config"]["seed"])
 
 
-def test_results_table_is_the_run_cards():
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|$", README, re.MULTILINE)
-    assert {name for name, _ in rows} == {"nala", "softmax", "elu", "relu"}
+def default(task):
+    return runcard.read_json(runcard.RESULTS / f"{task}_cpu_default.json")
+
+
+@tables
+def test_results_table_is_the_run_cards(task):
+    result, heading, form, _ = TABLES[task]
+    (table,) = re.findall(rf"^\| attention, {heading} .+?\n\n", README, re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|$", table, re.MULTILINE)
+    assert [name for name, _ in rows] == list(ATTENTIONS)
     for name, row in rows:
-        losses = [card["results"]["validation_loss"] for card in cards(name)]
-        assert len(losses) == 3
-        values = [f"{loss:.3f}" for loss in losses]
-        assert row.split(" | ") == [*values, f"**{mean(losses):.3f}**"], name
+        values = [card["results"][result] for card in cards(task, name)]
+        assert len(values) == 3
+        written = [form.format(value) for value in values] + [f"**{form.format(mean(values))}**"]
+        assert row.replace(" %", "%").split(" | ") == written, name
 
 
-def test_the_default_run_is_its_run_card():
-    card = runcard.read_json(runcard.RESULTS / "shakespeare_cpu_default.json")
-    assert card["command"] == "python train_shakespeare.py"
-    loss, seconds = card["results"]["validation_loss"], card["seconds"]
-    said = f"reached {loss:.3f} after {seconds:.0f} s of training"
+@pytest.mark.parametrize(
+    ("task", "command"),
+    [
+        ("shakespeare", "python train_shakespeare.py"),
+        ("cifar", "python train_cifar.py --data-dir ."),
+    ],
+)
+def test_the_default_run_is_its_run_card(task, command):
+    result, _, form, _ = TABLES[task]
+    card = default(task)
+    assert card["command"] == command
+    number = form.format(card["results"][result]).replace("%", " %")
+    said = f"reached {number} after {card['seconds']:.0f} s of training"
     assert said in " ".join(README.split())
-    assert card["config"] == cards("nala")[0]["config"]
+    assert card["config"] == cards(task, "nala")[0]["config"]
 
 
-def test_the_runs_of_the_table_differ_in_attention_and_seed_only():
-    everything = [card for name in ("nala", "softmax", "elu", "relu") for card in cards(name)]
+def test_the_stand_in_of_the_image_model_is_its_run_card():
+    card = runcard.read_json(runcard.RESULTS / "cifar_cpu_synthetic.json")
+    assert card["config"] == default("cifar")["config"]
+    assert card["data"]["name"] == "drawn digits (stand-in)"
+    number = f"{card['results']['test_accuracy']:.1%}".replace("%", " %")
+    assert f"the same recipe reached {number}" in " ".join(README.split())
+
+
+@tables
+def test_the_runs_of_a_table_differ_in_attention_and_seed_only(task):
+    everything = [card for name in ATTENTIONS for card in cards(task, name)]
     for key in ("data", "versions"):
         assert all(card[key] == everything[0][key] for card in everything), key
     same = {"attention": "", "seed": 0}
     assert all(card["config"] | same == everything[0]["config"] | same for card in everything)
+    assert {card["config"]["attention"] for card in everything} == set(ATTENTIONS)
     assert len({card["results"]["parameters"] for card in everything}) == 1
-    assert everything[0]["data"]["name"] == "Tiny Shakespeare"
+    assert everything[0]["data"]["name"] == TABLES[task][3]
 
 
 def test_code_in_the_readme_runs():

@@ -1,74 +1,30 @@
 import dataclasses
 import hashlib
-import os
 import re
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import pytest
 import torch
+from scripts import assert_mistake, files_below, flags_of, run_here, run_process
 
 import train_shakespeare
 from nala_min import LMConfig, NaLaLM, data, runcard, train
 
-SCRIPT = Path(__file__).parents[1] / "train_shakespeare.py"
-FONTS = matplotlib.get_cachedir()  # found before XDG_CACHE_HOME changes: indexing fonts is slow
 TEXT = "".join(f"Line {i}: the quick brown fox jumps över 5 € dogs.\n" for i in range(44))
 SIZES = {"layers": 1, "heads": 2, "dim": 16, "block": 8, "batch": 2, "steps": 3, "dropout": 0.25}
-HERE = ["--preset", "cpu", "--device", "cpu"]
-FLAGS = [*HERE, *(part for name, size in SIZES.items() for part in (f"--{name}", str(size)))]
+FLAGS = flags_of(SIZES)
 CONFIG = SIZES | {"preset": "cpu", "attention": "nala", "seed": 1, "lr": 3e-3}
-
-
-def environment(folder):
-    """For a process with an empty cache, no network, and one thread: the cores may be busy."""
-    proxies = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    return {
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "MPLCONFIGDIR": FONTS,
-        **proxies,
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def run_process(folder, *flags):
-    """The script in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, flags)],
-        cwd=folder,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment(folder),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path):
     """run(*flags): what the script does with them, in this process, from tmp_path."""
-
-    def run(*flags):
-        monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, flags)])
-        capsys.readouterr()
-        code = 0
-        try:
-            train.run_script(train_shakespeare.main)
-        except SystemExit as exit:
-            code = exit.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
-
-    monkeypatch.chdir(tmp_path)
-    for name, value in environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    return run
+    return partial(run_here, train_shakespeare, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +32,9 @@ def trained(tmp_path_factory):
     """A finished run on TEXT: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_bytes(TEXT.encode("utf-8"))
-    result = run_process(folder, *FLAGS, "--data", "text.txt", "--out", "run", "--prompt", "över")
+    result = run_process(
+        train_shakespeare, folder, *FLAGS, "--data", "text.txt", "--out", "run", "--prompt", "över"
+    )
     assert result.returncode == 0, result.stderr
     card = runcard.read_json(folder / "run" / "card.json")
     return SimpleNamespace(folder=folder, run=folder / "run", card=card, result=result)
@@ -190,13 +148,13 @@ def test_the_data_order_is_the_seed_s_and_not_the_attention_s(run, files, monkey
 
 def test_without_network_and_data_the_stand_in_is_announced_and_named(tmp_path):
     sizes = ["--block", 64, "--steps", 2]
-    result = run_process(tmp_path, *FLAGS, *sizes, "--out", "run")
+    result = run_process(train_shakespeare, tmp_path, *FLAGS, *sizes, "--out", "run")
     assert result.returncode == 0, result.stderr
     assert "NO SHAKESPEARE" in result.stdout
     assert "Warning" not in result.stderr
     card = runcard.read_json(tmp_path / "run" / "card.json")
     assert card["data"]["name"] == data.STAND_IN
-    assert card["data"]["sha256"] != data.SHAKESPEARE_SHA256
+    assert card["data"]["sha256"] != data.SHAKESPEARE.sha256
     assert f"the last tenth of {data.STAND_IN}" in result.stdout
     assert list((tmp_path / "cache" / "nala_min").iterdir()) == []
 
@@ -297,19 +255,13 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_that_names_the_flag(mistake, run, files):
     flags, named = MISTAKES[mistake]
-    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    before = files_below(files)
     result = run(*FLAGS, "--data", "text.txt", "--out", "new", *flags)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
-    assert result.stderr.startswith("train_shakespeare.py: error: ")
-    assert named in result.stderr
-    after = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
-    assert after == before
+    assert_mistake(result, train_shakespeare, named)
+    assert files_below(files) == before
 
 
 def test_a_mistake_leaves_the_process_with_one_line_and_no_traceback(tmp_path):
-    result = run_process(tmp_path, *FLAGS, "--data", "nowhere.txt")
-    assert result.returncode == 2
+    result = run_process(train_shakespeare, tmp_path, *FLAGS, "--data", "nowhere.txt")
+    assert_mistake(result, train_shakespeare, "--data nowhere.txt")
     assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("train_shakespeare.py: error: --data nowhere.txt")

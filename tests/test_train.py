@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 from torch.testing import assert_close
 
-from nala_min import LMConfig, NaLaLM, runcard, train
+from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, runcard, train
 from nala_min.train import Recipe, UsageError, fit, flag
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,19 +105,43 @@ class Run(train.Settings):
 
     NAME = "toy"
     PRESETS = {  # noqa: RUF012
-        "cpu": dict(steps=50, batch=2, lr=0.5, dropout=0.0, width=8),
-        "gpu": dict(steps=70, batch=4, lr=0.25, dropout=0.2, width=16),
+        "cpu": dict(
+            steps=50, batch=2, lr=0.5, dropout=0.0, layers=2, heads=2, dim=8, width=8, shift=1
+        ),
+        "gpu": dict(
+            steps=70, batch=4, lr=0.25, dropout=0.2, layers=4, heads=3, dim=12, width=16, shift=2
+        ),
     }
 
     width: int | None = flag(None, "how wide it is")
+    shift: int | None = flag(None, "how far it moves", zero=True)
     words: str = flag("", "what it says", decides=False)
 
 
 def test_a_preset_gives_what_the_flags_do_not():
     run = train.parse_flags(Run, ["--preset", "gpu", "--steps", "3", "--dropout", "0"])
     assert (run.steps, run.batch, run.lr, run.dropout, run.width) == (3, 4, 0.25, 0.0, 16)
+    assert (run.layers, run.heads, run.dim, run.shift) == (4, 3, 12, 2)
     assert run.out == Path("runs") / "toy_gpu_nala_seed1"
     assert train.parse_flags(Run, ["--out", "here"]).out == Path("here")
+
+
+def test_attentions_of_several_blocks_make_one_folder_without_commas():
+    flags = ["--preset", "cpu", "--attention", "nala,softmax"]
+    assert train.parse_flags(Run, flags).out == Path("runs") / "toy_cpu_nala-softmax_seed1"
+
+
+@pytest.mark.parametrize(
+    ("attention", "names"),
+    [("elu", ("elu", "elu")), ("nala,softmax", ("nala", "softmax")), ("relu,relu", ("relu",) * 2)],
+)
+def test_block_options_are_what_both_configs_take(attention, names):
+    flags = ["--preset", "cpu", "--attention", attention, "--dropout", "0.25"]
+    options = train.block_options(train.parse_flags(Run, flags).config())
+    for config in (LMConfig(vocab_size=5, **options), ViTConfig(**options)):
+        sizes = (config.num_layers, config.num_heads, config.dim, config.dropout)
+        assert sizes == (2, 2, 8, 0.25)
+        assert config.attentions == names
 
 
 @pytest.mark.parametrize(("cuda", "preset", "steps"), [(True, "gpu", 70), (False, "cpu", 50)])
@@ -142,7 +167,11 @@ def test_the_config_is_what_decides_the_result():
         "batch": 2,
         "lr": 0.5,
         "dropout": 0.0,
+        "layers": 2,
+        "heads": 2,
+        "dim": 8,
         "width": 8,
+        "shift": 1,
     }
 
 
@@ -163,6 +192,20 @@ def test_the_recipe_of_settings(steps, every, device, bfloat16):
         ["--lr", "nan"],
         ["--lr", "0"],
         ["--width", "0"],
+        ["--width", "-3"],
+        ["--shift", "-1"],
+        ["--layers", "0"],
+        ["--heads", "0"],
+        ["--heads", "3"],
+        ["--dim", "0"],
+        ["--dim", "9"],
+        ["--dropout", "inf"],
+        ["--lr", "inf"],
+        ["--attention", "fast"],
+        ["--attention", "nala,fast"],
+        ["--attention", "nala,"],
+        ["--attention", "nala,nala,nala"],
+        ["--attention", "softmax,nala", "--layers", "3"],
         ["--dropout", "1"],
         ["--dropout", "-0.1"],
         ["--dropout", "nan"],
@@ -171,7 +214,29 @@ def test_the_recipe_of_settings(steps, every, device, bfloat16):
 )
 def test_settings_that_no_run_can_have_are_a_mistake_that_names_the_flag(argv):
     with pytest.raises(UsageError, match=argv[0]):
-        train.parse_flags(Run, argv)
+        train.parse_flags(Run, ["--preset", "cpu", *argv])
+
+
+@pytest.mark.parametrize("name", ["dropout", "shift"])
+def test_only_what_may_be_zero_may_be_zero(name):
+    assert getattr(train.parse_flags(Run, [f"--{name}", "0"]), name) == 0
+    with pytest.raises(UsageError, match=f"--{name} -1.* is not 0 or more and finite"):
+        train.parse_flags(Run, [f"--{name}", "-1"])
+    with pytest.raises(UsageError, match="--width 0 is not positive and finite"):
+        train.parse_flags(Run, ["--width", "0"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--heads", "3"], "num_heads=3 does not divide dim=8"),
+        (["--attention", "nala,fast"], "attention='fast' is not one of"),
+        (["--attention", "nala,elu,nala"], "names 3 blocks, not num_layers=2"),
+    ],
+)
+def test_blocks_that_do_not_fit_together_say_why(argv, reason):
+    with pytest.raises(UsageError, match=reason):
+        train.parse_flags(Run, ["--preset", "cpu", *argv])
 
 
 # --- Exit codes and devices ----------------------------------------------------------------------
@@ -348,12 +413,57 @@ def test_what_to_expect_is_read_off_the_cards_of_the_same_config_and_data(
     assert runcard.expected("run_*", config, sha256, "test_loss").startswith(sentence)
 
 
-def test_plot_curve_writes_a_png_and_nothing_else(tmp_path):
-    history = [{"step": s, "train_loss": 3 / s, "validation_loss": 4 / s} for s in (1, 2, 3)]
+LOSSES = {"train_loss": [3.0, 2.0, 1.5], "validation_loss": [4.0, 3.0, 2.75]}
+ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "panels"),
+    [
+        (LOSSES, {"cross-entropy (nats)": ["train loss", "validation loss"]}),
+        (
+            {"train_loss": LOSSES["train_loss"]} | ACCURACY,
+            {"cross-entropy (nats)": ["train loss"], "accuracy": ["test accuracy"]},
+        ),
+        (
+            ACCURACY | LOSSES,
+            {
+                "cross-entropy (nats)": ["train loss", "validation loss"],
+                "accuracy": ["test accuracy"],
+            },
+        ),
+    ],
+    ids=["losses", "a loss and an accuracy", "in another order"],
+)
+def test_plot_curve_writes_a_png_with_losses_and_accuracies_apart(
+    numbers, panels, tmp_path, monkeypatch
+):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *args, **kw: (figures.append(self), savefig(self, *args, **kw)),
+    )
+    steps = [1, 10, 15]
+    history = [
+        {"step": step} | {name: values[i] for name, values in numbers.items()}
+        for i, step in enumerate(steps)
+    ]
     train.plot_curve(history, "Märchen, nala", tmp_path / "curve.png")
     png = (tmp_path / "curve.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
     assert list(tmp_path.iterdir()) == [tmp_path / "curve.png"]
+    (figure,) = figures
+    assert figure.get_suptitle() == "Märchen, nala"
+    drawn = {
+        axes.get_ylabel(): [line.get_label() for line in axes.get_lines()] for axes in figure.axes
+    }
+    assert drawn == panels
+    for line in (line for axes in figure.axes for line in axes.get_lines()):
+        assert list(line.get_xdata()) == steps
+        assert list(line.get_ydata()) == numbers[line.get_label().replace(" ", "_")]
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == len(panels["cross-entropy (nats)"])  # told apart
 
 
 # --- Recipe and optimiser ------------------------------------------------------------------------
@@ -361,7 +471,7 @@ def test_plot_curve_writes_a_png_and_nothing_else(tmp_path):
 
 def test_the_learning_rate_warms_up_and_decays_along_a_cosine_to_a_tenth():
     recipe = Recipe(steps=1000, learning_rate=0.5, warmup=10)
-    rates = [recipe.learning_rate_at(step) / 0.5 for step in range(1000)]
+    rates = [recipe.learning_rate_at(step, 2.0) / 2.0 for step in range(1000)]
     for step in range(10):
         assert rates[step] == pytest.approx((step + 1) / 10, rel=1e-3)
     assert max(rates) <= 1.0
@@ -374,7 +484,7 @@ def test_the_learning_rate_warms_up_and_decays_along_a_cosine_to_a_tenth():
 @pytest.mark.parametrize("steps", [1, 3, 100, 150])
 def test_the_learning_rate_is_never_zero_negative_or_above_its_peak(steps):
     recipe = Recipe(steps, learning_rate=0.5)
-    assert all(0 < recipe.learning_rate_at(step) <= 0.5 for step in range(steps))
+    assert all(0 < recipe.learning_rate_at(step, 0.5) <= 0.5 for step in range(steps))
 
 
 def small_model(seed=0, dropout=0.0):
@@ -382,13 +492,19 @@ def small_model(seed=0, dropout=0.0):
     return NaLaLM(LMConfig(vocab_size=11, num_layers=1, num_heads=2, dim=16, dropout=dropout))
 
 
-def test_the_optimizer_decays_matrices_only_and_has_every_parameter_once():
-    model = small_model()
-    optimizer = train.make_optimizer(model, Recipe(3, 0.25, weight_decay=0.125, beta2=0.75))
+def small_vit():
+    return NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=16, norm_scale=None))
+
+
+@pytest.mark.parametrize("make", [small_model, small_vit])
+def test_the_optimizer_decays_matrices_only_and_has_every_parameter_once(make):
+    model = make()
+    recipe = Recipe(3, 0.25, weight_decay=0.125, beta2=0.75)
+    (optimizer,) = train.make_optimizers(model, recipe)
     matrices = [
         module.weight
         for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d)
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d)
     ]
     decay = {
         id(parameter): group["weight_decay"]
@@ -401,6 +517,59 @@ def test_the_optimizer_decays_matrices_only_and_has_every_parameter_once():
     assert set(decay.values()) == {0.125, 0.0}
     for group in optimizer.param_groups:
         assert group["lr"] == 0.25 and group["betas"] == (0.9, 0.75)
+
+
+@pytest.mark.parametrize("make", [small_model, small_vit])
+def test_muon_takes_the_matrices_between_the_ends_of_a_model(make):
+    """Every parameter in one group: matrices and convolutions to Muon, embedding, head, biases and
+    gains to AdamW."""
+    model = make()
+    recipe = Recipe(3, 0.25, muon=0.5, weight_decay=0.125)
+    adam, muon = train.make_optimizers(model, recipe)
+    groups = [(opt, group) for opt in (adam, muon) for group in opt.param_groups]
+    found = [id(p) for _, group in groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters())
+    kind = {id(p): (opt, group["weight_decay"]) for opt, group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            want = adam, 0.0
+        else:
+            want = (adam if name in ("embed.weight", "head.weight") else muon), 0.125
+        assert kind[id(parameter)] == want, name
+    assert {group["lr"] for group in adam.param_groups} == {0.25}
+    assert {group["lr"] for group in muon.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 40), (40, 5), (8, 1)])
+def test_orthogonal_keeps_the_directions_and_evens_out_the_singular_values(shape):
+    """Against the singular value decomposition, for a matrix of any size and scale."""
+    short = min(shape)
+    u, v = (torch.linalg.qr(torch.randn(n, short, dtype=torch.float64))[0] for n in shape)
+    values = torch.linspace(1.0, 0.05, short, dtype=torch.float64)
+    for scale in (1e-4, 1.0, 1e4):
+        spectrum = u.mT @ train.orthogonal(scale * u @ values.diag() @ v.mT) @ v
+        assert ((spectrum.diag() > 0.6) & (spectrum.diag() < 1.25)).all()
+        assert_close(spectrum, spectrum.diag().diag())
+
+
+def test_muon_steps_by_hand():
+    """Nesterov's momentum, made orthogonal; a convolution counts as a matrix with a row for each
+    of its outputs, and a tall one steps further."""
+    weights = [torch.randn(6, 2, dtype=torch.float64), torch.randn(4, 3, 2, 2).double()]
+    fitted = [nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = train.Muon(fitted, lr=0.5, weight_decay=0.25)
+    momenta = [torch.zeros_like(weight) for weight in weights]
+    for _ in range(3):
+        for i, parameter in enumerate(fitted):
+            gradient = parameter.grad = torch.randn_like(parameter)
+            momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
+            ahead = 0.05 * gradient + 0.95 * momenta[i]
+            turn = train.orthogonal(ahead.reshape(len(ahead), -1)).reshape(ahead.shape)
+            tall = math.sqrt(3) if i == 0 else 1.0
+            weights[i] = (1 - 0.5 * 0.25) * weights[i] - 0.5 * tall * turn
+        optimizer.step()
+    for parameter, weight in zip(fitted, weights, strict=True):
+        assert_close(parameter.data, weight)
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -421,7 +590,7 @@ def loss(model, inputs, targets):
 @torch.no_grad()
 def evaluate(model):
     model.eval()
-    return loss(model, *batch(1000)).item()
+    return {"validation_loss": loss(model, *batch(1000)).item()}
 
 
 def train_small(model, path, recipe=None, **options):
@@ -455,18 +624,19 @@ def tensors_of(value, name=""):
     }
 
 
-@pytest.mark.parametrize("stop", [3, 5, 6])
-def test_an_interrupted_run_goes_on_to_the_very_same_bits(stop, tmp_path, capsys):
+@pytest.mark.parametrize(("stop", "muon"), [(3, None), (5, None), (6, None), (5, 0.02)])
+def test_an_interrupted_run_goes_on_to_the_very_same_bits(stop, muon, tmp_path, capsys):
+    recipe = Recipe(steps=7, learning_rate=0.01, muon=muon, warmup=2, eval_every=3)
     whole = small_model(seed=1, dropout=0.2)
-    history, _ = train_small(whole, tmp_path / "whole.pt")
+    history, _ = train_small(whole, tmp_path / "whole.pt", recipe)
 
     broken = small_model(seed=1, dropout=0.2)
     with pytest.raises(KeyboardInterrupt):
-        train_small(broken, tmp_path / "broken.pt", batch=until(stop))
+        train_small(broken, tmp_path / "broken.pt", recipe, batch=until(stop))
     assert f"step {stop}" in (out := capsys.readouterr().out) and "--resume" in out
 
     resumed = small_model(seed=2, dropout=0.2)  # other weights, other random state
-    resumed_history, _ = train_small(resumed, tmp_path / "broken.pt", resume=True)
+    resumed_history, _ = train_small(resumed, tmp_path / "broken.pt", recipe, resume=True)
 
     assert [point["step"] for point in history] == [3, 6, 7]
     assert resumed_history == history
@@ -478,6 +648,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_bits(stop, tmp_path, capsys
     saved_resumed = tensors_of(train.load_checkpoint(tmp_path / "broken.pt"))
     assert saved.keys() == saved_resumed.keys()
     assert any("exp_avg_sq" in name for name in saved)
+    assert any("momentum" in name for name in saved) == (muon is not None)
     for name in saved:
         assert torch.equal(saved[name], saved_resumed[name]), name
 
@@ -529,6 +700,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_an_evaluation_that_is_not_finite_ends_the_run_too(broken, tmp_path):
+    numbers = {"test_accuracy": 0.5, "test_loss": broken}
+    with pytest.raises(UsageError, match="not finite at step 3: lower --lr"):
+        train_small(small_model(), tmp_path / "checkpoint.pt", evaluate=lambda model: dict(numbers))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interruption_before_the_first_checkpoint_promises_nothing(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         train_small(small_model(), tmp_path / "checkpoint.pt", batch=until(1))
@@ -563,8 +742,18 @@ def test_the_history_has_mean_losses_since_the_last_point_and_training_goes_on_i
     history, _ = train_small(model, tmp_path / "checkpoint.pt", loss=recording)
     for point, part in zip(history, (losses[:3], losses[3:6], losses[6:]), strict=True):
         assert point["train_loss"] == pytest.approx(sum(part) / len(part), rel=1e-5)
-    assert history[-1]["validation_loss"] == evaluate(model)
+    assert history[-1].items() >= evaluate(model).items()
     assert modes == [True] * 7
+
+
+def test_the_history_has_every_number_that_evaluate_gives_and_the_log_names_them(tmp_path, capsys):
+    numbers = {"test_loss": 0.75, "test_accuracy": 0.5}
+    history, _ = train_small(
+        small_model(), tmp_path / "checkpoint.pt", evaluate=lambda model: dict(numbers)
+    )
+    assert [list(point) for point in history] == [["step", "train_loss", *numbers]] * 3
+    assert all(point.items() >= numbers.items() for point in history)
+    assert "test loss 0.750   test accuracy 0.500" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("bfloat16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])

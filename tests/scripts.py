@@ -1,0 +1,79 @@
+"""Both training scripts, run as a user runs them: without a network, and on one thread."""
+
+import io
+import os
+import subprocess
+import sys
+import urllib.request
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+import matplotlib
+import pytest
+
+from nala_min import train
+
+FONTS = matplotlib.get_cachedir()  # found before XDG_CACHE_HOME changes: indexing fonts is slow
+HERE = ["--preset", "cpu", "--device", "cpu"]
+
+
+def environment(folder):
+    """With an empty cache, no network, and one thread: the cores may be busy."""
+    proxies = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    return {
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "MPLCONFIGDIR": FONTS,
+        **proxies,
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def flags_of(sizes):
+    """Flags for the dict sizes, on the CPU."""
+    return [*HERE, *(part for name, size in sizes.items() for part in (f"--{name}", str(size)))]
+
+
+def run_process(script, folder, *flags):
+    """What script, a module, does with flags, in a process of its own, from folder."""
+    return subprocess.run(
+        [sys.executable, script.__file__, *map(str, flags)],
+        cwd=folder,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment(folder),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def run_here(script, folder, *flags):
+    """The same in this process, which is faster and open to monkeypatch."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr("sys.argv", [script.__file__, *map(str, flags)])
+        for name, value in environment(folder).items():
+            patch.setenv(name, value)
+        urllib.request.install_opener(None)  # it remembers the proxies of its first use
+        try:
+            train.run_script(script.main)
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            urllib.request.install_opener(None)
+    for stream in (out, err):
+        stream.seek(0)
+    return SimpleNamespace(returncode=code, stdout=out.read(), stderr=err.read())
+
+
+def files_below(folder):
+    """Every file below folder and its bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_mistake(result, script, named):
+    """The result is one line that names the mistake, and exit code 2."""
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
+    assert result.stderr.startswith(f"{script.__name__}.py: error: ")
+    assert named in result.stderr

@@ -1,0 +1,737 @@
+import hashlib
+import http.server
+import io
+import socketserver
+import struct
+import tarfile
+import threading
+import zlib
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from nala_min import data
+from nala_min.data import BATCHES, CIFAR10, DRAWN, RECORD
+
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
+
+COUNT = 4  # images in a file, here
+
+
+def content_of(i):
+    """The bytes of the i-th file: random images, whose labels begin with i."""
+    records = np.random.default_rng(i).integers(0, 256, (COUNT, RECORD), dtype=np.uint8)
+    records[:, 0] = [i, 9, 0, 5]
+    return records.tobytes()
+
+
+FILES = {name: content_of(i) for i, name in enumerate(BATCHES)}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Files of COUNT images, few drawn digits, and a cache of this test's own."""
+    monkeypatch.setattr(data, "BATCH", COUNT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def few():
+    return data.drawn_digits(7, 3)
+
+
+@pytest.fixture
+def stand_in(few, monkeypatch):
+    """What drawn_digits gives, few for speed."""
+    monkeypatch.setattr(data, "drawn_digits", lambda: few)
+    return few
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of the six files."""
+    folder = tmp_path / "given" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def member(name, content=b"", kind=tarfile.REGTYPE, target=""):
+    """A member of an archive, and its content."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, len(content)
+    return info, content
+
+
+MEMBERS = {name: member(f"cifar-10-batches-bin/{name}", FILES[name]) for name in FILES}
+
+
+def archive_of(members):
+    """The bytes of a .tar.gz of members."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for info, content in members:
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+ARCHIVE = archive_of(MEMBERS.values())
+
+
+def source_of(archive, url="http://127.0.0.1:0/unused"):
+    """A source of archive. Nothing can be fetched from its url, unless it is given."""
+    digest = hashlib.sha256(archive).hexdigest()
+    return replace(CIFAR10, url=url, size=len(archive), sha256=digest)
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    """The address of a loopback server of ARCHIVE, archive.tar.gz, and of a wrong.tar.gz."""
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "archive.tar.gz").write_bytes(ARCHIVE)
+    (served / "wrong.tar.gz").write_bytes(ARCHIVE[:-1] + b"?")
+    handler = partial(Handler, directory=str(served))
+    with socketserver.TCPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def everything_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def assert_is_cifar10(images):
+    """Decoded by hand: five files to train on in order, the sixth to test on."""
+    parts = [images.train, images.test]
+    for (pictures, labels), names in zip(parts, [BATCHES[:5], BATCHES[5:]], strict=True):
+        content = b"".join(FILES[name] for name in names)
+        records = [content[i : i + RECORD] for i in range(0, len(content), RECORD)]
+        assert pictures.shape == (len(records), 3, 32, 32) and pictures.dtype == torch.uint8
+        assert labels.shape == (len(records),) and labels.dtype == torch.int64
+        assert labels.tolist() == [record[0] for record in records]
+        assert pictures.flatten(1).tolist() == [list(record[1:]) for record in records]
+    assert images.classes[0] == "airplane" and images.classes[9] == "truck"
+    assert len(images.classes) == 10
+    assert images.mirror
+
+
+# --- CIFAR-10 from a folder ----------------------------------------------------------------------
+
+
+def test_a_record_is_a_label_and_a_red_a_green_and_a_blue_plane_row_by_row(folder):
+    record = bytearray(RECORD)
+    record[0] = 7
+    for plane, row, column, value in [(0, 0, 1, 11), (0, 1, 0, 12), (1, 2, 3, 13), (2, 31, 31, 14)]:
+        record[1 + 1024 * plane + 32 * row + column] = value
+    (folder / "data_batch_3.bin").write_bytes(bytes(COUNT * RECORD - RECORD) + record)
+    pictures, labels = data.load_images(folder=folder).train
+    place = 3 * COUNT - 1  # the last of the third file
+    assert labels[place] == 7
+    expected = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    expected[0, 0, 1], expected[0, 1, 0], expected[1, 2, 3], expected[2, 31, 31] = 11, 12, 13, 14
+    assert torch.equal(pictures[place], expected)
+
+
+def test_the_files_are_found_in_the_folder_and_in_the_one_above_it(folder):
+    for given in (folder, folder.parent):
+        images = data.load_images(folder=given)
+        assert_is_cifar10(images)
+        assert images.name == "CIFAR-10 (files in a folder)"  # whose SHA-256 nobody knows
+
+
+def test_the_archive_is_found_in_a_folder(tmp_path):
+    (tmp_path / CIFAR10.file).write_bytes(ARCHIVE)
+    images = data.load_images(folder=tmp_path, source=source_of(ARCHIVE))
+    assert_is_cifar10(images)
+    assert images.name == "CIFAR-10"
+    assert everything_below(tmp_path) == [CIFAR10.file]  # and is not unpacked
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_file_that_is_missing_in_a_folder_is_named(name, folder):
+    (folder / name).unlink()
+    with pytest.raises(OSError, match=name):
+        data.load_images(folder=folder)
+
+
+def test_a_folder_of_nothing_is_named(tmp_path):
+    for given in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError) as error:
+            data.load_images(folder=given)
+        assert str(given) in str(error.value) and CIFAR10.file in str(error.value)
+
+
+LABELS_TO_TEN = bytes(COUNT * RECORD - RECORD) + b"\n" + bytes(RECORD - 1)  # 10, the last
+CORRUPT = {
+    "truncated": content_of(0)[:-1],
+    "a record short": content_of(0)[:-RECORD],
+    "overlong": content_of(0) + b"\0",
+    "empty": b"",
+    "label above 9": LABELS_TO_TEN,
+}
+
+
+@pytest.mark.parametrize("corrupt", CORRUPT)
+@pytest.mark.parametrize("name", ["data_batch_2.bin", "test_batch.bin"])
+def test_a_corrupt_file_in_a_folder_is_named(name, corrupt, folder):
+    (folder / name).write_bytes(CORRUPT[corrupt])
+    with pytest.raises(ValueError, match="corrupt") as error:
+        data.load_images(folder=folder)
+    assert str(folder / name) in str(error.value)
+    assert ("label above 9" in str(error.value)) == (corrupt == "label above 9")
+
+
+def test_a_corrupt_folder_is_not_silently_replaced(folder, mirror):
+    """Neither by a download nor by a stand-in."""
+    (folder / "data_batch_1.bin").write_bytes(b"")
+    source = source_of(ARCHIVE, f"{mirror}/archive.tar.gz")
+    with pytest.raises(ValueError, match=r"data_batch_1\.bin"):
+        data.load_images(folder=folder, source=source)
+
+
+@pytest.mark.parametrize("corrupt", [ARCHIVE[:-1], ARCHIVE[:-1] + b"?", b""])
+def test_a_corrupt_archive_in_a_folder_is_named(corrupt, tmp_path):
+    (tmp_path / CIFAR10.file).write_bytes(corrupt)
+    with pytest.raises(ValueError, match="corrupt or truncated") as error:
+        data.load_images(folder=tmp_path, source=source_of(ARCHIVE))
+    assert str(tmp_path / CIFAR10.file) in str(error.value)
+
+
+# --- What an archive may hold --------------------------------------------------------------------
+
+
+def load_archive(members, tmp_path):
+    """CIFAR-10 from an archive of members, in a folder of its own."""
+    (folder := tmp_path / "in").mkdir()
+    (folder / CIFAR10.file).write_bytes(content := archive_of(members))
+    return data.load_images(folder=folder, source=source_of(content))
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_file_that_an_archive_lacks_is_named(name, tmp_path):
+    members = [MEMBERS[other] for other in BATCHES if other != name]
+    with pytest.raises(ValueError, match=f"{name} in .*{CIFAR10.file}"):
+        load_archive(members, tmp_path)
+
+
+@pytest.mark.parametrize("corrupt", CORRUPT)
+def test_a_corrupt_file_in_an_archive_is_named(corrupt, tmp_path):
+    members = MEMBERS | {"test_batch.bin": member("test_batch.bin", CORRUPT[corrupt])}
+    with pytest.raises(ValueError, match=r"test_batch\.bin in .*corrupt"):
+        load_archive(members.values(), tmp_path)
+
+
+def test_the_order_of_an_archive_does_not_matter(tmp_path):
+    assert_is_cifar10(load_archive(list(MEMBERS.values())[::-1], tmp_path))
+
+
+def test_an_archive_writes_nothing_wherever_its_members_point(tmp_path):
+    hostile = [
+        member("../evil", b"evil"),
+        member("../../evil", b"evil"),
+        member(f"{tmp_path}/evil", b"evil"),
+        member(f"{tmp_path}/cache/evil", b"evil"),
+        member("evil-folder", kind=tarfile.DIRTYPE),
+        member("../evil-folder", kind=tarfile.DIRTYPE),
+        member(f"{tmp_path}/evil-folder", kind=tarfile.DIRTYPE),
+        member("evil-link", kind=tarfile.SYMTYPE, target=str(tmp_path)),
+        member("evil-link/evil", b"evil"),
+        member("evil-pipe", kind=tarfile.FIFOTYPE),
+        member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.DIRTYPE),
+    ]
+    assert_is_cifar10(load_archive([*hostile, *MEMBERS.values(), *hostile], tmp_path))
+    assert everything_below(tmp_path) == ["in", f"in/{CIFAR10.file}"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symbolic", "hard"])
+@pytest.mark.parametrize("target", ["outside", "cifar-10-batches-bin/data_batch_1.bin"])
+def test_a_link_in_place_of_a_file_is_refused(kind, target, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_bytes(FILES["data_batch_2.bin"])
+    name = "cifar-10-batches-bin/data_batch_2.bin"
+    target = str(outside) if target == "outside" else target
+    members = MEMBERS | {"data_batch_2.bin": member(name, kind=kind, target=target)}
+    with pytest.raises(ValueError, match=r"data_batch_2\.bin in .* has 0 bytes"):
+        load_archive(members.values(), tmp_path)
+
+
+# --- CIFAR-10 from the network -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_url", [True, False])
+def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path):
+    messages, address = [], f"{mirror}/archive.tar.gz"
+    source = source_of(ARCHIVE) if own_url else source_of(ARCHIVE, address)
+    url = address if own_url else None
+    images = data.load_images(url=url, source=source, announce=messages.append)
+    assert_is_cifar10(images)
+    assert images.name == "CIFAR-10"
+    assert everything_below(tmp_path / "cache" / "nala_min") == [CIFAR10.file]
+    [message] = messages
+    assert address in message and f"{len(ARCHIVE):,} bytes" in message
+    # The author's host is slow, and there are other ways; a mirror of one's own need not be.
+    assert all((way in message) != own_url for way in ("--url", "--data-dir", "--data synthetic"))
+
+    (tmp_path / "served" / "archive.tar.gz").unlink()
+    assert_is_cifar10(data.load_images(url=url, source=source, announce=messages.append))
+    assert len(messages) == 1
+
+
+@pytest.mark.parametrize("path", ["nothing.tar.gz", "wrong.tar.gz"])
+def test_a_given_address_that_fails_is_an_error_and_no_stand_in(path, mirror, tmp_path, stand_in):
+    with pytest.raises(ValueError) as error:
+        data.load_images(url=f"{mirror}/{path}", source=source_of(ARCHIVE))
+    assert ("404" if path == "nothing.tar.gz" else f"{mirror}/{path}") in str(error.value)
+    assert everything_below(tmp_path / "cache" / "nala_min") == []
+
+
+@pytest.mark.parametrize("url", ["no address", "http://127.0.0.1:0/refused"])
+def test_a_given_address_that_is_none_is_an_error_and_no_stand_in(url, tmp_path, stand_in):
+    with pytest.raises(ValueError):
+        data.load_images(url=url, source=source_of(ARCHIVE))
+    assert everything_below(tmp_path / "cache" / "nala_min") == []
+
+
+@pytest.mark.parametrize("path", ["nothing.tar.gz", "wrong.tar.gz"])
+def test_without_the_archive_the_stand_in_is_announced(path, mirror, tmp_path, stand_in):
+    messages, source = [], source_of(ARCHIVE, f"{mirror}/{path}")
+    images = data.load_images(source=source, announce=messages.append)
+    assert images is stand_in
+    assert "NO CIFAR-10" in messages[-1] and DRAWN in messages[-1]
+    assert ("404" if path == "nothing.tar.gz" else source.url) in messages[-1]
+    assert everything_below(tmp_path / "cache" / "nala_min") == []
+
+
+def test_synthetic_is_the_drawn_digits_without_a_word(folder, stand_in, tmp_path):
+    messages = []
+    images = data.load_images("synthetic", source=source_of(ARCHIVE), announce=messages.append)
+    assert images is stand_in and images.name == DRAWN
+    assert messages == []
+    assert not (tmp_path / "cache" / "nala_min").exists()
+
+
+# --- What identifies images ----------------------------------------------------------------------
+
+
+def test_the_sha256_depends_on_every_part_and_on_its_order():
+    def images(*changed):
+        parts = [torch.arange(2 * 3 * 32 * 32).view(2, 3, 32, 32).to(torch.uint8)]
+        parts = [part.clone() for part in (parts[0], torch.tensor([3, 4])) for _ in range(2)]
+        for part in changed:
+            parts[part].view(-1)[-1] += 1
+        return data.Images("", (), (parts[0], parts[2]), (parts[1], parts[3]), mirror=True)
+
+    digests = {images(*changed).sha256 for changed in [(), (0,), (1,), (2,), (3,), (0, 1)]}
+    assert len(digests) == 6
+    assert images().sha256 == images().sha256
+    assert replace(images(), name="other", classes=("a",)).sha256 == images().sha256
+
+
+def test_the_sha256_is_of_training_images_their_labels_and_the_same_of_the_test(folder):
+    images = data.load_images(folder=folder)
+    digest = hashlib.sha256()
+    for names in (BATCHES[:5], BATCHES[5:]):
+        records = np.frombuffer(b"".join(FILES[name] for name in names), np.uint8)
+        records = records.reshape(-1, RECORD)
+        digest.update(records[:, 1:].tobytes())
+        digest.update(b"".join(struct.pack("=q", label) for label in records[:, 0]))
+    assert images.sha256 == digest.hexdigest()
+
+
+# --- Drawn digits --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.drawn_digits(5000, 1000)
+
+
+def test_drawn_digits_have_the_shape_of_cifar10(digits):
+    assert digits.name == DRAWN
+    assert digits.classes == tuple("0123456789")
+    assert not digits.mirror  # a mirrored 2 is no 2
+    for (pictures, labels), count in ((digits.train, 5000), (digits.test, 1000)):
+        assert pictures.shape == (count, 3, 32, 32) and pictures.dtype == torch.uint8
+        assert labels.shape == (count,) and labels.dtype == torch.int64
+        shares = torch.bincount(labels, minlength=10) / count
+        assert len(shares) == 10
+        assert shares.min() > 0.07 and shares.max() < 0.13
+
+
+@pytest.mark.parametrize(("num_train", "num_test"), [(4, 3), (1, 6), (7, 0)])
+def test_drawn_digits_are_always_the_same_however_they_are_divided(num_train, num_test):
+    first = data.drawn_digits(7, 0)
+    torch.manual_seed(123)  # on which they must not depend
+    images = data.drawn_digits(num_train, num_test)
+    for part, whole in enumerate(first.train):
+        assert torch.equal(torch.cat([images.train[part], images.test[part]]), whole)
+        assert len(images.train[part]) == num_train
+
+
+def test_no_drawn_image_occurs_twice_in_a_batch_nor_in_training_and_test(digits):
+    pictures = torch.cat([digits.train[0], digits.test[0]]).flatten(1).numpy()
+    assert len({picture.tobytes() for picture in pictures}) == 6000
+
+
+def test_all_60000_drawn_images_are_drawn_with_seeds_of_their_own(monkeypatch):
+    """Else training and test would have images in common."""
+    seeds = []
+
+    def draw(glyphs, count, random):
+        seeds.append(random.initial_seed())
+        return torch.zeros(count, 1), torch.arange(count)
+
+    monkeypatch.setattr(data, "_draw_glyphs", lambda: None)
+    monkeypatch.setattr(data, "_draw_images", draw)
+    images = data.drawn_digits()
+    assert [len(part) for part in (*images.train, *images.test)] == [20_000] * 2 + [4_000] * 2
+    assert len(seeds) > 1 and len(set(seeds)) == len(seeds)
+
+
+def test_drawn_images_have_contrast_and_colour(digits):
+    pictures = digits.test[0].float()
+    assert pictures.flatten(1).std(dim=1).min() > 5
+    assert pictures.std(dim=1).mean() > 10  # of red, green and blue at a place
+    assert 90 < pictures.mean() < 165
+    assert 30 < pictures.std() < 90
+
+
+def test_every_glyph_has_ink_clear_of_its_edges_and_is_unlike_the_others_of_its_font():
+    glyphs = data._draw_glyphs()
+    assert glyphs.shape == (len(data.FONTS), 10, 48, 48)
+    assert glyphs.min() == 0 and glyphs.max() == 1
+    ink = glyphs.sum(dim=(2, 3))
+    assert ink.min() > 50 and ink.max() < 48 * 48 / 4
+    edges = [glyphs[:, :, [0, -1]], glyphs[:, :, :, [0, -1]]]
+    assert all(edge.max() == 0 for edge in edges)  # no piece of a neighbour
+    flat = glyphs.flatten(2)
+    distances = torch.cdist(flat, flat, p=1)  # (fonts, 10, 10)
+    assert (distances + 1000 * torch.eye(10)).min() > 25
+    fonts = glyphs.flatten(1)
+    assert (torch.cdist(fonts, fonts, p=1) + 1000 * torch.eye(len(fonts))).min() > 25
+
+
+def test_every_glyph_is_the_digit_it_stands_for():
+    """In every font a 6 upside down is most like a 9, and a 1 or a 7 has the least ink."""
+
+    def cut_out(glyph):
+        rows, columns = (glyph.sum(dim=i).nonzero() for i in (1, 0))
+        glyph = glyph[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        return F.interpolate(glyph[None, None], size=(24, 16), mode="area").flatten()
+
+    for font in data._draw_glyphs():
+        shapes = torch.stack([cut_out(glyph) for glyph in font])
+        six = cut_out(font[6].flip(0, 1))
+        assert (shapes - six).abs().sum(dim=1).argmin() == 9
+        assert font.sum(dim=(1, 2)).argmin() in (1, 7)
+
+
+def linear_accuracy(features, digits):
+    """On the test images, of ridge regression on features of the training images."""
+    training, test = (features(pictures.float()).flatten(1) for pictures, _ in parts(digits))
+    training, test = ((x - training.mean(dim=0)) / training.std() for x in (training, test))
+    targets = F.one_hot(digits.train[1], 10) - 0.1
+    ridge = 1000 * torch.eye(training.shape[1])
+    weights = torch.linalg.solve(training.T @ training + ridge, training.T @ targets)
+    return ((test @ weights).argmax(dim=1) == digits.test[1]).float().mean().item()
+
+
+def parts(images):
+    return images.train, images.test
+
+
+def test_no_linear_classifier_of_pixels_reads_drawn_digits(digits):
+    """Else they would say nothing about attention. 24 per cent if all were light on dark."""
+    assert linear_accuracy(lambda pictures: pictures.mean(dim=1), digits) < 0.19
+
+
+def test_drawn_digits_show_their_labels(digits):
+    """Edges, which are the same in light on dark and dark on light, suffice to read most."""
+
+    def edges(pictures):
+        grey = pictures.mean(dim=1)
+        across = grey[:, 1:, :-1] - grey[:, :-1, :-1]
+        along = grey[:, :-1, 1:] - grey[:, :-1, :-1]
+        strokes = torch.stack([across, along, across + along, across - along], dim=1)
+        return F.avg_pool2d(strokes.abs(), kernel_size=3, stride=2)
+
+    assert linear_accuracy(edges, digits) > 0.45
+
+
+# --- Batches -------------------------------------------------------------------------------------
+
+
+def numbered(count):
+    """Images that know their number, and labels that do."""
+    numbers = torch.arange(count)
+    return numbers[:, None, None, None].expand(count, 3, 2, 2), 10 * numbers
+
+
+def chosen(count, batch_size, seed, step):
+    pictures, labels = data.shuffled_batch(*numbered(count), batch_size, seed, step)
+    assert pictures.shape == (batch_size, 3, 2, 2)
+    assert torch.equal(labels, 10 * pictures[:, 0, 0, 0])
+    return pictures[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(20, 4), (23, 4), (7, 7), (13, 7), (5, 1)])
+def test_an_epoch_takes_each_image_at_most_once_and_has_an_order_of_its_own(count, batch_size):
+    steps = count // batch_size
+    epochs = [
+        [i for step in range(steps) for i in chosen(count, batch_size, 1, epoch * steps + step)]
+        for epoch in range(20)
+    ]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == steps * batch_size
+    assert len({tuple(epoch) for epoch in epochs}) > 15
+    assert {i for epoch in epochs for i in epoch} == set(range(count))  # none is left out for ever
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    def batch(seed, step):
+        return chosen(1000, 10, seed, step)
+
+    others = [batch(seed, step) for seed in range(5) for step in (0, 1, 99, 100, 200)]
+    assert all(others.count(other) == 1 for other in others)
+    np.random.default_rng(0)
+    torch.manual_seed(5)
+    again = [batch(seed, step) for seed in range(5) for step in (0, 1, 99, 100, 200)]
+    assert again == others
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_a_batch_of_more_than_all_images_is_refused(count):
+    with pytest.raises(ValueError, match=f"6 is more than the {count} images"):
+        chosen(count, 6, seed=1, step=0)
+
+
+# --- Augmentation --------------------------------------------------------------------------------
+
+
+def reflected(i, size):
+    """Where place i of a row of size pixels lies, if both ends are mirrors."""
+    while not 0 <= i < size:
+        i = -i if i < 0 else 2 * (size - 1) - i
+    return i
+
+
+def moved(image, down, right, mirrored):
+    """image, moved and mirrored pixel by pixel."""
+    channels, height, width = image.shape
+    result = torch.empty_like(image)
+    for channel in range(channels):
+        for y in range(height):
+            for x in range(width):
+                source = width - 1 - x if mirrored else x
+                row, column = reflected(y - down, height), reflected(source - right, width)
+                result[channel, y, x] = image[channel, row, column]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "shift"), [(6, 6, 1), (6, 5, 2), (5, 6, 4), (4, 3, 5), (3, 4, 9)]
+)
+@pytest.mark.parametrize("mirror", [True, False])
+def test_each_image_is_one_shift_and_maybe_a_mirror_image_of_itself(height, width, shift, mirror):
+    torch.manual_seed(height)
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    augmented = data.augment(image.expand(60, -1, -1, -1), 1, 2, shift=shift, mirror=mirror)
+    assert augmented.dtype == torch.uint8
+    places = range(-shift, shift + 1)
+    allowed = {
+        moved(image, down, right, mirrored).numpy().tobytes()
+        for down in places
+        for right in places
+        for mirrored in {False, mirror}
+    }
+    assert {picture.tobytes() for picture in augmented.numpy()} <= allowed
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_all_shifts_occur_equally_often_in_each_direction_and_half_are_mirrored(mirror):
+    image, count = torch.randint(256, (3, 7, 8), dtype=torch.uint8), 3000
+    augmented = data.augment(image.expand(count, -1, -1, -1), 1, 2, shift=1, mirror=mirror)
+    names = {
+        moved(image, down, right, mirrored).numpy().tobytes(): (down, right, mirrored)
+        for down in (-1, 0, 1)
+        for right in (-1, 0, 1)
+        for mirrored in (False, True)
+    }
+    found = [names[picture.tobytes()] for picture in augmented.numpy()]
+    kinds = 18 if mirror else 9
+    assert len(set(found)) == kinds
+    assert all(mirror or not mirrored for _, _, mirrored in found)
+    shares = [found.count(kind) / count * kinds for kind in set(found)]
+    assert min(shares) > 0.7 and max(shares) < 1.3  # 4 standard deviations of one in 18
+
+
+def test_augmentation_is_a_function_of_images_seed_and_step_alone():
+    images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8)
+    before = images.clone()
+
+    def augmented(seed, step):
+        return data.augment(images, seed, step, shift=3, mirror=True).numpy().tobytes()
+
+    others = [augmented(seed, step) for seed in range(4) for step in range(4)]
+    torch.manual_seed(77)
+    assert [augmented(seed, step) for seed in range(4) for step in range(4)] == others
+    assert len(set(others)) == 16
+    assert torch.equal(images, before)  # it works on no image in place
+
+
+def test_no_image_takes_pixels_of_another_or_of_another_channel():
+    numbers = torch.arange(20 * 3, dtype=torch.uint8).view(20, 3, 1, 1).expand(20, 3, 8, 6)
+    assert torch.equal(data.augment(numbers, 1, 0, shift=4, mirror=True), numbers)
+
+
+def test_without_shift_and_mirror_nothing_is_changed():
+    images = torch.randint(256, (5, 3, 8, 6), dtype=torch.uint8)
+    assert torch.equal(data.augment(images, 1, 0, shift=0, mirror=False), images)
+
+
+def test_normalised_bytes_lie_around_zero_with_the_order_kept():
+    images = torch.tensor([0, 56, 120, 184, 255], dtype=torch.uint8)
+    assert_close(data.normalise(images), torch.tensor([-1.875, -1.0, 0.0, 1.0, 135 / 64]))
+
+
+# --- Pictures of one's own -----------------------------------------------------------------------
+
+
+def png(pixels, kind, depth=8, more=b""):
+    """The bytes of a PNG of rows of pixels, tuples of samples of depth bits; more: chunks."""
+
+    def chunk(name, body):
+        check = struct.pack(">I", zlib.crc32(name + body))
+        return struct.pack(">I", len(body)) + name + body + check
+
+    rows = b""
+    for row in pixels:
+        bits = "".join(f"{sample:0{depth}b}" for pixel in row for sample in pixel)
+        bits += "0" * (-len(bits) % 8)
+        rows += b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    head = struct.pack(">IIBBBBB", len(pixels[0]), len(pixels), depth, kind, 0, 0, 0)
+    more = b"".join(chunk(name, body) for name, body in more) if more else b""
+    body = chunk(b"IHDR", head) + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # in the format's numbers
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(content): the image that read_png makes of a file of content."""
+
+    def read(content):
+        (tmp_path / "picture.png").write_bytes(content)
+        image = data.read_png(tmp_path / "picture.png")
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+        return image
+
+    return read
+
+
+def plane(pixel, size=32):
+    """size rows of size equal pixels."""
+    return [[pixel] * size] * size
+
+
+COLOURS = (b"PLTE", bytes([1, 2, 3, 200, 100, 50]))
+# A kind of PNG -> its content and the colour of all its pixels.
+ONE_COLOUR = {
+    "red, green, blue": (png(plane((200, 100, 50)), RGB), (200, 100, 50)),
+    "opaque": (png(plane((200, 100, 50, 255)), RGBA), (200, 100, 50)),
+    "transparent": (png(plane((200, 100, 50, 0)), RGBA), (255, 255, 255)),
+    "half transparent": (png(plane((200, 100, 50, 51)), RGBA), (244, 224, 214)),
+    "grey": (png(plane((77,)), GREY), (77, 77, 77)),
+    "grey and opaque": (png(plane((77, 255)), GREY_ALPHA), (77, 77, 77)),
+    "grey and transparent": (png(plane((77, 0)), GREY_ALPHA), (255, 255, 255)),
+    "16 bits": (png(plane((200 * 257, 100 * 257, 50 * 257)), RGB, 16), (200, 100, 50)),
+    "16 bits of grey": (png(plane((77 * 257,)), GREY, 16), (77, 77, 77)),
+    "black or white": (png(plane((1,)), GREY, 1), (255, 255, 255)),
+    "palette": (png(plane((1,)), PALETTE, 8, [COLOURS]), (200, 100, 50)),
+    "small palette": (png(plane((1,)), PALETTE, 1, [COLOURS]), (200, 100, 50)),
+    "transparent in a palette": (
+        png(plane((1,)), PALETTE, 8, [COLOURS, (b"tRNS", b"\xff\x00")]),
+        (255, 255, 255),
+    ),
+    "one pixel": (png(plane((200, 100, 50), 1), RGB), (200, 100, 50)),
+    "large": (png(plane((200, 100, 50), 131), RGB), (200, 100, 50)),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_COLOUR)
+def test_a_png_of_any_kind_has_its_colour(kind, read):
+    content, colour = ONE_COLOUR[kind]
+    expected = torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, 32, 32)
+    assert torch.equal(read(content), expected)
+
+
+@pytest.mark.parametrize("transparent", [True, False])
+def test_a_png_of_32_by_32_is_taken_pixel_for_pixel(transparent, read):
+    image = torch.randint(256, (32, 32, 3))
+    pixels = [[tuple(pixel) for pixel in row] for row in image.tolist()]
+    if transparent:
+        pixels = [[(*pixel, 255) for pixel in row] for row in pixels]
+    content = png(pixels, RGBA if transparent else RGB)
+    assert torch.equal(read(content), image.movedim(2, 0).to(torch.uint8))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 50), (50, 32), (32, 33), (35, 32)])
+def test_the_middle_square_of_a_png_is_taken(height, width, read):
+    image = torch.randint(256, (height, width, 3))
+    content = png([[tuple(pixel) for pixel in row] for row in image.tolist()], RGB)
+    top, left = (height - 32) // 2, (width - 32) // 2
+    middle = image[top : top + 32, left : left + 32].movedim(2, 0)
+    assert torch.equal(read(content), middle.to(torch.uint8))
+
+
+def test_a_larger_png_is_averaged_and_not_only_sampled(read):
+    """Else a fine pattern would become another picture."""
+    stripes = [[(255 * (x % 4 in (1, 2)),) for x in range(128)]] * 128
+    image = read(png(stripes, GREY)).float()
+    assert (image - 127.5).abs().max() < 12  # at the sides a little more than half is white
+
+
+def test_a_smaller_png_keeps_its_sides(read):
+    image = read(png([[(0,), (0,), (255,), (255,)]] * 4, GREY))
+    assert image[:, :, :12].max() == 0 and image[:, :, 20:].min() == 255
+
+
+PICTURE = ONE_COLOUR["red, green, blue"][0]
+NO_PICTURE = {
+    "empty": b"",
+    "text": b"not a picture\n" * 9,
+    "JPEG": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00\xff\xd9",
+    "head only": PICTURE[:40],
+    "truncated": PICTURE[:-30],
+    "corrupt": PICTURE[:45] + b"?" * 9 + PICTURE[54:],
+}
+
+
+@pytest.mark.parametrize("content", NO_PICTURE)
+def test_what_is_no_png_raises_syntax_error_or_os_error(content, read):
+    with pytest.raises((SyntaxError, OSError)):
+        read(NO_PICTURE[content])
+
+
+def test_a_png_that_is_missing_or_a_folder_raises_os_error(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere.png"):
+        with pytest.raises(OSError, match=path.name):
+            data.read_png(path)
