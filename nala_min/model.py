@@ -20,11 +20,11 @@ Glossary. The numbers (1) ... (17) are used in every comment, test and notebook 
 
   B batch, H heads, N tokens, D channels of a head, M channels of a value; F features, which are 2D,
   or D for the baselines; C tokens in each of T chunks; E width of the model, W of its convolution,
-  V characters.
+  V characters; R rows of S patches of an image (N = R S), each of P x P pixels; Y classes.
 
 Contents: 1 decomposition (2), 2 kernel (7, 8, 12), 3 cosine mapping (9, 10, 11), 4 features,
 5 attention forms (5, 13, 13c, 14, 15, 17), 6 softmax (1), weights and entropy (3), 7 gated block
-(16), 8 language model, 9 argument checks.
+(16), 8 language model, 9 image model, 10 argument checks.
 """
 
 from __future__ import annotations

@@ -339,6 +339,14 @@ def test_write_whole_keeps_the_old_file_if_the_writer_breaks_half_way(tmp_path):
     assert path.read_bytes() == b"old"
 
 
+def test_a_checkpoint_of_another_script_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": train.FORMAT, "extra": {"patch": 4}}, path)
+    assert train.load_checkpoint(path, "patch")["extra"] == {"patch": 4}
+    with pytest.raises(UsageError, match="another script"):
+        train.load_checkpoint(path, "patch", "characters")
+
+
 def test_load_checkpoint_reads_what_was_saved(tmp_path):
     saved = {"format": train.FORMAT, "model": {"weight": torch.randn(3)}, "text": "ä"}
     torch.save(saved, tmp_path / "checkpoint.pt")
