@@ -789,6 +789,16 @@ def check_initial_weights(net):
             assert module.weight.std().item() == pytest.approx(want, rel=0.1)
 
 
+def test_the_stem_forgets_the_size_of_what_its_first_convolution_gives(model):
+    """It normalises each image as a whole before every further convolution."""
+    vit = small_vit(model, patch_size=4).double()
+    images = torch.randn(2, 3, 16, 12, dtype=torch.float64)
+    before = vit.stem(images)
+    for parameter in vit.stem[0].parameters():
+        parameter.data.mul_(7.0)
+    assert_close(vit.stem(images), before, rtol=1e-3, atol=1e-3)
+
+
 def test_initial_weights(model):
     """So that the first loss is near that of guessing."""
     lm = small_lm(model, num_layers=8, dim=128)
