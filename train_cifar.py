@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nala_min import NaLaViT, ViTConfig, data, measure, runcard, train
+from nala_min import NaLaViT, ViTConfig, data, measure, plots, runcard, train
 from nala_min.train import UsageError, flag
 
 # fmt: off
@@ -114,11 +114,12 @@ def test(model: NaLaViT, images: data.Images) -> dict[str, Any]:
 
 def draw(model: NaLaViT, images: data.Images, results: dict[str, Any], title: str, out: Path):
     """Pictures of the curve, the confusion matrix, and the attention on four test images."""
-    train.plot_curve(results["history"], title, out / "curve.png")
+    plots.write(plots.curve(results["history"], title), out / "curve.png")
     confusion = torch.tensor(results["confusion"])
-    measure.plot_confusion(confusion, images.classes, title, out / "confusion.png")
+    plots.write(plots.confusion(confusion, images.classes, title), out / "confusion.png")
     maps = measure.attention_maps(model, shown := images.test[0][:4])
-    measure.plot_attention_maps(shown, maps, model.config.attentions[-1], out / "maps.png")
+    trained_with = model.config.attentions[-1]
+    plots.write(plots.attention_maps(shown, maps, trained_with), out / "maps.png")
 
 
 def main() -> None:
@@ -164,6 +165,7 @@ def main() -> None:
         resume=settings.resume,
     )
     results = test(model, images) | {"parameters": parameters, "history": history}
+    results["health"] = measure.health(model, images.test[0][:100])
     card = runcard.run_card(settings.config(), about, device, seconds, results)
     runcard.write_json(settings.out / "card.json", card)
     draw(model, images, results, f"{kind}, seed {seed}", settings.out)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nala_min import LMConfig, NaLaLM, data, runcard, train
+from nala_min import LMConfig, NaLaLM, data, measure, plots, runcard, train
 from nala_min.train import UsageError, flag
 
 PRESETS = {  # gpu: nanoGPT's character recipe
@@ -129,11 +129,13 @@ def main() -> None:
         resume=settings.resume,
     )
     loss = validation_loss(model, validation, settings.block)
+    inputs, _ = next(data.all_windows(validation, settings.block, 64))
     results = {"validation_loss": loss, "parameters": parameters, "history": history}
+    results["health"] = measure.health(model, inputs)
     card = runcard.run_card(settings.config(), about, device, seconds, results)
     runcard.write_json(settings.out / "card.json", card)
     title = f"attention {settings.attention}, {parameters:,} parameters, seed {settings.seed}"
-    train.plot_curve(history, title, settings.out / "curve.png")
+    plots.write(plots.curve(history, title), settings.out / "curve.png")
     print(
         f"Validation loss {loss:.4f} nats a character on the last tenth of {text.name}, after"
         f" {seconds:.0f} s of training. Checkpoint, curve and run card: {settings.out}"

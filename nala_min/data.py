@@ -369,7 +369,7 @@ def drawn_digits(num_train: int = 20_000, num_test: int = 4_000) -> Images:
     """Digits in many fonts, turned, bent and coloured, over clutter: the shape of CIFAR-10, made in
     seconds, always the same. Light on dark as often as dark on light, so that no linear classifier
     can read them."""
-    glyphs = _draw_glyphs()
+    glyphs = draw_glyphs()
     parts = []
     for i, start in enumerate(range(0, num_train + num_test, 5000)):
         count = min(5000, num_train + num_test - start)
@@ -384,7 +384,7 @@ def drawn_digits(num_train: int = 20_000, num_test: int = 4_000) -> Images:
     )
 
 
-def _draw_glyphs(size: int = 48) -> Tensor:
+def draw_glyphs(size: int = 48) -> Tensor:
     """Every digit in every font, (fonts, 10, size, size), 1 where there is ink."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -4,64 +4,94 @@ anew and writes its run card and picture to notebooks/results."""
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nala_min import runcard
+from nala_min import plots, runcard
 from nala_min.data import normalise
-from nala_min.model import BlockState, NaLaViT, attention_weights, decompose, entropy
-
-# One look for each attention, wherever it is drawn; Okabe and Ito's colours, for the colour-blind.
-LOOKS = {
-    "softmax": {"label": "softmax", "color": "#000000", "linestyle": "--"},
-    "cosine": {"label": "NaLa", "color": "#d55e00", "linestyle": "-"},
-    "elu": {"label": "linear, elu + 1", "color": "#0072b2", "linestyle": "-."},
-    "relu": {"label": "linear, ReLU", "color": "#009e73", "linestyle": ":"},
-}
-
+from nala_min.model import (
+    GatedAttention,
+    NaLaLM,
+    NaLaViT,
+    attention_weights,
+    decompose,
+    entropy,
+    query_power,
+)
 
 MAPS = ("cosine", "softmax", "relu")  # NaLa, between what it joins
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def entropy_against_norm(
-    feature_map: str, norms: Tensor, *, num_keys: int = 64, dim: int = 32, draws: int = 200
+    feature_map: str,
+    norms: Tensor,
+    *,
+    num_keys: int = 64,
+    dim: int = 32,
+    draws: int = 200,
+    **options: float,
 ) -> Tensor:
     """Mean entropy, Eq. (3), of queries rescaled to each norm, over random standard normal keys.
 
-    norms: (K,). Returns (K,), in nats, the mean over draws of a query and its keys, from PyTorch's
-    own generator; at most log(num_keys).
+    norms: (K,); options: of attention_weights, as norm_scale. Returns (K,), in nats, the mean over
+    draws of a query and its keys, from PyTorch's own generator; at most log(num_keys).
     """
     _, direction = decompose(torch.randn(draws, 1, 1, dim))
     k = torch.randn(draws, 1, num_keys, dim)
     means = []
     for norm in norms:
         q = (norm * direction).expand_as(k)  # the same query at every place
-        weights = attention_weights(q, k, feature_map=feature_map)
+        weights = attention_weights(q, k, feature_map=feature_map, **options)
         means.append(entropy(weights[:, 0, 0]).mean())
     return torch.stack(means)
 
 
-def plot_entropy_gap(norms: list[float], entropies: dict[str, list[float]], path: Path) -> None:
-    """Entropy against the norm of the query, a line a feature map, as a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for name, values in entropies.items():
-        axes.plot(norms, values, linewidth=2, **LOOKS[name])
-    axes.set_xscale("log")
-    axes.set(xlabel="norm of the query", ylabel="entropy of its attention (nats)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower left")
-    runcard.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
+# --- What a computation costs ---------------------------------------------------------------------
 
 
-# --- A trained image model ------------------------------------------------------------------------
+class Recorder(TorchDispatchMode):
+    """Counts what runs inside `with Recorder() as recorder:`.
+
+    recorder.operations: PyTorch operations so far. recorder.peak: the most bytes that tensors made
+    inside held at one time; what a kernel holds for itself while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.held = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations += 1
+        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        for storage in (x.untyped_storage() for x in _tensors(out)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._alive:  # not a view of what was there
+                self._alive.add(key)
+                self.held += size
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._forget, key, size)
+        return out
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.held -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+# --- A trained model ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -78,7 +108,74 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"test_loss": F.cross_entropy(logits, labels).item(), "test_accuracy": right}
 
 
+class Asked(NamedTuple):
+    """What the attention of one block was asked: which attention, and queries and keys for it."""
+
+    layer: GatedAttention
+    x: Tensor  # (B, N, E) or (B, R, S, E)
+    q: Tensor  # (B, H, N, D)
+    k: Tensor  # (B, H, N, D)
+    options: dict[str, Any]  # of nala_attention
+
+    def weights(self, feature_map: str | None) -> Tensor:
+        """The weights (B, H, N, N) that feature_map, None for softmax, makes of q and k."""
+        name = feature_map or "softmax"
+        return attention_weights(
+            self.q, self.k, causal=self.layer.causal, feature_map=name, **self.options
+        )
+
+
 @torch.no_grad()
+def asked(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[Asked]:
+    """What every block's attention is asked, first block to last, while model reads inputs.
+
+    inputs: tokens (B, N), or images (B, 3, height, width) uint8, at most 500 of them.
+    """
+    seen: list[tuple] = []
+    layers = [block.attention for block in model.blocks]
+    hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call)) for layer in layers]
+    try:
+        if isinstance(model, NaLaViT):
+            classify(model, inputs)
+        else:
+            model.eval()(inputs.to(model.head.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for layer, (x, state) in seen:
+        q, k, _, _ = (layer.split_heads(y) for y in layer.project(x).chunk(4, dim=-1))
+        found.append(Asked(layer, x, q, k, layer.options(x, state)))
+    return found
+
+
+@torch.no_grad()
+def health(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
+    """How each block attends, first to last, while model reads inputs as in asked.
+
+    For each block its attention and, over all heads and examples, the QUANTILES of: query_norm;
+    power, Eq. (7), if its kernel has one; entropy in nats and the weight of the heaviest key, top,
+    of every patch of an image, but of a text only of the last token, which sees all others.
+    """
+    blocks = []
+    for name, block in zip(model.config.attentions, asked(model, inputs), strict=True):
+        feature_map = block.layer.feature_map
+        norm, _ = decompose(block.q)  # (B, H, N, 1)
+        weights = block.weights(feature_map)  # (B, H, N, N)
+        if block.layer.causal:
+            weights = weights[:, :, -1:]  # (B, H, 1, N)
+        numbers = {"query_norm": norm}
+        if feature_map in ("cosine", "split"):
+            numbers["power"] = query_power(norm, norm_scale=block.options["norm_scale"])
+        numbers |= {"entropy": entropy(weights), "top": weights.amax(dim=-1)}
+        levels = torch.tensor(QUANTILES)
+        found = {
+            key: torch.quantile(x.float().cpu(), levels).tolist() for key, x in numbers.items()
+        }
+        blocks.append({"attention": name} | found)
+    return blocks
+
+
 def attention_maps(
     model: NaLaViT, images: Tensor, block: int = -1, feature_maps: Sequence[str] = MAPS
 ) -> dict[str, Tensor]:
@@ -89,70 +186,12 @@ def attention_maps(
     nothing. The block was trained with one kernel; the others show what they would make of the same
     queries and keys.
     """
-    layer, inputs = model.blocks[block].attention, []
-    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    classify(model, images)
-    hook.remove()
-    x = inputs[0]  # (B, R, S, E)
-    q, k, _, _ = (layer.split_heads(y) for y in layer.project(x).chunk(4, dim=-1))
-    options = layer.options(x, BlockState())
-    grid = x.shape[1:3]
+    chosen = asked(model, images)[block]
+    grid = chosen.x.shape[1:3]
     return {
-        name: attention_weights(q, k, feature_map=name, **options)
-        .mean(dim=1)
-        .unflatten(2, grid)
-        .unflatten(1, grid)
+        name: chosen.weights(name).mean(dim=1).unflatten(2, grid).unflatten(1, grid)
         for name in feature_maps
     }
-
-
-def plot_attention_maps(
-    pictures: Tensor, maps: dict[str, Tensor], trained_with: str, path: Path
-) -> None:
-    """A row for each picture: the query patch at the middle of its grid, framed, and its weights
-    over the image under each kernel, as a PNG.
-
-    pictures: (B, 3, height, width) uint8; maps: what attention_maps returns.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    height, width = pictures.shape[2:]
-    figure = Figure(
-        figsize=(1.9 * (1 + len(maps)) + 0.8, 1.9 * len(pictures) + 0.9), layout="constrained"
-    )
-    figure.suptitle(
-        f"Weights of one query, the framed patch, in the last block of a {trained_with} model:\n"
-        "the same queries and keys under each kernel",
-        fontsize="medium",
-    )
-    grid = figure.subplots(len(pictures), 1 + len(maps), squeeze=False)
-    for i, (picture, row) in enumerate(zip(pictures, grid, strict=True)):
-        weights = {name: values[i] for name, values in maps.items()}
-        rows, columns = next(iter(weights.values())).shape[:2]
-        r, s = rows // 2, columns // 2
-        brightest = max(values[r, s].max().item() for values in weights.values())
-        if i == 0:
-            row[0].set_title("image", fontsize="medium")
-        row[0].imshow(picture.movedim(0, -1).numpy(), extent=(0, width, height, 0))
-        for axes, (name, values) in zip(row[1:], weights.items(), strict=True):
-            image = axes.imshow(
-                values[r, s].numpy(),
-                extent=(0, width, height, 0),
-                cmap="cividis",
-                vmin=0,
-                vmax=brightest,
-            )
-            spread = entropy(values[r, s].flatten()).exp().item()
-            axes.set_xlabel(f"as if over {spread:.0f} of {rows * columns}", fontsize="small")
-            if i == 0:
-                axes.set_title(LOOKS[name]["label"], fontsize="medium")
-        for axes in row:
-            patch = (s * width / columns, r * height / rows), width / columns, height / rows
-            axes.add_patch(Rectangle(*patch, fill=False, edgecolor="#d55e00", linewidth=1.5))
-            axes.set(xticks=[], yticks=[])
-        figure.colorbar(image, ax=row, label="weight", shrink=0.8)
-    runcard.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def confusion_matrix(guesses: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -173,32 +212,12 @@ def worst_pairs(confusion: Tensor, count: int = 3) -> list[tuple[int, int, int]]
     return [pair for pair in pairs if pair[2] > 0]
 
 
-def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, path: Path) -> None:
-    """The confusion matrix in per cent of each class, as a PNG."""
-    from matplotlib.figure import Figure
-
-    shares = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1)
-    figure = Figure(figsize=(6.4, 5.8), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=100)
-    for i, row in enumerate(shares.tolist()):
-        for j, share in enumerate(row):
-            colour = "#000000" if share > 50 else "#ffffff"
-            axes.text(j, i, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    places = range(len(classes))
-    axes.set_xticks(places, classes, rotation=45, ha="right")
-    axes.set_yticks(places, classes)
-    axes.set(xlabel="taken for", ylabel="what it is (each row in per cent)")
-    axes.set_title(title, fontsize="medium")
-    runcard.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
-
-
 def main() -> None:
     start = time.perf_counter()
     config = {"seed": 1, "num_keys": 64, "dim": 32, "draws": 200}
     norms = torch.logspace(-2, 1.5, 40)
     entropies = {}
-    for name in LOOKS:
+    for name in plots.LOOKS:
         torch.manual_seed(config["seed"])  # the same queries and keys for every feature map
         sizes = {key: value for key, value in config.items() if key != "seed"}
         entropies[name] = entropy_against_norm(name, norms, **sizes).tolist()
@@ -213,7 +232,7 @@ def main() -> None:
     card["command"] = "python -m nala_min.measure"
     runcard.RESULTS.mkdir(parents=True, exist_ok=True)
     runcard.write_json(runcard.RESULTS / "entropy_gap.json", card)
-    plot_entropy_gap(norms.tolist(), entropies, runcard.RESULTS / "entropy_gap.png")
+    plots.write(plots.entropy_gap(norms.tolist(), entropies), runcard.RESULTS / "entropy_gap.png")
     print(f"Written: {runcard.RESULTS / 'entropy_gap.json'} and .png")
 
 

@@ -195,7 +195,7 @@ def choose_device(name: str) -> torch.device:
 FORMAT = 2  # of a checkpoint: counted up when what fit saves changes
 
 
-# --- Checkpoints and curves -------------------------------------------------------------------
+# --- Checkpoints ----------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
@@ -224,32 +224,6 @@ def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -
                 f"--resume: {path} was trained with {name} = {saved.get(name)!r}, not"
                 f" {wanted.get(name)!r}: give the same flags, or another folder with --out"
             )
-
-
-def plot_curve(history: list[dict[str, float]], title: str, path: Path) -> None:
-    """What history has of each step, losses and accuracies in panels of their own, as a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    units = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
-    shown = [what for what in units if any(name.endswith(what) for name in history[0])]
-    figure = Figure(figsize=(6.4, 1.2 + 2.8 * len(shown)), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
-    steps = [point["step"] for point in history]
-    for what, axes in zip(shown, panels, strict=True):
-        for name in history[0]:
-            if name.endswith(what):
-                training = name.startswith("train")
-                colour, style = ("#0072b2", "--") if training else ("#d55e00", "-")
-                values = [point[name] for point in history]
-                label = name.replace("_", " ")
-                axes.plot(steps, values, style, color=colour, marker="o", markersize=3, label=label)
-        axes.set(ylabel=units[what])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    panels[-1].set(xlabel="step")
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 # --- The loop ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from matplotlib.image import imsave
 from scripts import assert_mistake, files_below, flags_of, run_here, run_process
 
 import train_cifar
-from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, data, measure, runcard, train
+from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, data, plots, runcard, train
 
 COUNT = 60  # images in a file, in place of 10,000
 WRONG = 6  # ships in the test file that are labelled cats, so that there are mistakes to count
@@ -98,9 +98,7 @@ def trained(tmp_path_factory):
 def run(tmp_path, monkeypatch):
     """run(*flags): what the script does with them, in this process, from tmp_path; it draws no
     pictures: that takes time."""
-    monkeypatch.setattr(train, "plot_curve", lambda *arguments: None)
-    monkeypatch.setattr(measure, "plot_confusion", lambda *arguments: None)
-    monkeypatch.setattr(measure, "plot_attention_maps", lambda *arguments: None)
+    monkeypatch.setattr(plots, "write", lambda *arguments: None)
     return partial(run_here, train_cifar, tmp_path)
 
 

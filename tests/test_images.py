@@ -397,7 +397,7 @@ def test_all_60000_drawn_images_are_drawn_with_seeds_of_their_own(monkeypatch):
         seeds.append(random.initial_seed())
         return torch.zeros(count, 1), torch.arange(count)
 
-    monkeypatch.setattr(data, "_draw_glyphs", lambda: None)
+    monkeypatch.setattr(data, "draw_glyphs", lambda: None)
     monkeypatch.setattr(data, "_draw_images", draw)
     images = data.drawn_digits()
     assert [len(part) for part in (*images.train, *images.test)] == [20_000] * 2 + [4_000] * 2
@@ -413,7 +413,7 @@ def test_drawn_images_have_contrast_and_colour(digits):
 
 
 def test_every_glyph_has_ink_clear_of_its_edges_and_is_unlike_the_others_of_its_font():
-    glyphs = data._draw_glyphs()
+    glyphs = data.draw_glyphs()
     assert glyphs.shape == (len(data.FONTS), 10, 48, 48)
     assert glyphs.min() == 0 and glyphs.max() == 1
     ink = glyphs.sum(dim=(2, 3))
@@ -435,7 +435,7 @@ def test_every_glyph_is_the_digit_it_stands_for():
         glyph = glyph[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         return F.interpolate(glyph[None, None], size=(24, 16), mode="area").flatten()
 
-    for font in data._draw_glyphs():
+    for font in data.draw_glyphs():
         shapes = torch.stack([cut_out(glyph) for glyph in font])
         six = cut_out(font[6].flip(0, 1))
         assert (shapes - six).abs().sum(dim=1).argmin() == 9

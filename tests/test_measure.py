@@ -1,17 +1,17 @@
-"""What nala_min/measure.py reads off an attention and off an image model."""
+"""What nala_min/measure.py reads off an attention, a computation and a trained model."""
 
 import math
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch.testing import assert_close
 
 from nala_min import (
     ATTENTIONS,
+    LMConfig,
+    NaLaLM,
     NaLaViT,
     ViTConfig,
-    entropy,
     key_features,
     measure,
     query_features,
@@ -50,13 +50,39 @@ def test_the_committed_card_is_what_the_code_measures():
         assert again == pytest.approx(values[20], abs=1e-4)
 
 
-def test_the_picture_is_a_png(tmp_path):
-    values = {name: [1.0, 2.0] for name in measure.LOOKS}
-    measure.plot_entropy_gap([0.1, 1.0], values, tmp_path / "gap.png")
-    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
+# --- What a computation costs ---------------------------------------------------------------------
 
 
-# --- A trained image model ------------------------------------------------------------------------
+def test_recorder_counts_operations_and_the_most_bytes_at_one_time():
+    """Two tensors of 4,000 bytes at once, and a third after the first has gone."""
+    x = torch.ones(1000)
+    with measure.Recorder() as recorder:
+        first = x + 1
+        second = first * 2
+        del first
+        third = second * 3
+    assert (recorder.operations, recorder.peak, recorder.held) == (3, 8000, 8000)
+    del second, third
+    assert recorder.held == 0
+
+
+def test_recorder_counts_no_view_and_no_change_in_place():
+    x = torch.ones(10, 10)
+    with measure.Recorder() as recorder:
+        x.add_(1).view(100)[:5].mul_(2)
+        kept = x.T
+    assert (recorder.peak, kept.shape) == (0, (10, 10))
+
+
+def test_recorder_sees_what_the_backward_pass_needs():
+    x = torch.ones(1000, requires_grad=True)
+    with measure.Recorder() as recorder:
+        x.exp().exp().sum().backward()
+    assert recorder.peak > 3 * 4000
+    assert recorder.held == 4000  # x.grad
+
+
+# --- A trained model ------------------------------------------------------------------------------
 
 ROWS, COLUMNS = 3, 5  # of patches in every image here
 
@@ -208,73 +234,68 @@ def test_the_worst_pairs_count_mistakes_in_both_directions():
     assert {type(x) for pair in measure.worst_pairs(confusion) for x in pair} == {int}
 
 
-# --- Its pictures ---------------------------------------------------------------------------------
+# --- Health of a trained model ------------------------------------------------------------------
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved, which can still be asked what is on them."""
-    saved, savefig = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *args, **kw: (saved.append(self), savefig(self, *args, **kw)),
-    )
-    return saved
+def quantiles(x):
+    return [float(x.flatten().quantile(level)) for level in measure.QUANTILES]
 
 
-def check_png(path):
-    png = path.read_bytes()
-    assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
-    assert list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize("attention", ["nala", "softmax", ("split", "relu")])
+def test_health_of_an_image_model_by_hand(attention, in_float64):
+    model, images, seen = small_vit(attention=attention), bytes_of(), {}
+    for i, block in enumerate(model.blocks):
+        spy(block.attention, seen, i)
+    blocks = measure.health(model, images)
+    assert [block["attention"] for block in blocks] == list(model.config.attentions)
+    for i, block in enumerate(blocks):
+        x = seen[i][0].flatten(1, 2)
+        to_q, to_k, _, _ = model.blocks[i].attention.project.weight.chunk(4)
+        q, k = (x @ to_q.T).detach(), (x @ to_k.T).detach()
+        q, k = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (q, k))
+        norm = q.norm(dim=-1)
+        assert block["query_norm"] == pytest.approx(quantiles(norm), rel=1e-5)
+        if block["attention"] in ("nala", "split"):
+            power = 3 * (0.5 + norm.tanh())
+            assert block["power"] == pytest.approx(quantiles(power), rel=1e-5)
+        else:
+            assert "power" not in block
+        name = ATTENTIONS[block["attention"]] or "softmax"
+        if name == "softmax":
+            weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        else:
+            weights = query_features(q, name) @ key_features(k, name).mT
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+        surprise = -(weights * weights.clamp_min(1e-300).log()).sum(-1)
+        assert block["entropy"] == pytest.approx(quantiles(surprise), rel=1e-4, abs=1e-6)
+        assert block["top"] == pytest.approx(quantiles(weights.amax(-1)), rel=1e-4)
 
 
-def test_plot_confusion_has_the_per_cent_of_each_class(tmp_path, figures):
-    """A class without an example has a row of zeros."""
-    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [1, 0, 1]])
-    measure.plot_confusion(confusion, ("cat", "Bär", "dog"), "Märchen", tmp_path / "c.png")
-    check_png(tmp_path / "c.png")
-    axes = figures[0].axes[0]
-    shares = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
-    rows = [[shares[i, j] for j in range(3)] for i in range(3)]
-    assert rows == [["75", "25", "0"], ["0", "0", "0"], ["50", "0", "50"]]
-    assert axes.get_xlabel() == "taken for" and axes.get_title() == "Märchen"
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        assert [label.get_text() for label in labels] == ["cat", "Bär", "dog"]
+@pytest.mark.parametrize("attention", ["nala", "softmax"])
+def test_health_of_a_language_model_is_that_of_its_last_token(attention):
+    """With one token before it, the entropy of the last is at most that of two keys."""
+    options = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16, "attention": attention}
+    model, tokens = NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12))
+    for block in measure.health(model, tokens):
+        assert math.log(2) < block["entropy"][0] <= block["entropy"][-1] <= math.log(12) + 1e-6
+    for block in measure.health(model, tokens[:, :2]):
+        assert 0 <= block["entropy"][0] <= block["entropy"][-1] <= math.log(2) + 1e-6
+        assert block["top"][0] >= 0.5 - 1e-6
 
 
-def test_plot_attention_maps_frames_the_query_and_shows_its_weights(tmp_path, figures):
-    """Images of 6 x 9 pixels in 3 x 5 patches: the query is at (1, 2), and so, in units of pixels,
-    3.6 to the right and 2 down."""
-    model, images = small_vit().float(), bytes_of(2)
-    maps = measure.attention_maps(model, images)
-    measure.plot_attention_maps(images, maps, "nala", tmp_path / "maps.png")
-    check_png(tmp_path / "maps.png")
-    (figure,) = figures
-    assert "nala" in figure.get_suptitle()
-    panels = [axes for axes in figure.axes if axes.patches]
-    assert len(panels) == 2 * (1 + len(maps))
-    for axes in panels:
-        (frame,) = axes.patches
-        assert frame.get_xy() == pytest.approx((3.6, 2.0))
-        assert (frame.get_width(), frame.get_height()) == pytest.approx((1.8, 2.0))
-        assert axes.images[0].get_extent() == [0, 9, 6, 0]
-    titles = [axes.get_title() for axes in panels[:4]]
-    assert titles == ["image", *(measure.LOOKS[name]["label"] for name in maps)]
-    for i in range(2):
-        picture, *shown = panels[4 * i : 4 * i + 4]
-        assert (picture.images[0].get_array() == images[i].movedim(0, -1).numpy()).all()
-        brightest = max(weights[i, 1, 2].max().item() for weights in maps.values())
-        for axes, weights in zip(shown, maps.values(), strict=True):
-            assert (axes.images[0].get_array() == weights[i, 1, 2].numpy()).all()
-            assert axes.images[0].get_clim() == (0, pytest.approx(brightest))  # one scale a row
-            patches = entropy(weights[i, 1, 2].flatten()).exp().item()
-            assert axes.get_xlabel() == f"as if over {patches:.0f} of 15"
+def test_a_learned_norm_scale_is_in_the_power():
+    model = NaLaLM(LMConfig(vocab_size=9, num_layers=1, dim=16, norm_scale=None))
+    tokens = torch.randint(9, (5, 12))
+    before = measure.health(model, tokens)[0]["power"]
+    model.blocks[0].attention.norm_scale.data.fill_(1e9)  # tanh of nearly nothing
+    after = measure.health(model, tokens)[0]["power"]
+    assert after == pytest.approx([1.5] * 5)
+    assert before[-1] > 1.5 + 1e-3
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 11), (32, 32)])
-def test_plot_attention_maps_of_any_grid(height, width, tmp_path):
-    images = bytes_of(1, height, width)
-    maps = measure.attention_maps(small_vit(num_layers=1).float(), images)
-    measure.plot_attention_maps(images, maps, "hybrid", tmp_path / "maps.png")
-    check_png(tmp_path / "maps.png")
+def test_asking_leaves_no_hook_behind_even_after_an_error():
+    model = small_vit().float()
+    with pytest.raises(RuntimeError):
+        measure.asked(model, bytes_of()[:, :2])
+    measure.asked(model, bytes_of())
+    assert all(not block.attention._forward_pre_hooks for block in model.blocks)

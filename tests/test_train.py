@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from torch.testing import assert_close
 
@@ -419,59 +418,6 @@ def test_what_to_expect_is_read_off_the_cards_of_the_same_config_and_data(
         card = {"config": {"dim": 16, "seed": seed}, "data": {"sha256": data}}
         runcard.write_json(tmp_path / f"{name}.json", card | {"results": {"test_loss": loss}})
     assert runcard.expected("run_*", config, sha256, "test_loss").startswith(sentence)
-
-
-LOSSES = {"train_loss": [3.0, 2.0, 1.5], "validation_loss": [4.0, 3.0, 2.75]}
-ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
-
-
-@pytest.mark.parametrize(
-    ("numbers", "panels"),
-    [
-        (LOSSES, {"cross-entropy (nats)": ["train loss", "validation loss"]}),
-        (
-            {"train_loss": LOSSES["train_loss"]} | ACCURACY,
-            {"cross-entropy (nats)": ["train loss"], "accuracy": ["test accuracy"]},
-        ),
-        (
-            ACCURACY | LOSSES,
-            {
-                "cross-entropy (nats)": ["train loss", "validation loss"],
-                "accuracy": ["test accuracy"],
-            },
-        ),
-    ],
-    ids=["losses", "a loss and an accuracy", "in another order"],
-)
-def test_plot_curve_writes_a_png_with_losses_and_accuracies_apart(
-    numbers, panels, tmp_path, monkeypatch
-):
-    figures, savefig = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *args, **kw: (figures.append(self), savefig(self, *args, **kw)),
-    )
-    steps = [1, 10, 15]
-    history = [
-        {"step": step} | {name: values[i] for name, values in numbers.items()}
-        for i, step in enumerate(steps)
-    ]
-    train.plot_curve(history, "Märchen, nala", tmp_path / "curve.png")
-    png = (tmp_path / "curve.png").read_bytes()
-    assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
-    assert list(tmp_path.iterdir()) == [tmp_path / "curve.png"]
-    (figure,) = figures
-    assert figure.get_suptitle() == "Märchen, nala"
-    drawn = {
-        axes.get_ylabel(): [line.get_label() for line in axes.get_lines()] for axes in figure.axes
-    }
-    assert drawn == panels
-    for line in (line for axes in figure.axes for line in axes.get_lines()):
-        assert list(line.get_xdata()) == steps
-        assert list(line.get_ydata()) == numbers[line.get_label().replace(" ", "_")]
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
-    assert len(looks) == len(panels["cross-entropy (nats)"])  # told apart
 
 
 # --- Recipe and optimiser ------------------------------------------------------------------------

@@ -1,0 +1,262 @@
+"""Every picture of the project: one style, one look for each attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from nala_min.model import entropy
+from nala_min.runcard import write_whole
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLACK, ORANGE, BLUE, GREEN = "#000000", "#d55e00", "#0072b2", "#009e73"
+PURPLE, YELLOW = "#cc79a7", "#e69f00"
+
+# One look for each attention, by the name of its feature map, wherever it is drawn.
+LOOKS = {
+    "softmax": {"label": "softmax", "color": BLACK, "linestyle": "--"},
+    "cosine": {"label": "NaLa", "color": ORANGE, "linestyle": "-"},
+    "elu": {"label": "linear, elu + 1", "color": BLUE, "linestyle": "-."},
+    "relu": {"label": "linear, ReLU", "color": GREEN, "linestyle": ":"},
+}
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=[ORANGE, BLUE, GREEN, PURPLE, YELLOW, BLACK]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+    "figure.titlesize": "medium",
+    "grid.alpha": 0.3,
+    "image.cmap": "cividis",
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "savefig.dpi": 150,
+}
+_styled = matplotlib.rc_context(STYLE)  # for as long as a function runs
+
+
+@_styled
+def figure(
+    rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float = 3.6, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure of width x height inches, and its axes: one, or an array of them.
+
+    options: as for matplotlib's Figure.subplots. Without pyplot: no display, no global state.
+    """
+    made = Figure(figsize=(width, height))
+    return made, made.subplots(rows, columns, **options)
+
+
+def write(picture: Figure, path: Path) -> None:
+    """Write picture as a PNG, whole or not at all."""
+    dpi = STYLE["savefig.dpi"]
+    write_whole(path, lambda file: picture.savefig(file, format="png", dpi=dpi))
+
+
+@_styled
+def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Figure:
+    """Entropy against the norm of the query, a line a feature map."""
+    picture, axes = figure()
+    for name, values in entropies.items():
+        axes.plot(norms, values, **LOOKS[name])
+    axes.set_xscale("log")
+    axes.set(xlabel="norm of the query", ylabel="entropy of its attention (nats)")
+    axes.legend(loc="lower left")
+    return picture
+
+
+@_styled
+def curve(history: list[dict[str, float]], title: str) -> Figure:
+    """What history has of each step, losses and accuracies in panels of their own."""
+    units = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
+    shown = [what for what in units if any(name.endswith(what) for name in history[0])]
+    picture, panels = figure(len(shown), height=1.2 + 2.8 * len(shown), sharex=True, squeeze=False)
+    picture.suptitle(title)
+    steps = [point["step"] for point in history]
+    for what, axes in zip(shown, panels[:, 0], strict=True):
+        for name in history[0]:
+            if name.endswith(what):
+                training = name.startswith("train")
+                colour, style = (BLUE, "--") if training else (ORANGE, "-")
+                values = [point[name] for point in history]
+                label = name.replace("_", " ")
+                axes.plot(steps, values, style, color=colour, marker="o", markersize=3, label=label)
+        axes.set(ylabel=units[what])
+        axes.legend()
+    panels[-1, 0].set(xlabel="step")
+    return picture
+
+
+@_styled
+def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str) -> Figure:
+    """A row for each picture: the query patch at the middle of its grid, framed, and its weights
+    over the image under each kernel.
+
+    pictures: (B, 3, height, width) uint8; maps: what measure.attention_maps returns.
+    """
+    height, width = pictures.shape[2:]
+    drawn, grid = figure(
+        len(pictures),
+        1 + len(maps),
+        width=1.9 * (1 + len(maps)) + 0.8,
+        height=1.9 * len(pictures) + 0.9,
+        squeeze=False,
+    )
+    drawn.suptitle(
+        f"Weights of one query, the framed patch, in the last block of a {trained_with} model:\n"
+        "the same queries and keys under each kernel"
+    )
+    for i, (picture, row) in enumerate(zip(pictures, grid, strict=True)):
+        weights = {name: values[i] for name, values in maps.items()}
+        rows, columns = next(iter(weights.values())).shape[:2]
+        r, s = rows // 2, columns // 2
+        brightest = max(values[r, s].max().item() for values in weights.values())
+        place = {"extent": (0, width, height, 0)}
+        if i == 0:
+            row[0].set_title("image")
+        row[0].imshow(picture.movedim(0, -1).numpy(), **place)
+        for axes, (name, values) in zip(row[1:], weights.items(), strict=True):
+            image = axes.imshow(values[r, s].numpy(), vmin=0, vmax=brightest, **place)
+            spread = entropy(values[r, s].flatten()).exp().item()
+            axes.set_xlabel(f"as if over {spread:.0f} of {rows * columns}", fontsize="small")
+            if i == 0:
+                axes.set_title(LOOKS[name]["label"])
+        for axes in row:
+            patch = (s * width / columns, r * height / rows), width / columns, height / rows
+            axes.add_patch(Rectangle(*patch, fill=False, edgecolor=ORANGE, linewidth=1.5))
+            axes.grid(False)
+            axes.spines[:].set_visible(True)
+            axes.set(xticks=[], yticks=[])
+        drawn.colorbar(image, ax=row, label="weight", shrink=0.8)
+    return drawn
+
+
+@_styled
+def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
+    """The confusion matrix counts in per cent of each class."""
+    shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    picture, axes = figure(height=5.8)
+    axes.grid(False)
+    axes.imshow(shares.numpy(), vmin=0, vmax=100)
+    for i, row in enumerate(shares.tolist()):
+        for j, share in enumerate(row):
+            colour = "#000000" if share > 50 else "#ffffff"
+            axes.text(j, i, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    places = range(len(classes))
+    axes.set_xticks(places, classes, rotation=45, ha="right")
+    axes.set_yticks(places, classes)
+    axes.set(xlabel="taken for", ylabel="what it is (each row in per cent)", title=title)
+    return picture
+
+
+@_styled
+def health(
+    blocks: list[dict[str, Any]], beside: list[dict[str, Any]], num_keys: int | None = None
+) -> Figure:
+    """What measure.health says of two models, block by block: medians, and bars over the middle
+    90 % of all queries.
+
+    blocks: of a model with NaLa in every block; beside: of one with softmax; num_keys: how many
+    keys a query sees, for a line at the highest entropy that there is.
+    """
+    wanted = {
+        "query_norm": "norm of the query",
+        "power": "power p, Eq. (7)",
+        "entropy": "entropy of its attention (nats)",
+    }
+    picture, panels = figure(1, 3, width=9.6, height=3.5)
+    for axes, (name, label) in zip(panels, wanted.items(), strict=True):
+        for offset, look, rows in ((-0.12, "cosine", blocks), (0.12, "softmax", beside)):
+            if any(name not in row for row in rows):
+                continue
+            low, _, middle, _, high = np.array([row[name] for row in rows]).T
+            places = np.arange(1, len(rows) + 1) + offset
+            bars = {"yerr": [middle - low, high - middle], "fmt": "o", "capsize": 4}
+            colour = {"color": LOOKS[look]["color"], "label": LOOKS[look]["label"]}
+            axes.errorbar(places, middle, **bars, **colour)
+        axes.set(xlabel="block", ylabel=label, xticks=range(1, len(blocks) + 1))
+        axes.set_xlim(0.5, len(blocks) + 0.5)
+        axes.set_ylim(bottom=0)
+        axes.grid(False, axis="x")
+    panels[0].axhspan(0, 2, color=YELLOW, alpha=0.25, linewidth=0, zorder=0)
+    panels[0].annotate("here tanh reacts", (0.02, 0.05), xycoords="axes fraction")
+    panels[1].set_ylim(1.2, 5.0)
+    bounds = [(panels[1], 1.5, "lowest possible", 4), (panels[1], 4.5, "highest possible", 4)]
+    if num_keys is not None:
+        highest = float(np.log(num_keys))
+        panels[2].set_ylim(top=1.18 * highest)
+        bounds.append((panels[2], highest, f"even over {num_keys} keys: {highest:.2f}", 4))
+    for axes, height, text, above in bounds:
+        axes.axhline(height, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
+        place = {"xytext": (0, above), "textcoords": "offset points", "fontsize": "small"}
+        axes.annotate(
+            text, (0.55, height), **place, bbox={"color": "white", "pad": 0.5}, zorder=1.5
+        )
+    panels[2].legend(loc="lower left")
+    return picture
+
+
+@_styled
+def time_against_length(results: dict[str, Any]) -> Figure:
+    """Milliseconds against the number of tokens, a line a form, and where the chunked form
+    overtakes softmax. results: those of a card of nala_min.bench."""
+    looks = {
+        "softmax": LOOKS["softmax"] | {"label": "softmax, fused kernel"},
+        "chunked": LOOKS["cosine"] | {"label": "NaLa, chunked (15)"},
+        "quadratic": {"label": "NaLa, quadratic (13c)", "color": PURPLE, "linestyle": ":"},
+    }
+    picture, axes = figure(height=4)
+    for name, seconds in results["seconds"].items():
+        milliseconds = [None if s is None else 1000 * s for s in seconds]
+        axes.plot(results["lengths"], milliseconds, marker="o", markersize=4, **looks[name])
+    if results["crossover"] is not None:
+        axes.axvline(results["crossover"], color=YELLOW, linewidth=1.5)
+        axes.text(results["crossover"], 1, f" from {results['crossover']:,} tokens on")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(results["lengths"], [f"{length:,}" for length in results["lengths"]])
+    axes.set(xlabel="number of tokens", ylabel="forward + backward (ms)")
+    axes.legend()
+    return picture
+
+
+@_styled
+def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Figure:
+    """What several training runs of each attention reached: on the left a line through the mean of
+    their curves in a band from the lowest to the highest, on the right a dot for each run's result
+    and a stroke at their mean.
+
+    cards: run cards of each attention, by the name of its feature map; result: what is shown of
+    them, in their history as in their results; label: what to call it, with its unit.
+    """
+    picture, (left, right) = figure(1, 2, width=9.6, height=3.8)
+    for row, (name, runs) in enumerate(cards.items()):
+        look = LOOKS[name]
+        steps = [point["step"] for point in runs[0]["results"]["history"]]
+        values = np.array([[p[result] for p in run["results"]["history"]] for run in runs])
+        left.fill_between(
+            steps, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15
+        )
+        left.plot(steps, values.mean(axis=0), **look)
+        finals = [run["results"][result] for run in runs]
+        right.plot(finals, [row] * len(finals), "o", color=look["color"], alpha=0.7)
+        mean = sum(finals) / len(finals)
+        right.plot([mean, mean], [row - 0.3, row + 0.3], color=look["color"])
+        right.annotate(f"{mean:.3f}", (mean, row - 0.37), ha="center", fontsize="small")
+    left.set(xlabel="training step", ylabel=label)
+    left.legend()
+    right.set_yticks(range(len(cards)), [LOOKS[name]["label"] for name in cards])
+    right.set_ylim(len(cards) - 0.4, -0.7)  # the first on top
+    right.set(xlabel=f"at the end: {label}")
+    right.locator_params(axis="x", nbins=6)
+    right.grid(False, axis="y")
+    return picture

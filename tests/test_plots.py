@@ -1,0 +1,173 @@
+"""What nala_min/plots.py draws, asked of the figures themselves."""
+
+import io
+
+import matplotlib
+import pytest
+import torch
+
+from nala_min import NaLaViT, ViTConfig, entropy, measure, plots
+
+LOSSES = {"train_loss": [3.0, 2.0, 1.5], "validation_loss": [4.0, 3.0, 2.75]}
+ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
+
+
+def small_vit(**options):
+    sizes = {"num_classes": 7, "num_layers": 2, "num_heads": 2, "dim": 32, "patch_size": 2}
+    return NaLaViT(ViTConfig(**sizes | options))
+
+
+def bytes_of(count=2, height=6, width=9):
+    """count images of noise, (count, 3, height, width) uint8."""
+    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
+
+
+def test_a_picture_is_written_as_a_png_whole(tmp_path):
+    plots.write(plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]}), tmp_path / "gap.png")
+    png = (tmp_path / "gap.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
+    assert list(tmp_path.iterdir()) == [tmp_path / "gap.png"]
+
+
+def test_drawing_leaves_the_caller_s_style_alone():
+    before = dict(matplotlib.rcParams)
+    plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]})
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_looks_can_be_told_apart_without_colour():
+    assert len({look["linestyle"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
+    assert len({look["color"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
+
+
+def test_entropy_gap_has_a_line_a_feature_map():
+    values = {name: [float(i), 2.0] for i, name in enumerate(plots.LOOKS)}
+    axes = plots.entropy_gap([0.1, 1.0], values).axes[0]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert drawn == {plots.LOOKS[name]["label"]: values[name] for name in values}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "panels"),
+    [
+        (LOSSES, {"cross-entropy (nats)": ["train loss", "validation loss"]}),
+        (
+            {"train_loss": LOSSES["train_loss"]} | ACCURACY,
+            {"cross-entropy (nats)": ["train loss"], "accuracy": ["test accuracy"]},
+        ),
+        (
+            ACCURACY | LOSSES,
+            {
+                "cross-entropy (nats)": ["train loss", "validation loss"],
+                "accuracy": ["test accuracy"],
+            },
+        ),
+    ],
+    ids=["losses", "a loss and an accuracy", "in another order"],
+)
+def test_curve_has_losses_and_accuracies_apart(numbers, panels):
+    steps = [1, 10, 15]
+    history = [
+        {"step": step} | {name: values[i] for name, values in numbers.items()}
+        for i, step in enumerate(steps)
+    ]
+    figure = plots.curve(history, "Märchen, nala")
+    assert figure.get_suptitle() == "Märchen, nala"
+    drawn = {
+        axes.get_ylabel(): [line.get_label() for line in axes.get_lines()] for axes in figure.axes
+    }
+    assert drawn == panels
+    for line in (line for axes in figure.axes for line in axes.get_lines()):
+        assert list(line.get_xdata()) == steps
+        assert list(line.get_ydata()) == numbers[line.get_label().replace(" ", "_")]
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == len(panels["cross-entropy (nats)"])  # told apart
+
+
+def test_confusion_has_the_per_cent_of_each_class():
+    """A class without an example has a row of zeros."""
+    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [1, 0, 1]])
+    figure = plots.confusion(confusion, ("cat", "Bär", "dog"), "Märchen")
+    axes = figure.axes[0]
+    shares = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
+    rows = [[shares[i, j] for j in range(3)] for i in range(3)]
+    assert rows == [["75", "25", "0"], ["0", "0", "0"], ["50", "0", "50"]]
+    assert axes.get_xlabel() == "taken for" and axes.get_title() == "Märchen"
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["cat", "Bär", "dog"]
+
+
+def test_attention_maps_frames_the_query_and_shows_its_weights():
+    """Images of 6 x 9 pixels in 3 x 5 patches: the query is at (1, 2), and so, in units of pixels,
+    3.6 to the right and 2 down."""
+    model, images = small_vit(), bytes_of(2)
+    maps = measure.attention_maps(model, images)
+    figure = plots.attention_maps(images, maps, "nala")
+    assert "nala" in figure.get_suptitle()
+    panels = [axes for axes in figure.axes if axes.patches]
+    assert len(panels) == 2 * (1 + len(maps))
+    for axes in panels:
+        (frame,) = axes.patches
+        assert frame.get_xy() == pytest.approx((3.6, 2.0))
+        assert (frame.get_width(), frame.get_height()) == pytest.approx((1.8, 2.0))
+        assert axes.images[0].get_extent() == [0, 9, 6, 0]
+    titles = [axes.get_title() for axes in panels[:4]]
+    assert titles == ["image", *(plots.LOOKS[name]["label"] for name in maps)]
+    for i in range(2):
+        picture, *shown = panels[4 * i : 4 * i + 4]
+        assert (picture.images[0].get_array() == images[i].movedim(0, -1).numpy()).all()
+        brightest = max(weights[i, 1, 2].max().item() for weights in maps.values())
+        for axes, weights in zip(shown, maps.values(), strict=True):
+            assert (axes.images[0].get_array() == weights[i, 1, 2].numpy()).all()
+            assert axes.images[0].get_clim() == (0, pytest.approx(brightest))  # one scale a row
+            patches = entropy(weights[i, 1, 2].flatten()).exp().item()
+            assert axes.get_xlabel() == f"as if over {patches:.0f} of 15"
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 11), (32, 32)])
+def test_attention_maps_of_any_grid(height, width):
+    images = bytes_of(1, height, width)
+    maps = measure.attention_maps(small_vit(num_layers=1), images)
+    plots.attention_maps(images, maps, "hybrid").savefig(io.BytesIO())
+
+
+def test_health_draws_medians_and_the_middle_nine_tenths():
+    nala = {"query_norm": [1.0, 2.0, 3.0, 4.0, 5.0], "entropy": [0.0, 1.0, 2.0, 3.0, 4.0]}
+    nala = nala | {"power": [2.0, 2.5, 3.0, 3.5, 4.0]}
+    softmax = {"query_norm": [2.0, 3.0, 4.0, 5.0, 9.0], "entropy": [1.0, 1.0, 1.0, 1.0, 1.0]}
+    figure = plots.health([nala, nala], [softmax, softmax])
+    norm, power, _ = figure.axes
+    assert [len(axes.containers) for axes in figure.axes] == [2, 1, 2]  # softmax has no power
+    middle, _, (bars,) = norm.containers[1]
+    assert list(middle.get_ydata()) == [4.0, 4.0]
+    assert [list(bar[:, 1]) for bar in bars.get_segments()] == [[2.0, 9.0]] * 2
+    assert list(power.containers[0][0].get_ydata()) == [3.0, 3.0]
+
+
+def test_health_draws_the_highest_entropy_that_there_is():
+    row = {"query_norm": [1.0] * 5, "power": [2.0] * 5, "entropy": [0.5] * 5}
+    *_, axes = plots.health([row], [row], num_keys=64).axes
+    (line,) = (line for line in axes.get_lines() if line.get_linestyle() == ":")
+    assert list(line.get_ydata()) == [pytest.approx(4.159, abs=1e-3)] * 2
+    assert any("even over 64 keys: 4.16" in text.get_text() for text in axes.texts)
+
+
+def test_seeds_draws_every_run_and_the_mean_of_each_attention():
+    def card(*losses):
+        history = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses, start=1)]
+        return {"results": {"history": history, "loss": losses[-1] + 0.5}}
+
+    runs = {"cosine": [card(3.0, 1.0), card(5.0, 2.0)], "softmax": [card(2.0, 1.5)]}
+    left, right = plots.seeds(runs, "loss", "loss (nats)").axes
+    assert left.get_ylabel() == "loss (nats)" and "loss (nats)" in right.get_xlabel()
+    curves = {line.get_label(): list(line.get_ydata()) for line in left.get_lines()}
+    assert curves == {"NaLa": [4.0, 1.5], "softmax": [2.0, 1.5]}
+    assert all(list(line.get_xdata()) == [10, 20] for line in left.get_lines())
+    band = left.collections[0].get_datalim(left.transData)
+    assert (band.y0, band.y1) == (1.0, 5.0)
+    dots = [(list(x.get_xdata()), list(x.get_ydata())) for x in right.get_lines()[::2]]
+    assert dots == [([1.5, 2.5], [0, 0]), ([2.0], [1])]
+    assert [list(line.get_xdata()) for line in right.get_lines()[1::2]] == [[2.0] * 2] * 2
+    assert [text.get_text() for text in right.texts] == ["2.000", "2.000"]
+    labels = [text.get_text() for text in right.get_yticklabels()]
+    assert labels == ["NaLa", "softmax"]
