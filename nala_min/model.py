@@ -252,7 +252,7 @@ def rotary_angles(positions: Tensor, num_features: int) -> Tensor:
 
 
 def rotate(features: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the pairs (j, j + F/2) of features, which adds angles to the theta of Eq. (9).
+    """Rotate the pairs (j, j + F/2) of features, for Eq. (17): theta of (9) grows by angles.
 
     features: (..., N, F), angles: (N, F / 2). Returns (..., N, F).
     """

@@ -92,7 +92,7 @@ CASES = sorted({name.rpartition("/")[0] for name in PUBLISHED.files})
 
 @pytest.mark.parametrize("case", CASES)
 def test_published_forms(model, case):
-    """Both published forms, run once by their own code with eps = 0."""
+    """(9), (11): both published forms, run once by their own code with eps = 0."""
     q, k, v, exact = (torch.from_numpy(PUBLISHED[f"{case}/{x}"]) for x in ("q", "k", "v", "exact"))
     out = model.nala_attention(q, k, v, feature_map=case.partition("/")[0])
     assert_close(out, exact, rtol=1e-9, atol=1e-12)
@@ -105,6 +105,7 @@ def test_published_forms(model, case):
 @pytest.mark.parametrize("form", CAUSAL_FORMS)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_causal_forms_equal_the_loop(model, feature_map, form, num_tokens):
+    """(13c), (14), (15): outputs and gradients are those of (5), token by token."""
     q, k, v = random_qkv(num_tokens)
     want = output_and_gradients(
         lambda *qkv: loop_attention(model, *qkv, feature_map, causal=True), q, k, v
@@ -116,6 +117,7 @@ def test_causal_forms_equal_the_loop(model, feature_map, form, num_tokens):
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 500])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_bidirectional_form_equals_the_loop(model, feature_map, num_tokens):
+    """(5), (13): outputs and gradients are those of a loop over queries."""
     q, k, v = random_qkv(num_tokens)
     want = output_and_gradients(
         lambda *qkv: loop_attention(model, *qkv, feature_map, causal=False), q, k, v
@@ -262,6 +264,7 @@ def test_chunked_form_keeps_no_state_for_each_token(model):
 
 
 def test_entropy_by_hand(model):
+    """(3), of four keys: even, one alone, none, and 3 to 1."""
     weights = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 5.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     weights = torch.cat([weights, torch.tensor([[3.0, 1.0, 0.0, 0.0]])]).double()
     want = torch.tensor([math.log(4), 0, 0, 0.25 * math.log(4) + 0.75 * math.log(4 / 3)]).double()
@@ -487,6 +490,24 @@ def test_rows_sum_to_one(model, feature_map, mode, query_scale, key_scale):
     weights = model.attention_weights(q, k, causal="causal" in MODES[mode], feature_map=feature_map)
     assert weights.min() >= 0
     assert_close(weights.sum(-1), torch.ones(B, H, 33), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_softmax_attention_by_hand(model, causal):
+    """(1), one number at a time; from the start, and after a state of two tokens."""
+    q, k, v = random_qkv(5)
+    out = model.softmax_attention(q, k, v, causal=causal)
+    _, state = model.softmax_attention(
+        q[:, :, :2], k[:, :, :2], v[:, :, :2], causal=True, return_state=True
+    )
+    rest = model.softmax_attention(q[:, :, 2:], k[:, :, 2:], v[:, :, 2:], causal=True, state=state)
+    for b, h, t in itertools.product(range(B), range(H), range(5)):
+        visible = range(t + 1 if causal else 5)
+        scores = [math.exp((q[b, h, t] @ k[b, h, i]).item() / math.sqrt(D)) for i in visible]
+        want = sum(scores[i] * v[b, h, i] for i in visible) / sum(scores)
+        assert_close(out[b, h, t], want)
+        if causal and t >= 2:
+            assert_close(rest[b, h, t - 2], want)
 
 
 @pytest.mark.parametrize("feature_map", [*FEATURE_MAPS, "softmax"])

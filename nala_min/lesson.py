@@ -1,0 +1,60 @@
+"""What the notebooks share: how they begin, and how they show a figure and the project's code."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import io
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets
+import matplotlib
+import torch
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from nala_min import plots
+
+
+def begin(seed: int = 0) -> None:
+    """The same random numbers, the same style and the same few decimals in every notebook."""
+    torch.manual_seed(seed)
+    torch.set_printoptions(precision=3, sci_mode=False, linewidth=96)
+    matplotlib.rcParams.update(plots.STYLE)
+
+
+def show(figure: Figure, text: str) -> None:
+    """Show figure, and below it, to unfold, text: what is to be seen, for who cannot see it."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", facecolor="white")  # readable on a dark page, too
+    width = round(96 * figure.get_figwidth())  # pixels of the page; the picture is sharper
+    display(
+        {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": text},
+        metadata={"image/png": {"alt": text, "width": width}},  # not every page reads alt
+        raw=True,
+    )
+    _show_markdown(f"<details><summary>In words</summary>\n\n{text}\n\n</details>", text)
+
+
+def source(*objects: Any) -> None:
+    """Show the code of functions and classes as it runs, docstrings and all."""
+    code = "\n\n\n".join(textwrap.dedent(inspect.getsource(each)).rstrip() for each in objects)
+    fence = f"```python\n{code}\n```"
+    _show_markdown(f'<div style="font-family: monospace">\n\n{fence}\n\n</div>', code)
+
+
+def _show_markdown(markdown: str, plain: str) -> None:
+    display({"text/markdown": markdown, "text/plain": plain}, raw=True)
+
+
+def slider(draw: Callable[[float], Figure], low: float, high: float, start: float) -> None:
+    """A slider from low to high that shows draw(its position), in a notebook that is running."""
+    knob = ipywidgets.FloatSlider(start, min=low, max=high, step=(high - low) / 100)
+    knob.description = next(iter(inspect.signature(draw).parameters))
+    live = ipywidgets.interactive(
+        lambda value: show(draw(value), f"Drawn for {value:.2f}."), value=knob
+    )
+    without = "Here a slider appears while the notebook runs; the picture above stands in for it."
+    display(live._repr_mimebundle_() | {"text/plain": without}, raw=True)

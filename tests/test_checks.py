@@ -1,0 +1,1007 @@
+"""The exercises of notebooks/exercises and their checkers: every stub is refused, every solution is
+accepted, and plausible mistakes are refused by a sentence that names them."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from mutants import load_model
+
+import nala_min.model as model
+from nala_min import checks
+
+LESSONS = (1, 2, 3, 4, 5, "find_the_bug")
+SOLUTIONS = checks.FOLDER / "solutions"
+solved = pytest.mark.skipif(
+    not SOLUTIONS.exists(), reason="the solutions are not here: a teacher has taken them away"
+)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def path_of(lesson, folder=checks.FOLDER):
+    return folder / (f"{lesson}.py" if lesson == "find_the_bug" else f"lesson_{lesson}.py")
+
+
+def load(path, source=None):
+    """The namespace of a file of exercises, or of a changed source of it."""
+    return load_model(source or path.read_text(encoding="utf-8"), str(path)).__dict__
+
+
+def solution(name, old="", new=""):
+    """The solution of one exercise; with old, its only occurrence in the function, or else in the
+    whole file, is replaced by new."""
+    path = path_of(checks.EXERCISES[name].lesson, SOLUTIONS)
+    source = path.read_text(encoding="utf-8")
+    body = source[source.index(f"def {name}(") :].split("\n\n\n")[0]
+    part = body if old in body else source
+    assert not old or part.count(old) == 1, f"{part.count(old)} occurrences of {old!r} in {name}"
+    return load(path, source.replace(part, part.replace(old, new) if old else part))[name]
+
+
+def sentence(function):
+    """What the check says; None if the function is right."""
+    try:
+        checks.check(function)
+    except checks.Wrong as error:
+        return str(error)
+
+
+# --- Stubs, specifications, solutions -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", checks.EXERCISES)
+def test_what_students_are_given_is_refused(name):
+    lesson = checks.EXERCISES[name].lesson
+    function = load(path_of(lesson))[name]
+    if lesson == "find_the_bug":
+        assert "DIAGNOSES has no name" in sentence(function)
+    else:
+        with pytest.raises(checks.NotDone, match=r"^not done yet$"):
+            checks.check(function)
+
+
+@solved
+@pytest.mark.parametrize("name", checks.EXERCISES)
+def test_solution_is_accepted(name):
+    assert sentence(solution(name)) is None
+
+
+@solved
+@pytest.mark.parametrize("lesson", range(1, 6))
+def test_solution_differs_from_the_stub_in_bodies_only(lesson):
+    """Names, docstrings and specifications are one text in both files."""
+    stubs = path_of(lesson).read_text(encoding="utf-8").splitlines()
+    lines = iter(path_of(lesson, SOLUTIONS).read_text(encoding="utf-8").splitlines())
+    assert all(line in lines for line in stubs if line.strip() != "raise NotImplementedError")
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def same(x, expected):
+    torch.testing.assert_close(
+        torch.as_tensor(x, dtype=torch.float64), expected, rtol=1e-10, atol=1e-10
+    )
+
+
+def test_loops_of_lesson_1():
+    file = load(path_of(1))
+    weights = torch.tensor([0.3, 0.0, 1.5, 0.2], dtype=torch.float64)
+    same(file["entropy_by_loops"](weights.tolist()), model.entropy(weights))
+    q, k = draw(2, 1, 1, 5, 3)
+    rows = model.attention_weights(q, k, feature_map="softmax", causal=True)[0, 0]
+    for t in range(5):
+        loops = file["softmax_weights_by_loops"](q[0, 0, t].tolist(), k[0, 0, : t + 1].tolist())
+        same(loops, rows[t, : t + 1])
+    c, scores = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), draw(6)
+    model.entropy(torch.softmax(c * scores, dim=-1)).backward()
+    assert math.isclose(
+        file["entropy_slope_by_loops"](scores.tolist(), 0.7), c.grad.item(), rel_tol=1e-6
+    )
+
+
+def test_loops_of_lesson_2():
+    file = load(path_of(2))
+    phi_q, phi_k = draw(2, 1, 1, 4, 3).abs()
+    v = draw(1, 1, 4, 2)
+    phi_q[0, 0, 1] = 0.0
+    out = model.nala_attention(phi_q, phi_k, v, feature_map="relu")[0, 0]
+    keys, values = phi_k[0, 0].tolist(), v[0, 0].tolist()
+    for t in range(4):
+        loops = file["linear_attention_by_loops"](phi_q[0, 0, t].tolist(), keys, values)
+        same(loops, out[t])
+    x, y = draw(2, 7)
+    loops = file["relative_change_by_loops"](x.tolist(), y.tolist())
+    same(loops, (y - x).norm() / x.norm())
+    second = (model.sign_split(x.abs(), x) * model.sign_split(y.abs(), y))[7:]
+    loops = file["dropped_share_by_loops"](x.tolist(), y.tolist())
+    same(loops, second.sum() / (x * y).abs().sum())
+    assert file["dropped_share_by_loops"]([0.0], [1.0]) == 0
+
+
+def test_loops_of_lesson_3():
+    file = load(path_of(3))
+    for q in (draw(4), draw(4) / 100, 0 * draw(4)):
+        norm, direction = model.decompose(q)
+        expected = model.query_magnitude(direction, model.query_power(norm, 2.0, 0.7))
+        same(file["query_magnitude_by_loops"](q.tolist(), 2.0, 0.7), expected)
+    norm = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    model.query_power(norm, 2.0).backward()
+    loops = file["power_slope_by_loops"](0.8, 2.0)
+    assert math.isclose(loops, norm.grad.item(), rel_tol=1e-6)
+    direction, keys = model.decompose(draw(3))[1], draw(5, 3)
+    q = (1.3 * direction).expand(1, 1, 5, 3)
+    weights = model.attention_weights(q, keys[None, None])[0, 0, 0]
+    loops = file["nala_entropy_by_loops"](1.3, direction.tolist(), keys.tolist())
+    same(loops, model.entropy(weights))
+
+
+def test_loops_of_lesson_4():
+    file = load(path_of(4))
+    magnitudes, directions = draw(2, 5).abs(), draw(2, 5)
+    rows = [x[i].tolist() for i in (0, 1) for x in (magnitudes, directions)]
+    for name, features, alpha in (
+        ("cosine", model.cosine_map, [3.0]),
+        ("split", model.sign_split, []),
+    ):
+        expected = torch.linalg.vecdot(*features(magnitudes, directions, *alpha))
+        same(file[f"{name}_product_by_loops"](*rows, *alpha), expected)
+
+
+def test_loops_of_lesson_5():
+    file = load(path_of(5))
+    phi_q, phi_k = draw(2, 1, 1, 6, 3).abs()
+    v = draw(1, 1, 6, 2)
+    phi_k[0, 0, 0] = 0.0
+    options = {"feature_map": "relu", "causal": True}
+    out, last = model.nala_attention(phi_q, phi_k, v, return_state=True, **options)
+    lists = [x[0, 0].tolist() for x in (phi_q, phi_k, v)]
+    same(file["causal_attention_by_loops"](*lists), out[0, 0])
+    state = [[0.0] * 3 for _ in range(3)]
+    for t in range(6):
+        row, state = file["recurrent_step_by_loops"](state, *(x[t] for x in lists))
+        same(row, out[0, 0, t])
+    same(state, last[0, 0])
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+DIVIDED = "numerator / denominator.masked_fill(denominator == 0, 1.0)"
+
+# exercise: {mistake: (old code of the solution, new code, what the sentence must say)}
+MISTAKES = {
+    "entropy": {
+        "sign": ("return -torch.xlogy", "return torch.xlogy", "minus sign"),
+        "weights not normalised": (
+            "weights / torch.where(total > 0, total, 1.0)",
+            "weights",
+            "divide by their sum",
+        ),
+        "in bits": ("# xlogy(0, 0) = 0", "/ math.log(2)", "in bits"),
+        "0 log 0": (
+            "torch.xlogy(share, share)",
+            "(share * share.log())",
+            "NaN at index (0,) (weights of 0)",
+        ),
+        "a row of zeros": (
+            "torch.where(total > 0, total, 1.0)",
+            "total",
+            "NaN at index (1,) (weights of 0)",
+        ),
+        "axis kept": (
+            "sum(dim=-1)  # xlogy",
+            "sum(dim=-1, keepdim=True)  # xlogy",
+            "shape (2, 3, 1), expected (2, 3)",
+        ),
+        "sum over the wrong axis": (
+            "sum(dim=-1)  # xlogy",
+            "sum(dim=0)  # xlogy",
+            "shape (3, 5), expected (2, 3)",
+        ),
+        "mean for sum": ("sum(dim=-1)  # xlogy", "mean(dim=-1)  # xlogy", "0.2 times"),
+        "eps within the logarithm": (
+            "torch.xlogy(share, share)",
+            "(share * (share + 1e-6).log())",
+            "is an eps added",
+        ),
+        "float32": (
+            "torch.xlogy(share, share)",
+            "torch.xlogy(share, share).float()",
+            "dtype torch.float32",
+        ),
+        "rounded": (
+            "torch.xlogy(share, share)",
+            "torch.xlogy(share, share).float().double()",
+            "is it float32",
+        ),
+        "in place": (
+            "weights / torch.where(total > 0, total, 1.0)",
+            "weights.div_(torch.where(total > 0, total, 1.0))",
+            "argument weights in place",
+        ),
+        "no return": ("    return -torch.xlogy", "    -torch.xlogy", "is a return missing"),
+        "a number": (
+            "sum(dim=-1)  # xlogy",
+            "sum().item()  # xlogy",
+            "type float, expected a tensor",
+        ),
+        "misspelt": (
+            "torch.xlogy(share, share)",
+            "torch.xlog(share, share)",
+            "AttributeError in line 35",
+        ),
+    },
+    "softmax_weights": {
+        "no square root of D": (" / math.sqrt(q.shape[-1])", "", "not divided by the square root"),
+        "divided by D": ("math.sqrt(q.shape[-1])", "q.shape[-1]", "divided by D"),
+        "softmax over queries": (
+            "softmax(scores, dim=-1)",
+            "softmax(scores, dim=-2)",
+            "softmax over the keys",
+        ),
+        "softmax over everything": (
+            "torch.softmax(scores, dim=-1)",
+            "torch.softmax(scores.flatten(2), dim=-1).view_as(scores)",
+            "not to 1 (causal=False)",
+        ),
+        "queries and keys swapped": ("q @ k.mT", "k @ q.mT", "changed places"),
+        "future scores are 0": (
+            "masked_fill(future, -math.inf)",
+            "masked_fill(future, 0.0)",
+            "future (causal=True)",
+        ),
+        "mask after the softmax": (
+            "scores = scores.masked_fill(future, -math.inf)",
+            "return torch.softmax(scores, dim=-1).masked_fill(future, 0.0)",
+            "not to 1 (causal=True)",
+        ),
+        "upper triangle for lower": (".triu(1)", ".tril(-1)", "lies in its future (causal=True)"),
+        "own token hidden": (".triu(1)", ".triu(0)", "NaN at index (0, 0, 0, 0) (causal=True)"),
+        "always causal": (
+            "    if causal:",
+            "    if True:",
+            "no weight to token 1, which it should see (causal=False)",
+        ),
+        "never causal": ("    if causal:", "    if False:", "lies in its future (causal=True)"),
+        "overflow": (
+            "torch.softmax(scores, dim=-1)",
+            "scores.exp() / scores.exp().sum(-1, keepdim=True)",
+            "(causal=True, large scores)",
+        ),
+    },
+    "entropy_slope": {
+        "sign": ("return -c * variance", "return c * variance", "wrong sign"),
+        "no c": ("return -c * variance", "return -variance", "factor c is missing"),
+        "c squared": ("return -c * variance", "return -c * c * variance", "once too often"),
+        "standard deviation": (
+            "return -c * variance",
+            "return -c * variance.sqrt()",
+            "standard deviation",
+        ),
+        "moment about 0": ("(scores - mean)", "scores", "mean is not subtracted"),
+        "plain mean": (
+            "(p * scores).sum(dim=-1, keepdim=True)",
+            "scores.mean(dim=-1, keepdim=True)",
+            "mean of the scores is not weighted",
+        ),
+        "plain variance": (
+            "return -c * variance",
+            "return -c * scores.var(dim=-1)",
+            "divided by N - 1",
+        ),
+        "plain variance over N": (
+            "return -c * variance",
+            "return -c * scores.var(dim=-1, correction=0)",
+            "variance is not weighted by p.",
+        ),
+        "c not within p": ("softmax(c * scores,", "softmax(scores,", "c is missing in p"),
+        "difference quotient": (
+            "return -c * variance",
+            "e = [entropy(torch.softmax(x * scores, dim=-1)) for x in (c - 1e-4, c + 1e-4)]\n"
+            "    return (e[1] - e[0]) / 2e-4",
+            "difference quotient",
+        ),
+    },
+    "linear_attention": {
+        "not divided": (f"return {DIVIDED}", "return numerator", "not to 1"),
+        "multiplied": (f"return {DIVIDED}", "return numerator * denominator", "not to 1"),
+        "eps": (f"return {DIVIDED}", "return numerator / (denominator + 1e-6)", "is an eps added"),
+        "small eps": (
+            f"return {DIVIDED}",
+            "return numerator / (denominator + 1e-12)",
+            "a million times smaller",
+        ),
+        "heads share a normaliser": (
+            "phi_k.sum(dim=2)[",
+            "phi_k.sum(dim=2).sum(dim=1, keepdim=True)[",
+            "Heads are mixed",
+        ),
+        "a batch shares a normaliser": (
+            "phi_k.sum(dim=2)[",
+            "phi_k.sum(dim=2).sum(dim=0, keepdim=True)[",
+            "Examples of a batch are mixed",
+        ),
+        "quadratic": ("phi_q @ sums", "phi_q @ phi_k.mT @ v", "memory is quadratic"),
+        "outer products": (
+            "phi_k.mT @ v  #",
+            "(phi_k[..., None] * v[..., None, :]).sum(dim=2)  #",
+            "F x M numbers for every token",
+        ),
+        "loop over tokens": (
+            "phi_k.mT @ v  #",
+            "sum(phi_k[:, :, i, :, None] * v[:, :, i, None] for i in range(v.shape[2]))  #",
+            "loops over single tokens",
+        ),
+        "0/0": (
+            f"return {DIVIDED}",
+            "return numerator / denominator",
+            "NaN at index (0, 0, 0, 0) (all keys zero)",
+        ),
+        "the value where there is no mass": (
+            f"return {DIVIDED}",
+            f"return torch.where(denominator == 0, v, {DIVIDED})",
+            "output is not 0 (all keys zero)",
+        ),
+        "0/0 thrown away": (
+            f"return {DIVIDED}",
+            "return torch.where(denominator == 0, 0.0, numerator / denominator)",
+            "respect to phi_q is NaN",
+        ),
+        "detached normaliser": (
+            "mass = phi_k.sum",
+            "mass = phi_k.detach().sum",
+            "output is right, but the gradient with respect to phi_k",
+        ),
+        "detached query": (
+            "numerator = phi_q",
+            "phi_q = phi_q.detach()\n    numerator = phi_q",
+            "No gradient reaches phi_q",
+        ),
+        "causal": (
+            "numerator = phi_q @ sums",
+            "weights = (phi_q @ phi_k.mT).tril()\n"
+            "    return weights @ v / weights.sum(-1, keepdim=True)",
+            "no weight to token",
+        ),
+    },
+    "norm_microscope": {
+        "keys as well": (
+            "(factor * q, k, v)",
+            "(factor * q, factor * k, v)",
+            "keys are changed, too",
+        ),
+        "values as well": (
+            "(factor * q, k, v)",
+            "(factor * q, k, factor * v)",
+            "values are changed, too",
+        ),
+        "keys instead": ("(factor * q, k, v)", "(q, factor * k, v)", "keys are changed"),
+        "something else": ("return torch", "return 0.1 + torch", "The relative change is 0."),
+        "added": ("(factor * q, k, v)", "(factor + q, k, v)", "never called with 3 * q"),
+        "in place": ("(factor * q, k, v)", "(q.mul_(factor), k, v)", "q in place"),
+        "not divided": (" / torch.linalg.vector_norm(out)", "", "not divided by the norm"),
+        "divided by the other": (
+            "vector_norm(out)",
+            "vector_norm(changed)",
+            "norm of the changed output",
+        ),
+        "difference of norms": (
+            "vector_norm(changed - out) /",
+            "vector_norm(changed) / torch.linalg.vector_norm(out) - 1 or",
+            "not the difference of norms",
+        ),
+        "squared": (
+            "return torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out)",
+            "return ((changed - out).square().sum() / out.square().sum())",
+            "square of the relative change",
+        ),
+        "token by token": (
+            "vector_norm(changed - out) / torch.linalg.vector_norm(out)",
+            "vector_norm(changed - out, dim=-1) / torch.linalg.vector_norm(out, dim=-1)",
+            "shape (2, 3, 5), expected ()",
+        ),
+        "mean of ratios": (
+            "return torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out)",
+            "return ((changed - out).norm(dim=-1) / out.norm(dim=-1)).mean()",
+            "mean over tokens",
+        ),
+    },
+    "dropped_share": {
+        "what ReLU keeps": (
+            "torch.relu(-q) * torch.relu(-k)",
+            "torch.relu(q) * torch.relu(k)",
+            "share that ReLU keeps",
+        ),
+        "opposite signs as well": (
+            "(torch.relu(-q) * torch.relu(-k))",
+            "((q * k).abs() - torch.relu(q) * torch.relu(k))",
+            "opposite signs, too",
+        ),
+        "share of what agrees": (
+            "total = (q * k).abs()",
+            "total = torch.relu(q * k)",
+            "not of those that agree",
+        ),
+        "counted": (
+            "dropped = (torch.relu(-q) * torch.relu(-k)).sum(dim=-1)",
+            "return ((q < 0) & (k < 0)).double().mean(dim=-1)",
+            "It counts channels",
+        ),
+        "not divided": (
+            "return dropped / total.masked_fill(total == 0, 1.0)",
+            "return dropped",
+            "not divided",
+        ),
+        "no absolute value": ("(q * k).abs()", "(q * k)", "without absolute values"),
+        "0/0": ("total.masked_fill(total == 0, 1.0)", "total", "NaN at index (0, 0) (zero query)"),
+    },
+    "query_magnitude": {
+        "power as a factor": ("ratio.pow(power)", "ratio * power", "the norm cancels"),
+        "fixed power": ("ratio.pow(power)", "ratio.pow(lam)", "the norm cancels"),
+        "layer norm": (
+            "vector_norm(q,",
+            "vector_norm(torch.nn.functional.layer_norm(q, q.shape[-1:]),",
+            "the norm cancels",
+        ),
+        "not scaled": (
+            "ratio.pow(power)",
+            "(q.abs() / norm.masked_fill(norm == 0, 1.0)).pow(power)",
+            "largest channel of every query must be 1",
+        ),
+        "one scale for all": (
+            "largest = q.abs().amax(dim=-1, keepdim=True)",
+            "largest = q.abs().amax()",
+            "largest channel of every query must be 1",
+        ),
+        "one norm for all": (
+            "vector_norm(q, dim=-1, keepdim=True)",
+            "vector_norm(q)",
+            "Queries are mixed",
+        ),
+        "signs kept": (
+            "return ratio.pow(power)",
+            "return ratio.pow(power) * q.sign()",
+            "negative: take the absolute value",
+        ),
+        "a negative base": ("ratio = q.abs()", "ratio = q", "NaN"),
+        "no tanh": ("torch.tanh(norm)", "norm", "tanh is missing"),
+        "tau outside": (
+            "lam * (tau + torch.tanh(norm))",
+            "tau + lam * torch.tanh(norm)",
+            "outside of the brackets",
+        ),
+        "no tau": ("lam * (tau + torch.tanh(norm))", "lam * torch.tanh(norm)", "tau is missing"),
+        "no lam": ("lam * (tau + torch.tanh(norm))", "tau + torch.tanh(norm)", "lam is missing"),
+        "tau fixed": (
+            "lam * (tau + torch.tanh(norm))",
+            "lam * (0.5 + torch.tanh(norm))",
+            "tau has a fixed value",
+        ),
+        "lam fixed": (
+            "lam * (tau + torch.tanh(norm))",
+            "3.0 * (tau + torch.tanh(norm))",
+            "lam has a fixed value",
+        ),
+        "0/0": (
+            "largest.masked_fill(largest == 0, 1.0)",
+            "largest",
+            "NaN at index (0, 0, 0) (a query or a channel is zero)",
+        ),
+        "logarithm of 0": (
+            "ratio.pow(power)",
+            "torch.exp(power * ratio.log())",
+            "gradient with respect to q is NaN",
+        ),
+        "square root of 0": (
+            "torch.linalg.vector_norm(q, dim=-1, keepdim=True)",
+            "q.square().sum(dim=-1, keepdim=True).sqrt()",
+            "gradient with respect to q is NaN",
+        ),
+    },
+    "power_slope": {
+        "the power itself": (
+            "lam * (1 - torch.tanh(norm).square())",
+            "lam * (0.5 + torch.tanh(norm))",
+            "not its slope",
+        ),
+        "no lam": ("lam * (1 -", "(1 -", "lam is missing"),
+        "not squared": (".square()", "", "not squared"),
+        "added": ("(1 - torch.tanh", "(1 + torch.tanh", "subtract the square"),
+        "the square alone": (
+            "(1 - torch.tanh(norm).square())",
+            "torch.tanh(norm).square()",
+            "subtract that",
+        ),
+        "sign": ("return lam *", "return -lam *", "wrong sign"),
+        "difference quotient": (
+            "return lam * (1 - torch.tanh(norm).square())",
+            "return lam * (torch.tanh(norm + 1e-5) - torch.tanh(norm)) / 1e-5",
+            "difference quotient",
+        ),
+    },
+    "counterexample": {
+        "not a direction": ("[0.8, 0.6]", "[4.0, 3.0]", "norm 5, expected 1"),
+        "entropy falls": ("[0.8, 0.6]", "[0.6, 0.8]", "entropy falls"),
+        "keys all the same": ("[1.0, 3.0]", "[1.0, 0.1]", "hardly moves"),
+        "one channel": ("[0.8, 0.6]", "[1.0, 0.0]", "hardly moves"),
+        "other order": ("return direction, keys", "return keys, direction", "other order"),
+        "direction for each key": (
+            "return direction, keys",
+            "return direction.expand(8, 2), keys",
+            "expected (D,) and (N, D)",
+        ),
+        "keys only": ("return direction, keys", "return keys", "two tensors"),
+        "lists": (
+            "return direction, keys",
+            "return direction.tolist(), keys.tolist()",
+            "must be tensors",
+        ),
+        "zero keys": (
+            "return direction, keys",
+            "return direction, 0 * keys",
+            "no weight on any key",
+        ),
+        "one key": ("[[1.0, 0.1]] * 7 + ", "", "fewer than two keys"),
+        "not finite": ("[1.0, 3.0]", "[1.0, math.nan]", "finite"),
+    },
+    "cosine_features": {
+        "no pi/4": ("(math.pi / 4) * torch", "torch", "negative product"),
+        "pi/2": ("(math.pi / 4) * torch", "(math.pi / 2) * torch", "negative product"),
+        "no tanh": ("torch.tanh(alpha * direction)", "alpha * direction", "expected almost 0"),
+        "cosines only": (
+            "torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)",
+            "magnitude * angle.cos()",
+            "has shape (1, 1), expected (1, 2)",
+        ),
+        "cosine twice": ("angle.sin()", "angle.cos()", "norm of the features"),
+        "a half without magnitude": (
+            "magnitude * angle.sin()",
+            "angle.sin()",
+            "norm of the features",
+        ),
+        "halves stacked": ("dim=-1)", "dim=0)", "has shape (2, 1), expected (1, 2)"),
+        "alpha ignored": ("alpha * direction", "direction", "alpha makes no difference"),
+        "alpha fixed": ("alpha * direction", "20 * direction", "alpha makes no difference"),
+        "angle of the magnitude": ("alpha * direction", "alpha * magnitude", "expected almost 0"),
+        "angle of alpha times the sign": (
+            "alpha * direction",
+            "alpha * direction.sign()",
+            "inner product of query and key",
+        ),
+    },
+    "sign_split": {
+        "0 counts as positive": ("(direction > 0)", "(direction >= 0)", "direction 0"),
+        "the same half twice": ("(direction < 0)", "(direction > 0)", "norm of the features"),
+        "ReLU of the direction": (
+            "(direction > 0)",
+            "torch.relu(direction)",
+            "norm of the features",
+        ),
+        "one half only": ("magnitude * (direction < 0)", "0 * magnitude", "norm of the features"),
+        "a sign for a half": (
+            "[magnitude * (direction > 0), magnitude * (direction < 0)]",
+            "[magnitude * direction.sign(), 0 * magnitude]",
+            "negative product",
+        ),
+        "no split": (
+            "[magnitude * (direction > 0), magnitude * (direction < 0)]",
+            "[magnitude, 0 * magnitude]",
+            "expected almost 0",
+        ),
+    },
+    "recurrent_step": {
+        "reads before it writes": (
+            "total = (phi_q[..., None, :] @ state)",
+            "total = (phi_q[..., None, :] @ (state - phi_k[..., :, None] * value[..., None, :]))",
+            "does not see itself",
+        ),
+        "writes nothing": (
+            "return numerator /",
+            "state = state - phi_k[..., :, None] * value[..., None, :]\n    return numerator /",
+            "new token is not added to the state",
+        ),
+        "forgets": ("state = state + ", "state = ", "forgets the earlier tokens"),
+        "in place": ("state = state + ", "state += ", "state in place"),
+        "other order": (f"return {DIVIDED}, state", f"return state, {DIVIDED}", "other order"),
+        "no state": (f"return {DIVIDED}, state", f"return {DIVIDED}", "two tensors"),
+        "not divided": (f"return {DIVIDED}", "return numerator", "not divided"),
+        "normaliser first": (
+            "torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)",
+            "torch.cat([torch.ones_like(v[..., :1]), v], dim=-1)",
+            "first column",
+        ),
+        "normaliser does not grow": ("torch.ones_like", "torch.zeros_like", "does not grow"),
+        "no normaliser": (
+            "torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)",
+            "v",
+            "RuntimeError in line",
+        ),
+        "transposed": (
+            "phi_k[..., :, None] * value[..., None, :]",
+            "phi_k[..., None, :] * value[..., :, None]",
+            "RuntimeError in line",
+        ),
+        "eps": (
+            f"return {DIVIDED}",
+            "return numerator / (denominator + 1e-10)",
+            "a million times smaller",
+        ),
+        "0/0": (
+            f"return {DIVIDED}",
+            "return numerator / denominator",
+            "NaN at index (0, 0, 0) (all keys zero)",
+        ),
+    },
+    "chunked_attention": {
+        "own chunk's future": (
+            "(q @ k.mT).tril()",
+            "(q @ k.mT)",
+            "lies in its future (7 tokens, chunk_size=3)",
+        ),
+        "own token unseen": ("(q @ k.mT).tril()", "(q @ k.mT).tril(-1)", "no weight to itself"),
+        "state read too late": (
+            "totals.append(q @ state + within)\n        state = state + k.mT @ value",
+            "state = state + k.mT @ value\n        totals.append(q @ state + within)",
+            "future",
+        ),
+        "only the last chunk": (
+            "state = state + k.mT @ value",
+            "state = k.mT @ value",
+            "which it should see",
+        ),
+        "only its own chunk": ("q @ state + within", "within", "no weight to token"),
+        "rows are lost": (
+            "total = torch.cat(totals, dim=2)",
+            "total = torch.cat([x for x in totals if x.shape[2] == chunk_size], dim=2)",
+            "has shape (2, 3, 6, 5), expected (2, 3, 7, 5) (7 tokens, chunk_size=3)",
+        ),
+        "not divided": (f"return {DIVIDED}", "return numerator", "not to 1"),
+        "heads share a normaliser": (
+            "total[..., -1:]",
+            "total[..., -1:].sum(dim=1, keepdim=True)",
+            "Heads are mixed",
+        ),
+        "one chunk": (
+            "x.split(chunk_size, dim=2)",
+            "x.split(x.shape[2], dim=2)",
+            "memory is quadratic",
+        ),
+        "one token": (
+            "x.split(chunk_size, dim=2)",
+            "x.split(1, dim=2)",
+            "loops over single tokens",
+        ),
+        "a state for every token": (
+            "    # The sum of phi(k)^T",
+            "    states = (phi_k[..., None] * values[..., None, :]).cumsum(dim=2)\n"
+            "    total = (phi_q[..., None, :] @ states).squeeze(-2)\n"
+            "    return total[..., :-1] / total[..., -1:].masked_fill(total[..., -1:] == 0, 1.0)\n"
+            "    # The sum of phi(k)^T",
+            "F x M numbers for every token",
+        ),
+        "no gradient from chunk to chunk": (
+            "q @ state + within",
+            "q @ state.detach() + within",
+            "gradient with respect to phi_k",
+        ),
+        "eps": (
+            f"return {DIVIDED}",
+            "return numerator / (denominator + 1e-12)",
+            "a million times smaller",
+        ),
+        "0/0": (f"return {DIVIDED}", "return numerator / denominator", "(all keys zero)"),
+    },
+    "attention_a": {
+        "wrong diagnosis": (
+            '"padding in the normaliser"',
+            '"eps too large"',
+            "'eps too large' is wrong",
+        ),
+        "unknown diagnosis": (
+            '"padding in the normaliser"',
+            '"a cold"',
+            "'a cold' is not in checks.DISEASES",
+        ),
+        "no diagnosis": (
+            '"padding in the normaliser"',
+            '""',
+            "mended, but its bug is not named. DIAGNOSES has no name",
+        ),
+        "padding in both sums": (
+            "    phi_k = phi_k * key_mask[:, None, :, None]",
+            "    ",
+            "which is padding (some keys are padding)",
+        ),
+        "eps": (
+            "return weights @ v / mass.masked_fill(mass == 0, 1.0)",
+            "return weights @ v / (mass + 1e-7)",
+            "not to 1",
+        ),
+        "heads share a normaliser": (
+            "mass = weights.sum(dim=-1, keepdim=True)",
+            "mass = weights.sum(dim=(1, 3), keepdim=True)",
+            "Heads are mixed",
+        ),
+        "angles too wide": (
+            "angle = math.pi / 4 * torch.tanh(20 * direction)",
+            "angle = torch.tanh(20 * direction)",
+            "negative weight",
+        ),
+    },
+    "attention_b": {
+        "wrong diagnosis": (
+            '"state read too late"',
+            '"no mask within a chunk"',
+            "'no mask within a chunk' is wrong",
+        ),
+        "no mask within a chunk": (
+            "(phi_q @ phi_k.mT).tril()",
+            "(phi_q @ phi_k.mT)",
+            "lies in its future",
+        ),
+        "own token unseen": (
+            "(phi_q @ phi_k.mT).tril()",
+            "(phi_q @ phi_k.mT).tril(-1)",
+            "no weight to itself",
+        ),
+        "no state": ("sums.cumsum(dim=2) - sums", "0 * sums", "no weight to token"),
+        "zero query": (
+            ".amax(dim=-1, keepdim=True).clamp_min(1e-30)\n    phi_q, phi_k",
+            ".amax(dim=-1, keepdim=True)\n    phi_q, phi_k",
+            "NaN at index (0, 0, 0, 0) (zero queries)",
+        ),
+    },
+    "attention_c": {
+        "wrong diagnosis": (
+            '"power as a factor"',
+            '"layer norm on the query"',
+            "'layer norm on the query' is wrong",
+        ),
+        "layer norm": (
+            "torch.tanh(q.norm(",
+            "torch.tanh(F.layer_norm(q, q.shape[-1:]).norm(",
+            "the norm cancels",
+        ),
+        "another power": (
+            "ratio**power)  # an",
+            "ratio ** (power + 1))  # an",
+            "The weight at index",
+        ),
+        "reads before it writes": (
+            "[:, :, t, None, :] @ state)",
+            "[:, :, t, None, :] @ (state - phi_k[:, :, t, :, None] * values[:, :, t, None, :]))",
+            "no weight to itself",
+        ),
+    },
+}
+
+
+@solved
+@pytest.mark.parametrize(
+    ("name", "mistake"), [(name, mistake) for name in MISTAKES for mistake in MISTAKES[name]]
+)
+def test_mistake_is_named(name, mistake):
+    old, new, words = MISTAKES[name][mistake]
+    said = sentence(solution(name, old, new))
+    assert said is not None and words in said, said
+
+
+def test_every_exercise_has_mistakes_and_hints():
+    assert MISTAKES.keys() == checks.EXERCISES.keys()
+    assert min(len(mistakes) for mistakes in MISTAKES.values()) >= 4
+    assert min(len(exercise.hints) for exercise in checks.EXERCISES.values()) >= 2
+
+
+# --- Other right answers --------------------------------------------------------------------------
+
+HALVES = "torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)"
+
+# (exercise, what is different): (old code of the solution, new code)
+ALTERNATIVES = {
+    ("entropy", "clamped logarithm"): (
+        "torch.xlogy(share, share)",
+        "(share * share.clamp_min(1e-300).log())",
+    ),
+    ("softmax_weights", "einsum"): ("q @ k.mT", 'torch.einsum("bhnd,bhmd->bhnm", q, k)'),
+    ("entropy_slope", "second moment less the square of the mean"): (
+        "(p * (scores - mean).square()).sum(dim=-1)",
+        "(p * scores.square()).sum(dim=-1) - mean.squeeze(-1).square()",
+    ),
+    ("linear_attention", "values with a 1"): (
+        "    sums = phi_k.mT @ v",
+        "    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)\n"
+        "    total = phi_q @ (phi_k.mT @ v)\n"
+        "    return total[..., :-1] / total[..., -1:].masked_fill(total[..., -1:] == 0, math.inf)\n"
+        "    sums = phi_k.mT @ v",
+    ),
+    ("norm_microscope", "a number"): ("vector_norm(out)", "vector_norm(out).item()"),
+    ("norm_microscope", "the other way round"): ("changed - out", "out - changed"),
+    ("dropped_share", "clamp"): (
+        "torch.relu(-q) * torch.relu(-k)",
+        "q.clamp(max=0) * k.clamp(max=0)",
+    ),
+    ("query_magnitude", "divided after the power"): (
+        "return ratio.pow(power)",
+        "magnitude = (q.abs() / norm.masked_fill(norm == 0, 1.0)).pow(power)\n"
+        "    top = magnitude.amax(dim=-1, keepdim=True)\n"
+        "    return magnitude / top.masked_fill(top == 0, 1.0)",
+    ),
+    ("power_slope", "hyperbolic cosine"): (
+        "* (1 - torch.tanh(norm).square())",
+        "/ torch.cosh(norm).square()",
+    ),
+    ("counterexample", "other sizes, double precision"): (
+        "return direction, keys",
+        "return torch.tensor([0.8, 0.6, 0.0]).double(), torch.cat([keys, keys[:, :1]], 1).double()",
+    ),
+    ("cosine_features", "turned by pi/4, as in model.py"): (
+        "angle = (math.pi / 4)",
+        "angle = math.pi / 4 + (math.pi / 4)",
+    ),
+    ("cosine_features", "sine first"): (
+        HALVES,
+        "torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)",
+    ),
+    ("cosine_features", "sine and cosine in turns"): (
+        HALVES,
+        "(magnitude[..., None] * torch.stack([angle.cos(), angle.sin()], dim=-1)).flatten(-2)",
+    ),
+    ("sign_split", "negative half first"): (
+        "[magnitude * (direction > 0), magnitude * (direction < 0)]",
+        "[magnitude * (direction < 0), magnitude * (direction > 0)]",
+    ),
+    ("recurrent_step", "einsum"): (
+        "phi_k[..., :, None] * value[..., None, :]",
+        'torch.einsum("bhf,bhm->bhfm", phi_k, value)',
+    ),
+    ("chunked_attention", "all chunks at once"): (
+        "    # The sum of phi(k)^T",
+        "    num_tokens, pad = v.shape[2], torch.nn.functional.pad\n"
+        "    padding = (0, 0, 0, -num_tokens % chunk_size)\n"
+        "    q, k, value = (\n"
+        "        pad(x, padding).unflatten(2, (-1, chunk_size)) for x in (phi_q, phi_k, values)\n"
+        "    )\n"
+        "    sums = k.mT @ value\n"
+        "    total = q @ (sums.cumsum(dim=2) - sums) + (q @ k.mT).tril() @ value\n"
+        "    total = total.flatten(2, 3)[:, :, :num_tokens]\n"
+        "    return total[..., :-1] / total[..., -1:].masked_fill(total[..., -1:] == 0, 1.0)\n"
+        "    # The sum of phi(k)^T",
+    ),
+}
+
+
+@solved
+@pytest.mark.parametrize(("name", "difference"), ALTERNATIVES)
+def test_other_right_answers_are_accepted(name, difference):
+    assert sentence(solution(name, *ALTERNATIVES[name, difference])) is None
+
+
+# --- What is printed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_report_has_a_line_for_each_exercise(lesson, capsys):
+    checks.report(lesson)
+    names = [name for name, exercise in checks.EXERCISES.items() if exercise.lesson == lesson]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == names
+    if lesson != "find_the_bug":
+        assert all(line.endswith(": not done yet") for line in lines)
+
+
+def test_report_shows_symptoms_and_no_disease(capsys):
+    checks.report("find_the_bug")
+    lines = capsys.readouterr().out.splitlines()
+    for line, symptom in zip(lines, ("padding", "in its future", "the norm cancels"), strict=True):
+        assert symptom in line and not any(name in line for name in checks.DISEASES)
+
+
+@solved
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_report_of_solutions(lesson, capsys):
+    checks.report(lesson, path_of(lesson, SOLUTIONS))
+    assert all(line.endswith(": right") for line in capsys.readouterr().out.splitlines())
+
+
+FILES = {
+    "def entropy(weights:\n    pass": "mine.py: wrong - SyntaxError in line 1",
+    "import torch\n\n1 / 0": "mine.py: wrong - ZeroDivisionError in line 3: division by zero",
+    "raise SystemExit": "mine.py: wrong - SystemExit in line 1",
+    "x = 1": "entropy: wrong - There is no function entropy in this file.",
+    "entropy = 3": "entropy: wrong - There is no function entropy in this file.",
+    "def entropy(w):\n    return missing": "entropy: wrong - It stops with NameError in line 2: ",
+    "def entropy(w):\n    raise SystemExit": "entropy: wrong - It stops with SystemExit in line 2",
+    "def entropy():\n    return 1": "entropy: wrong - It stops with TypeError: entropy() takes 0",
+    "def entropy(w):\n    raise NotImplementedError('for Half')": (
+        "entropy: wrong - It stops with NotImplementedError in line 2: for Half"
+    ),
+    "def entropy(w):\n    return w.to_sparse().sum(-1)": (
+        "entropy: wrong - What it returns cannot be checked: "
+    ),
+    "def entropy(w):\n    return entropy(w)": "entropy: wrong - It stops with RecursionError",
+}
+
+
+@pytest.mark.parametrize("source", FILES)
+def test_report_survives_any_file(source, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    checks.report(1, tmp_path / "mine.py")
+    assert capsys.readouterr().out.startswith(FILES[source])
+
+
+def test_report_reads_the_file_anew(tmp_path, capsys):
+    for source, words in (
+        ("x = 1", "no function"),
+        (path_of(1).read_text(encoding="utf-8"), "not done yet"),
+    ):
+        (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+        checks.report(1, str(tmp_path / "mine.py"))
+        assert words in capsys.readouterr().out
+
+
+def test_unknown_names_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="lesson=6 has no exercises"):
+        checks.report(6)
+    for ask in (lambda: checks.hint("norm"), lambda: checks.check(path_of)):
+        with pytest.raises(ValueError, match="is no exercise: entropy, "):
+            ask()
+    with pytest.raises(ValueError, match="no function that bears the name"):
+        checks.add_tests({"x": 1})
+    checks.report(1, tmp_path / "none.py")  # a student's slip, told in a line
+
+
+def test_hints_come_one_by_one(capsys):
+    hints = checks.EXERCISES["entropy"].hints
+    for _ in range(len(hints) + 1):
+        checks.hint("entropy")
+    lines = capsys.readouterr().out.splitlines()
+    wanted = [f"Hint {i} of {len(hints)}: {text}" for i, text in enumerate(hints, start=1)]
+    assert lines == [*wanted, "There are no more hints for entropy."]
+
+
+def test_check_leaves_the_random_numbers_alone():
+    before = torch.random.get_rng_state()
+    sentence(load(path_of(2))["linear_attention"])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- pytest on a student's file -------------------------------------------------------------------
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=checks.FOLDER.parents[1]
+    )
+
+
+def test_pytest_shows_the_sentences(tmp_path):
+    shutil.copy(path_of(1), tmp_path / "lesson_1.py")
+    shutil.copy(path_of("find_the_bug"), tmp_path / "find_the_bug.py")
+    done = run("-m", "pytest", str(tmp_path / "lesson_1.py"), str(tmp_path / "find_the_bug.py"))
+    assert done.returncode == 1 and "6 failed" in done.stdout
+    assert done.stdout.count("E   nala_min.checks.NotDone: not done yet") == 3
+    assert "E   nala_min.checks.Wrong: A query of an eighth of the norm" in done.stdout
+    assert len(done.stdout.splitlines()) < 60 and "raise Wrong" not in done.stdout
+
+
+@solved
+def test_pytest_accepts_solutions_and_tells_students_apart(tmp_path):
+    for student, file in (("alice", path_of(1, SOLUTIONS)), ("bob", path_of(1))):
+        (tmp_path / student).mkdir()
+        shutil.copy(file, tmp_path / student / "lesson_1.py")
+    files = [str(tmp_path / student / "lesson_1.py") for student in ("alice", "bob")]
+    assert run("-m", "pytest", files[0]).returncode == 0
+    done = run("-m", "pytest", "--import-mode=importlib", *files)
+    assert "3 failed, 3 passed" in done.stdout
+    assert done.stdout.count("FAILED") == done.stdout.count("bob/lesson_1.py::") == 3
+
+
+def test_checks_need_neither_pytest_nor_jupyter():
+    code = "import sys; from nala_min import checks; print(checks and sorted(sys.modules))"
+    done = run("-O", "-c", code)
+    assert done.returncode == 0
+    assert not {"'pytest'", "'IPython'", "'ipykernel'"} & set(done.stdout.strip("[]\n").split(", "))

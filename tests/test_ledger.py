@@ -1,0 +1,109 @@
+"""The ledger in notebooks/README.md: every equation has its row, and every row leads somewhere."""
+
+import inspect
+import re
+
+import pytest
+import test_model
+
+from nala_min import model
+from notebooks import FOLDER, NOTEBOOKS, read
+
+TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
+EQUATIONS = [*map(str, range(1, 13)), "13", "13c", "14", "15", "16", "17"]
+CODE = re.compile(r"`(\w+)`")
+
+
+def ledger():
+    """The row of each equation, by its number: functions, cells and tests."""
+    rows = {}
+    for number, row in re.findall(r"^\| \((\w+)\) \| (.+) \|$", TEXT, re.MULTILINE):
+        _, functions, cells, tests = row.split(" | ")
+        places = re.findall(r"\[(\d\d), `([\w-]+)`\]\((.+?)#cell-id=(.+?)\)", cells)
+        rows[number] = (functions, places, CODE.findall(tests))
+    return rows
+
+
+ROWS = ledger()
+rows = pytest.mark.parametrize("number", EQUATIONS)
+
+
+def test_every_equation_has_one_row():
+    assert list(ROWS) == EQUATIONS
+    assert len(re.findall(r"^\| \(", TEXT, re.MULTILINE)) == len(EQUATIONS)
+
+
+@rows
+def test_its_code_names_the_equation(number):
+    functions = ROWS[number][0]
+    assert CODE.findall(functions)
+    for name in CODE.findall(functions):
+        source = inspect.getsource(getattr(model, name))
+        assert functions.startswith("a theorem") or f"({number})" in source, name
+
+
+@rows
+def test_its_cells_show_the_equation(number):
+    assert ROWS[number][1]
+    for prefix, name, file, cell_id in ROWS[number][1]:
+        assert file.startswith(prefix) and name == cell_id == f"eq-{number}"
+        (cell,) = [cell for cell in read(FOLDER / file).cells if cell.id == cell_id]
+        assert cell.cell_type == "markdown"
+        assert f"({number})" in cell.source and f"\\tag{{{number}}}" in cell.source
+
+
+@rows
+def test_its_proofs_name_the_equation(number):
+    tests = ROWS[number][2]
+    assert tests
+    for name in tests:
+        assert f"({number})" in inspect.getdoc(getattr(test_model, name)), name
+
+
+def first_line(thing):
+    return (inspect.getdoc(thing) or "").partition("\n\n")[0]
+
+
+def test_no_function_of_an_equation_is_missing():
+    """What says in its first sentence that it is an equation."""
+    found = 0
+    for name, thing in vars(model).items():
+        if inspect.isfunction(thing) or inspect.isclass(thing):
+            for number in re.findall(r"Eq\. \((\w+)\)", first_line(thing)):
+                if thing.__module__ == model.__name__:
+                    found += 1
+                    assert name in CODE.findall(ROWS[number][0]), (name, number)
+    assert found > 15
+
+
+def test_no_cell_of_an_equation_is_missing():
+    shown = {
+        (path.name, cell.id)
+        for path in NOTEBOOKS
+        for cell in read(path).cells
+        if re.fullmatch(r"eq-\d+c?", cell.id)
+    }
+    linked = {(file, cell_id) for _, places, _ in ROWS.values() for _, _, file, cell_id in places}
+    assert shown == linked
+
+
+def test_no_proof_of_an_equation_is_missing():
+    """What begins its docstring with the numbers of equations."""
+    found = 0
+    for name, test in vars(test_model).items():
+        if name.startswith("test_"):
+            numbers = re.match(r"(\(\w+\)(, )?)+", inspect.getdoc(test) or "")
+            for number in re.findall(r"\((\w+)\)", numbers[0]) if numbers else []:
+                found += 1
+                assert name in ROWS[number][2], (name, number)
+    assert found >= len(EQUATIONS)
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", TEXT)
+    assert len(links) > 30
+    for link in links:
+        file, _, cell_id = link.partition("#cell-id=")
+        assert (FOLDER / file).exists(), link
+        if cell_id:
+            assert cell_id in {cell.id for cell in read(FOLDER / file).cells}, link

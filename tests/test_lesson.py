@@ -1,0 +1,82 @@
+"""What the notebooks share: nala_min/lesson.py."""
+
+import base64
+import inspect
+import io
+import math
+
+import ipywidgets
+import matplotlib
+import pytest
+import torch
+from matplotlib.image import imread
+
+from nala_min import NaLaLM, entropy, lesson, plots
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What a notebook would show: the arguments of each call of display."""
+    calls = []
+    monkeypatch.setattr(lesson, "display", lambda *args, **options: calls.append((args, options)))
+    return calls
+
+
+def test_begin_fixes_random_numbers_style_and_decimals():
+    with matplotlib.rc_context():
+        lesson.begin(3)
+        drawn = torch.rand(2)
+        assert matplotlib.rcParams["axes.grid"] is True
+        assert repr(torch.tensor([math.pi, 1e-4])) == "tensor([3.142, 0.000])"
+        torch.manual_seed(3)
+        assert torch.equal(drawn, torch.rand(2))
+    torch.set_printoptions(profile="default")
+
+
+def test_show_gives_a_picture_and_its_text(displayed):
+    figure, axes = plots.figure(width=5, height=2)
+    axes.plot([0, 1], [0, 1])
+    lesson.show(figure, "A line that rises.")
+    ((picture,), options), ((words,), _) = displayed
+    png = base64.b64decode(picture["image/png"])
+    assert png.startswith(b"\x89PNG") and options["raw"]
+    assert picture["text/plain"] == words["text/plain"] == "A line that rises."
+    assert options["metadata"] == {"image/png": {"alt": "A line that rises.", "width": 480}}
+    assert words["text/markdown"].startswith("<details><summary>")
+    assert "A line that rises." in words["text/markdown"]
+
+
+def test_a_picture_is_readable_on_a_dark_page(displayed):
+    """Its background is white and not transparent, whatever the style says."""
+    with matplotlib.rc_context({"savefig.facecolor": "none", "savefig.transparent": False}):
+        lesson.show(plots.figure()[0], "Empty axes.")
+    png = base64.b64decode(displayed[0][0][0]["image/png"])
+    assert imread(io.BytesIO(png))[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_source_is_the_code_as_it_runs(displayed):
+    lesson.source(entropy, plots.write, NaLaLM.generate)
+    (((shown,), _),) = displayed
+    assert "\n\n```python\n" in shown["text/markdown"] and "\n```\n\n" in shown["text/markdown"]
+    for text in shown.values():
+        for function in (entropy, plots.write):
+            assert inspect.getsource(function).rstrip() in text
+        assert "\ndef generate(\n    self," in text  # as far to the left as a function
+
+
+def test_slider_draws_at_its_start_and_where_it_is_put(displayed):
+    drawn = []
+
+    def draw(norm):
+        drawn.append(norm)
+        return plots.figure()[0]
+
+    lesson.slider(draw, 0, 10, 4)
+    assert drawn == [4]
+    ((data,), options) = displayed[-1]
+    assert "slider" in data["text/plain"] and options["raw"]
+    assert any(kind.endswith("widget-view+json") for kind in data)
+    (knob,) = [w for w in ipywidgets.widgets.widget._instances.values() if hasattr(w, "step")]
+    assert (knob.min, knob.max, knob.description) == (0, 10, "norm")
+    knob.value = 7.5
+    assert drawn == [4, 7.5]
