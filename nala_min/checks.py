@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -73,7 +74,8 @@ def check(function: Callable) -> None:
     """
     __tracebackhide__ = True  # pytest shows the sentence, and no code of this file
     exercise = _find(function.__name__)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    quiet = warnings.catch_warnings(action="ignore")  # pytest may be told to raise them
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), quiet:
         torch.manual_seed(0)
         try:
             exercise.check(function)
@@ -190,7 +192,7 @@ def _call(student, *arguments):
     except (Exception, SystemExit) as error:
         if isinstance(error, NotImplementedError) and not error.args:  # torch's have a message
             raise NotDone("not done yet") from None
-        file = getattr(getattr(student, "__code__", None), "co_filename", "")
+        file = getattr(getattr(inspect.unwrap(student), "__code__", None), "co_filename", "")
         sentence = f"It stops with {_describe(error, file)}"
         theirs = error.__traceback__.tb_next  # the frames below this one
         raise Wrong(sentence) from error.with_traceback(theirs)
@@ -200,8 +202,9 @@ def _call(student, *arguments):
     return result
 
 
-def _tensor(x, shape, what, case=""):
-    """x, if it is a finite float64 tensor of that shape."""
+def _tensor(x, shape, what, case="", why=None):
+    """x, if it is a finite float64 tensor of that shape. why(bad), with bad true where it is not
+    finite, is a sentence that tells the reason."""
     if x is None:
         raise Wrong(f"{what} is None: is a return missing?")
     if not isinstance(x, Tensor):
@@ -210,15 +213,15 @@ def _tensor(x, shape, what, case=""):
         raise Wrong(f"{what} has shape {tuple(x.shape)}, expected {tuple(shape)}{case}.")
     if x.dtype != torch.float64:
         raise Wrong(f"{what} has dtype {x.dtype}, expected that of the arguments, torch.float64.")
-    if not x.isfinite().all():
-        kind = "NaN" if x.isnan().any() else "infinite"
-        raise Wrong(f"{what} is {kind} at index {_largest(~x.isfinite())}{case}.")
+    if (bad := ~x.isfinite()).any():
+        kind, reason = "NaN" if x.isnan().any() else "infinite", why(bad) if why else ""
+        raise Wrong(f"{what} is {kind} at index {_largest(bad)}{case}. {reason}".rstrip())
     return x
 
 
-def _run(student, *arguments, shape, case=""):
+def _run(student, *arguments, shape, case="", why=None):
     """What the student's function returns, if it is a finite float64 tensor of that shape."""
-    return _tensor(_call(student, *arguments), shape, "The result", case)
+    return _tensor(_call(student, *arguments), shape, "The result", case, why)
 
 
 def _largest(x):
@@ -239,14 +242,16 @@ def _agree(got, expected, what, mistakes=None):
         if _close(got, value):
             raise Wrong(sentence)
     factor = ((got * expected).sum() / expected.square().sum()).item()
-    if factor and got.ndim and _close(got, factor * expected):
-        if math.isclose(factor, -1):
-            raise Wrong(f"{what} has the wrong sign everywhere.")
-        raise Wrong(f"{what} is {factor:.4g} times as large as it should be, everywhere.")
+    alike = factor and got.ndim and _close(got, factor * expected)
+    if alike and math.isclose(factor, -1):
+        raise Wrong(f"{what} has the wrong sign everywhere.")
+    near = 1e-3 if alike else 1e-4
     at, end = _largest((got - expected).abs()), "."
     where = f" at index {at}" if at else ""
-    if (got - expected).abs().max() < 1e-4 * expected.abs().max():
+    if (got - expected).abs().max() < near * expected.abs().max():
         end = ", nearly right: is it a difference quotient, is an eps added, is it float32?"
+    elif alike:
+        raise Wrong(f"{what} is {factor:.4g} times as large as it should be, everywhere.")
     raise Wrong(f"{what}{where} is {got[at]:.10g}, expected {expected[at]:.10g}{end}")
 
 
@@ -265,6 +270,14 @@ def _gradients(function, *arguments, case=""):
         if not gradient.isfinite().all():
             raise Wrong(f"The gradient with respect to {name} is NaN or infinite{case}.")
     return found
+
+
+def _agree_gradients(student, reference, *arguments, case=""):
+    """Raise Wrong if the gradients of the two functions differ."""
+    wanted = _gradients(reference, *arguments).values()
+    found = _gradients(student, *arguments, case=case)
+    for (name, got), expected in zip(found.items(), wanted, strict=True):
+        _agree(got, expected, f"The output is right, but the gradient with respect to {name}{case}")
 
 
 def _one_hot(x):
@@ -329,10 +342,13 @@ def _check_linear(student, causal, *rest):
     if run(phi_q, 0 * phi_k, v, shape, case).any():
         raise Wrong(f"The output is not 0{case}.")
     _gradients(student, phi_q, 0 * phi_k, v, *rest, case=case)
-    expected = _gradients(reference, phi_q, phi_k, v).values()
-    gradients = _gradients(student, phi_q, phi_k, v, *rest)
-    for (name, got), wanted in zip(gradients.items(), expected, strict=True):
-        _agree(got, wanted, f"The output is right, but the gradient with respect to {name}")
+    phi_q[:, :, 3], case = 0.0, " (the query of token 3 is zero)"
+    _agree(run(phi_q, phi_k, v, shape, case), reference(phi_q, phi_k, v), f"The output{case}")
+
+    def attend(phi_q, phi_k, v):
+        return student(phi_q, phi_k, v, *rest)
+
+    _agree_gradients(attend, reference, phi_q, phi_k, v, case=case)
 
 
 def _check_cost(student, *rest):
@@ -358,7 +374,7 @@ def _check_cost(student, *rest):
     1,
     "What does (3) ask of weights that do not sum to 1, and of a weight that is 0?",
     "Divide by the sum over the last axis; then sum -share * log(share) over that axis.",
-    "0 * log(0) is NaN in floating point: clamp the share within the logarithm only, or use xlogy.",
+    "0 * log(0) is NaN in floating point: clamp the share, within the logarithm only, at 1e-300.",
 )
 def check_entropy(student):
     weights = _features(2, 3, 5)
@@ -370,9 +386,13 @@ def check_entropy(student):
     _agree(got, expected, "The entropy", {"It is in bits: take the natural logarithm.": in_bits})
     if not _close(_run(student, weights, shape=(2, 3)), got):
         raise Wrong("Weights that do not sum to 1 give another entropy: divide by their sum first.")
+    for scale in (1e-20, 1e6):
+        if not _close(_run(student, scale * weights, shape=(2, 3)), got):
+            raise Wrong(f"Weights times {scale:g} have another entropy: no eps, no clamped sum.")
     zeros, case = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]).double(), " (weights of 0)"
     got = _run(student, zeros, shape=(2,), case=case)
     _agree(got, model.entropy(zeros), f"The entropy{case}")
+    _gradients(student, zeros, case=case)
 
 
 @exercise(
@@ -380,29 +400,42 @@ def check_entropy(student):
     "Scores first: one matrix product gives q_t . k_i for every pair, (B, H, N, N).",
     "Divide by the square root of D. Which axis of the scores runs over keys?",
     "If causal, put -inf into the scores above the diagonal before the softmax, not 0 after it.",
+    "exp overflows: mask with -inf first, then subtract each row's largest score, or call softmax.",
 )
 def check_softmax_weights(student):
     def reference(q, k, causal=False):
         return model.attention_weights(q, k, feature_map="softmax", causal=causal)
 
-    q, k = _draw(2, 2, 3, 5, 4)
-    shape, visible = (2, 3, 5, 5), torch.ones(5, 5, dtype=torch.bool)
-    weights = _run(student, q, k, False, shape=shape)
-    columns = weights.sum(dim=-2)
-    if _close(columns, torch.ones_like(columns)):
-        raise Wrong("The weights of a key sum to 1, not those of a query: softmax over the keys.")
-    _check_weights(weights, visible, " (causal=False)")
-    mistakes = {
-        "The scores are not divided by the square root of D.": reference(q * 2, k),
-        "The scores are divided by D, not by its square root.": reference(q / 2, k),
-        "Queries and keys have changed places.": reference(k, q),
-    }
-    _agree(weights, reference(q, k), "The weight", mistakes)
-    for scale, case in ((1, " (causal=True)"), (1e4, " (causal=True, large scores)")):
-        weights = _run(student, scale * q, k, True, shape=shape, case=case)
-        if scale == 1:  # otherwise a visible weight may be 0
-            _check_weights(weights, visible.tril(), case)
-        _agree(weights, reference(scale * q, k, True), f"The weight{case}")
+    def why(bad):
+        if scale > 1:
+            return "exp overflows: subtract each row's largest score first, or call softmax."
+        if bad[..., 1:, :].any():
+            return "inf times 0 is NaN: use masked_fill." if causal else ""
+        return "Token 0 sees no key, not even itself: mask strictly above the diagonal."
+
+    for size, tokens in ((3, 7), (5, 4)):
+        q, k = _draw(2, 2, 3, tokens, size)
+        shape, visible = (2, 3, tokens, tokens), torch.ones(tokens, tokens, dtype=torch.bool)
+        root, by_n = math.sqrt(size), reference(q * math.sqrt(size / tokens), k)
+        mistakes = {
+            "The scores are not divided by the square root of D.": reference(q * root, k),
+            "The scores are divided by D, not by its square root.": reference(q / root, k),
+            "The scores are divided by the square root of N, not of D.": by_n,
+            "Queries and keys have changed places.": reference(k, q),
+        }
+        for causal in (False, True):
+            for scale, large in ((1, ""), (1e4, ", large scores"), (1e10, ", huge scores")):
+                case, seen = f" (causal={causal}{large})", visible.tril() if causal else visible
+                weights = _run(student, scale * q, k, causal, shape=shape, case=case, why=why)
+                columns = weights.sum(dim=-2)
+                if scale == 1 and _close(columns, torch.ones_like(columns)):
+                    raise Wrong("The weights of a key sum to 1: take the softmax over the keys.")
+                if scale == 1:  # otherwise a visible weight may be 0
+                    _check_weights(weights, seen, case)
+                elif (weights * ~seen).any():
+                    raise Wrong(f"A score falls below the mask{case}: hide the future with -inf.")
+                expected = reference(scale * q, k, causal)
+                _agree(weights, expected, f"The weight (D={size}){case}", mistakes)
 
 
 @exercise(
@@ -414,22 +447,25 @@ def check_entropy_slope(student):
     def slope(p, mean):
         return -c * (p * (s - mean).square()).sum(dim=-1)
 
-    s, c = _draw(2, 3, 5), 0.7
-    variable = torch.full((2, 3, 1), c, dtype=torch.float64, requires_grad=True)
-    p = torch.softmax(variable * s, dim=-1)
-    expected = torch.autograd.grad(model.entropy(p).sum(), variable)[0][..., 0]
-    p, other = p.detach(), torch.softmax(s, dim=-1)
-    mistakes = {
-        "The factor c is missing.": expected / c,
-        "The factor c comes in once too often.": c * expected,
-        "It takes the standard deviation, not the variance.": -c * (-expected / c).sqrt(),
-        "The mean is not subtracted from the scores before they are squared.": slope(p, 0),
-        "The mean of the scores is not weighted by p.": slope(p, s.mean(dim=-1, keepdim=True)),
-        "The variance is not weighted by p.": -c * s.var(dim=-1, correction=0),
-        "The variance is not weighted by p, but divided by N - 1.": -c * s.var(dim=-1),
-        "c is missing in p = softmax(c * scores).": slope(other, (other * s).sum(-1, keepdim=True)),
-    }
-    _agree(_run(student, s, c, shape=(2, 3)), expected, "The slope", mistakes)
+    s = _draw(2, 3, 5)
+    for c in (0.7, 1.6):
+        variable = torch.full((2, 3, 1), c, dtype=torch.float64, requires_grad=True)
+        p = torch.softmax(variable * s, dim=-1)
+        expected = torch.autograd.grad(model.entropy(p).sum(), variable)[0][..., 0]
+        p, other = p.detach(), torch.softmax(s, dim=-1)
+        mean = (other * s).sum(dim=-1, keepdim=True)
+        mistakes = {
+            "The factor c is missing.": expected / c,
+            "The factor c comes in once too often.": c * expected,
+            "It takes the variance of c * scores, not of the scores.": c**2 * expected,
+            "It takes the standard deviation, not the variance.": -c * (-expected / c).sqrt(),
+            "The mean is not subtracted from the scores before they are squared.": slope(p, 0),
+            "The mean of the scores is not weighted by p.": slope(p, s.mean(dim=-1, keepdim=True)),
+            "The variance is not weighted by p.": -c * s.var(dim=-1, correction=0),
+            "The variance is not weighted by p, but divided by N - 1.": -c * s.var(dim=-1),
+            "c is missing in p = softmax(c * scores).": slope(other, mean),
+        }
+        _agree(_run(student, s, c, shape=(2, 3)), expected, f"The slope (c={c})", mistakes)
 
 
 # --- Lesson 2: the missing norm -------------------------------------------------------------------
@@ -454,30 +490,33 @@ def check_linear_attention(student):
 def check_norm_microscope(student):
     def attention(q, k, v):
         calls.append((q, k, v))
-        return model.softmax_attention(q, k, v)
+        return inner(q, k, v)
 
-    (q, k), v, calls = _draw(2, 2, 3, 5, 4), _draw(2, 3, 5, 4), []
-    got = _call(student, attention, q, k, v, 3.0)
-    if not isinstance(got, (int, float)):
-        got = _tensor(got, (), "The result")
-    for i, (what, x) in enumerate((("keys", k), ("values", v)), start=1):
-        if not all(_close(call[i], x) for call in calls):
-            raise Wrong(f"The {what} are changed, too: rescale the queries only.")
-    for factor in (1.0, 3.0):
-        if not any(_close(call[0], factor * q) for call in calls):
-            raise Wrong(f"The attention is never called with {factor:g} * q, for factor = 3.")
-    out, changed = (model.softmax_attention(factor * q, k, v) for factor in (1.0, 3.0))
-    change, norm = changed - out, torch.linalg.vector_norm
-    expected, growth = norm(change) / norm(out), norm(changed) / norm(out) - 1
-    ratios = norm(change, dim=-1) / norm(out, dim=-1)
-    mistakes = {
-        "The change is not divided by the norm of the output.": norm(change),
-        "The change is divided by the norm of the changed output.": norm(change) / norm(changed),
-        "It is the square of the relative change.": expected**2,
-        "Take the norm of the difference, not the difference of norms.": growth,
-        "It is the mean over tokens: take norms of the whole output.": ratios.mean(),
-    }
-    _agree(torch.as_tensor(got, dtype=torch.float64), expected, "The relative change", mistakes)
+    (q, k), v = _draw(2, 2, 3, 5, 4), _draw(2, 3, 5, 4)
+    for inner, ratio in ((model.softmax_attention, 3.0), (model.nala_attention, 0.5)):
+        calls, case = [], f" (factor={ratio:g}, {inner.__name__})"
+        got = _call(student, attention, q, k, v, ratio)
+        if not isinstance(got, (int, float)):
+            got = _tensor(got, (), "The result")
+        for i, (what, x) in enumerate((("keys", k), ("values", v)), start=1):
+            if not all(_close(call[i], x) for call in calls):
+                raise Wrong(f"The {what} are changed, too: rescale the queries only.")
+        for factor in (1.0, ratio):
+            if not any(_close(call[0], factor * q) for call in calls):
+                raise Wrong(f"The attention is never called with {factor:g} * q{case}.")
+        out, changed = (inner(factor * q, k, v) for factor in (1.0, ratio))
+        change, norm = changed - out, torch.linalg.vector_norm
+        expected, growth = norm(change) / norm(out), norm(changed) / norm(out) - 1
+        ratios = norm(change, dim=-1) / norm(out, dim=-1)
+        mistakes = {
+            "The change is not divided by the norm of the output.": norm(change),
+            "It is divided by the norm of the changed output.": norm(change) / norm(changed),
+            "It is the square of the relative change.": expected**2,
+            "Take the norm of the difference, not the difference of norms.": growth,
+            "It is the mean over tokens: take norms of the whole output.": ratios.mean(),
+        }
+        got = torch.as_tensor(got, dtype=torch.float64)
+        _agree(got, expected, f"The relative change{case}", mistakes)
 
 
 @exercise(
@@ -500,8 +539,11 @@ def check_dropped_share(student):
         "It divides by a sum without absolute values.": negative / (q * k).sum(dim=-1),
     }
     _agree(_run(student, q, k, shape=(3, 5)), negative / total, "The share", mistakes)
-    got = _run(student, 0 * q, k, shape=(3, 5), case=" (zero query)")
-    _agree(got, 0 * got, "The share (zero query)")
+    if not _close(_run(student, q / 1e6, k / 1e6, shape=(3, 5)), negative / total):
+        raise Wrong("Queries and keys a million times smaller change the share: no eps, no clamp.")
+    for case, pair in ((" (zero query)", (0 * q, k)), (" (zero key)", (q, 0 * k))):
+        got = _run(student, *pair, shape=(3, 5), case=case)
+        _agree(got, 0 * got, f"The share{case}")
 
 
 # --- Lesson 3: putting the norm back --------------------------------------------------------------
@@ -514,15 +556,21 @@ def check_dropped_share(student):
     "A zero query is 0/0: replace its largest channel by 1. torch.pow does the rest.",
 )
 def check_query_magnitude(student):
-    def run(q, lam=3.0, tau=0.5, case=""):
-        return _run(student, q, lam, tau, shape=q.shape, case=case)
+    def run(q, lam=3.0, tau=0.5, case="", why=""):
+        return _run(student, q, lam, tau, shape=q.shape, case=case, why=lambda _: why)
 
     def reference(q, lam=3.0, tau=0.5):
         norm, direction = model.decompose(q)
         return model.query_magnitude(direction, model.query_power(norm, lam, tau))
 
+    def exact(q, lam, tau):  # with the gradient of the largest channel, which model.py leaves out
+        norm, size = torch.linalg.vector_norm(q, dim=-1, keepdim=True), q.abs()
+        power = model.query_power(norm, lam, tau)
+        return (size / size.amax(dim=-1, keepdim=True)).pow(power)
+
     q = _draw(2, 5, 4)
-    got, shorter = run(q), run(q / 4)
+    why = "A negative number to a broken power is NaN: take the absolute value."
+    got, shorter = run(q, why=why), run(q / 4)
     if (got < 0).any():
         raise Wrong("A magnitude is negative: take the absolute value of the direction.")
     largest, of_shorter = (x.amax(dim=-1, keepdim=True) for x in (got, shorter))
@@ -545,6 +593,16 @@ def check_query_magnitude(student):
         other = {name: value}
         fixed = {f"{name} has a fixed value: use the argument.": got}
         _agree(run(q, **other), reference(q, **other), f"The magnitude ({name}={value})", fixed)
+    functions, rest = (student, reference, exact), got < 1 - TOLERANCE
+    found, published, wanted = (_gradients(f, q, 3.0, 0.5)["q"] for f in functions)
+    if not _close(found, published):  # the largest channel's depends on whether it is detached
+        what = "The magnitude is right, but the gradient (is the norm detached?)"
+        _agree(found * rest, wanted * rest, what)
+    _agree(run(q * 1e-9), reference(q * 1e-9), "The magnitude of a query of norm 1e-9")
+    many, why = 1 + _draw(5, 16) / 10, "Divide by the largest channel before the power, Eq. (12)."
+    largest = run(many, 500.0, case=" (lam=500)", why=why).amax(dim=-1)
+    if not _close(largest, torch.ones_like(largest)):
+        raise Wrong(f"The largest channel is not 1 (lam=500): the power underflows. {why}")
     q, case = q / 1e3, " (a query or a channel is zero)"
     q[0, 0], q[0, 1, 2] = 0.0, 0.0
     _agree(run(q, case=case), reference(q), f"The magnitude{case}")
@@ -557,29 +615,31 @@ def check_query_magnitude(student):
     "The derivative of tanh(x) is 1 - tanh(x)^2; tau is a constant.",
 )
 def check_power_slope(student):
-    norm, lam = torch.linspace(0.1, 30, 50).double()[:, None].requires_grad_(), 2.5
-    power = model.query_power(norm, lam)
-    (expected,) = torch.autograd.grad(power.sum(), norm)
-    norm, tanh = norm.detach(), norm.detach().tanh()
-    mistakes = {
-        "It is the power itself, not its slope.": power.detach(),
-        "The factor lam is missing.": expected / lam,
-        "The tanh is not squared.": lam * (1 - tanh),
-        "It grows with the norm: subtract the square of tanh from 1.": lam * (1 + tanh**2),
-        "It is lam * tanh^2: subtract that from lam.": lam * tanh**2,
-    }
-    _agree(_run(student, norm, lam, shape=(50, 1)), expected, "The slope", mistakes)
+    for lam in (2.5, 0.8):
+        norm = torch.linspace(0, 30, 50).double()[:, None].requires_grad_()
+        power = model.query_power(norm, lam)
+        (expected,) = torch.autograd.grad(power.sum(), norm)
+        norm, tanh = norm.detach(), norm.detach().tanh()
+        mistakes = {
+            "It is the power itself, not its slope.": power.detach(),
+            "The factor lam is missing.": expected / lam,
+            "The tanh is not squared.": lam * (1 - tanh),
+            "It grows with the norm: subtract the square of tanh from 1.": lam * (1 + tanh**2),
+            "It is lam * tanh^2: subtract that from lam.": lam * tanh**2,
+        }
+        got = _run(student, norm, lam, shape=(50, 1), case=" (norms from 0 on)")
+        _agree(got, expected, f"The slope (lam={lam})", mistakes)
 
 
 @exercise(
     3,
     "A growing norm lets the direction's largest channel win. What if all keys agree in that one?",
-    "Two channels suffice: in one all keys are the same, in the other one key sticks out.",
-    "The direction needs more of the first channel than of the second, say (0.8, 0.6).",
+    "Let all keys be the same in one channel, and one key stick out in each of the others.",
+    "The direction needs more of that one channel than of the others, but some of each.",
 )
 def check_counterexample(student):
     result = _call(student)
-    if not isinstance(result, tuple) or len(result) != 2:
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise Wrong("It must return two tensors: the direction (D,) and the keys (N, D).")
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in result):
         raise Wrong("Direction and keys must be tensors of floating-point numbers.")
@@ -593,12 +653,15 @@ def check_counterexample(student):
         raise Wrong("Direction and keys must be finite.")
     if abs(direction.norm() - 1) > 1e-6:
         raise Wrong(f"The direction has norm {direction.norm():.4g}, expected 1.")
+    if (direction != 0).sum() < 3:
+        end = "." if len(direction) < 3 else ", none of them 0 in the direction."
+        raise Wrong(f"Two channels are the notebook's example: find one with three or more{end}")
+    if not keys.any(dim=-1).all():
+        raise Wrong("A key is zero: it has no direction, and no weight.")
     if len(keys) < 2:
         raise Wrong("With fewer than two keys the entropy is 0, whatever the norm is.")
     q = torch.stack([0.1 * direction, 3 * direction])[:, None, None].expand(-1, -1, len(keys), -1)
     weights = model.attention_weights(q, keys.expand_as(q))[:, 0, 0]  # (2, N)
-    if not weights.any(dim=-1).all():
-        raise Wrong("The query has no weight on any key: its channels and theirs do not meet.")
     low, high = model.entropy(weights).tolist()
     if high < low + 0.01:
         verb = "falls" if high < low - 0.01 else "hardly moves"
@@ -612,8 +675,9 @@ def _check_map(student, reference, *alpha):
     """What both maps must do; of their features only norms and inner products count."""
     one, case = torch.ones(1, 1).double(), f" (alpha={alpha[0]:g})" if alpha else ""
     magnitude, direction = _features(2, 6, 4), model.decompose(_draw(2, 6, 4))[1]
-    phi = _run(student, magnitude, direction, *alpha, shape=(2, 6, 8))
-    if not _close(phi.norm(dim=-1), magnitude.norm(dim=-1)):
+    pairs = zip(magnitude, direction, strict=True)  # two calls: query and key know no other
+    phi_q, phi_k = (_run(student, *pair, *alpha, shape=(6, 8)) for pair in pairs)
+    if not _close(torch.stack([phi_q, phi_k]).norm(dim=-1), magnitude.norm(dim=-1)):
         raise Wrong(f"The norm of the features is not that of the magnitude{case}.")
     plus, minus = (_run(student, one, sign * one, *alpha, shape=(1, 2)) for sign in (1, -1))
     product = (plus * minus).sum().item()
@@ -621,7 +685,7 @@ def _check_map(student, reference, *alpha):
         raise Wrong(f"Opposite signs have the negative product {product:.3g}{case}.")
     if product > 0.01:
         raise Wrong(f"Opposite signs have the product {product:.3g}, expected almost 0{case}.")
-    (phi_q, phi_k), (right_q, right_k) = phi, reference(magnitude, direction, *alpha)
+    right_q, right_k = reference(magnitude, direction, *alpha)
     _agree(phi_q @ phi_k.mT, right_q @ right_k.mT, f"The inner product of query and key{case}")
 
 
@@ -668,7 +732,7 @@ def check_recurrent_step(student):
 
     def run(state, *token, case):
         result = _call(student, state, *token)
-        if not isinstance(result, tuple) or len(result) != 2:
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise Wrong("It must return two tensors, the output and the new state.")
         if isinstance(result[0], Tensor) and result[0].shape == state.shape:
             raise Wrong("The two are in the other order: first the output, then the state.")
@@ -698,6 +762,19 @@ def check_recurrent_step(student):
         }
         _agree(out, expected_out, f"The output{case}", mistakes)
         state = expected
+    q, case = q.clone(), " (a query is zero)"
+    q[0, 0] = 0.0
+    out, _ = run(state, q, k, value, case=case)
+    _agree(out, reference(state, q, k, value)[0], f"The output{case}")
+
+    def joined(step):
+        def function(state, phi_q, phi_k, v):
+            return torch.cat([x.flatten() for x in step(state, phi_q, phi_k, v)])
+
+        return function
+
+    _agree_gradients(joined(student), joined(reference), state, q, k, value, case=case)
+    q = phi_q[:, :, -1]
     out, _ = run(0 * state, q / 1e6, k / 1e6, value, case=" (small features)")
     if not _close(out, value):
         raise Wrong("Features a million times smaller change the output: an eps is not small then.")
@@ -735,21 +812,21 @@ ANSWERS = (1037124925, 2408625119, 2049225717)
 
 
 def _check_patient(student):
-    """The symptom of a broken attention, and whether its name in DIAGNOSES is right."""
-    name = student.__name__
-    diagnosis = student.__globals__.get("DIAGNOSES", {}).get(name)
-    right = zlib.crc32(f"{name}: {diagnosis}".encode()) in ANSWERS
-    remark = f"The diagnosis {diagnosis!r} is {'right' if right else 'wrong'}."
+    """The symptom of a broken attention; if it has none, whether its name in DIAGNOSES is right."""
+    name, remark = student.__name__, ""
+    namespace = getattr(inspect.unwrap(student), "__globals__", {})
+    diagnosis = namespace.get("DIAGNOSES", {}).get(name)
     if not diagnosis:
-        remark = f"DIAGNOSES has no name for the bug in {name} yet."
+        remark = f" DIAGNOSES has no name for the bug in {name} yet."
     elif diagnosis not in DISEASES:
-        remark = f"The diagnosis {diagnosis!r} is not in checks.DISEASES."
+        remark = f" The diagnosis {diagnosis!r} is not in checks.DISEASES: {', '.join(DISEASES)}."
     try:
         _check_symptoms(student)
-    except Wrong as symptom:
-        raise Wrong(f"{symptom} {remark}") from symptom.__cause__
-    if not right:
-        raise Wrong(f"It is mended, but its bug is not named. {remark}")
+    except Wrong as symptom:  # whether the diagnosis is right is told to those who mend it
+        raise Wrong(f"{symptom}{remark}") from symptom.__cause__
+    if zlib.crc32(f"{name}: {diagnosis}".encode()) not in ANSWERS:
+        remark = remark or f" The diagnosis {diagnosis!r} is wrong."
+        raise Wrong(f"It is mended, but its bug is not named.{remark}")
 
 
 def _check_symptoms(student):
@@ -766,7 +843,7 @@ def _check_symptoms(student):
     one_hot, square = _one_hot(q), (2, 3, 11, 11)
     all_real, causal = torch.ones(2, 11).bool(), torch.ones(11, 11).bool().tril()
     some_real = all_real.clone()
-    some_real[:, [2, -2, -1]] = False
+    some_real[0, [2, -2, -1]] = some_real[1, [1, 5, -1]] = False
     out = run(q, k, v, shape)
     _check_apart(run, out, q, k, v)
     weights = run(q, k, one_hot, square)
@@ -780,8 +857,15 @@ def _check_symptoms(student):
     _agree(weights, reference(q, k), "The weight")
     _agree(padded, reference(q, k, some_real), f"The weight{case}")
     _agree(out, reference(q, k) @ v, "The output")
+    case = " (queries of norm 1e-4)"
+    _agree(run(q / 1e4, k, one_hot, square), reference(q / 1e4, k), f"The weight{case}")
     out = run(0 * q, k, v, shape, case=" (zero queries)")
     _agree(out, 0 * out, "The output (zero queries)")
+
+    def attend(q, k, v):
+        return student(q, k, v, some_real)
+
+    _gradients(attend, q, k, v)
 
 
 for name, *hints in (

@@ -38,11 +38,17 @@ def show(figure: Figure, text: str) -> None:
     _show_markdown(f"<details><summary>In words</summary>\n\n{text}\n\n</details>", text)
 
 
-def source(*objects: Any) -> None:
-    """Show the code of functions and classes as it runs, docstrings and all."""
+def source(*objects: Any, fold: str = "") -> None:
+    """Show the code of functions and classes as it runs, docstrings and all.
+
+    fold: a line to show instead, with the code below it, to unfold.
+    """
     code = "\n\n\n".join(textwrap.dedent(inspect.getsource(each)).rstrip() for each in objects)
     fence = f"```python\n{code}\n```"
-    _show_markdown(f'<div style="font-family: monospace">\n\n{fence}\n\n</div>', code)
+    markdown = f'<div style="font-family: monospace">\n\n{fence}\n\n</div>'
+    if fold:
+        markdown = f"<details><summary>{fold}</summary>\n\n{markdown}\n\n</details>"
+    _show_markdown(markdown, code)
 
 
 def _show_markdown(markdown: str, plain: str) -> None:

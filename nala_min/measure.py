@@ -98,8 +98,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 def classify(model: NaLaViT, images: Tensor) -> Tensor:
     """Logits (n, Y), on the CPU, of images (n, 3, height, width) uint8."""
     model.eval()
-    device = model.head.weight.device
-    return torch.cat([model(normalise(part.to(device))).cpu() for part in images.split(500)])
+    weight = model.head.weight
+    parts = (normalise(part.to(weight.device)).to(weight.dtype) for part in images.split(500))
+    return torch.cat([model(part).cpu() for part in parts])
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -153,9 +154,9 @@ def asked(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[Asked]:
 def health(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
     """How each block attends, first to last, while model reads inputs as in asked.
 
-    For each block its attention and, over all heads and examples, the QUANTILES of: query_norm;
-    power, Eq. (7), if its kernel has one; entropy in nats and the weight of the heaviest key, top,
-    of every patch of an image, but of a text only of the last token, which sees all others.
+    For each block its attention and, over all heads and examples, the QUANTILES of: query_norm and,
+    if its kernel has one, power, Eq. (7), of every token; entropy in nats and top, the weight of
+    the heaviest key, of every patch, but of a text only of the last token, which sees all others.
     """
     blocks = []
     for name, block in zip(model.config.attentions, asked(model, inputs), strict=True):
@@ -168,7 +169,7 @@ def health(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
         if feature_map in ("cosine", "split"):
             numbers["power"] = query_power(norm, norm_scale=block.options["norm_scale"])
         numbers |= {"entropy": entropy(weights), "top": weights.amax(dim=-1)}
-        levels = torch.tensor(QUANTILES)
+        levels = torch.tensor(QUANTILES, dtype=torch.float32)
         found = {
             key: torch.quantile(x.float().cpu(), levels).tolist() for key, x in numbers.items()
         }
@@ -205,7 +206,10 @@ def confusion_matrix(guesses: Tensor, labels: Tensor, num_classes: int) -> Tenso
 
 def worst_pairs(confusion: Tensor, count: int = 3) -> list[tuple[int, int, int]]:
     """The classes most often taken for one another: pairs (first, second, mistakes), in both
-    directions together, most mistakes first; fewer than count if there are no more."""
+    directions together, most mistakes first; fewer than count if there are no more.
+
+    confusion: (Y, Y), what confusion_matrix returns.
+    """
     mistakes = (confusion + confusion.T).triu(1)
     places = mistakes.flatten().argsort(descending=True, stable=True)[:count].tolist()
     pairs = [(*divmod(i, len(confusion)), int(mistakes.flatten()[i])) for i in places]
@@ -217,7 +221,7 @@ def main() -> None:
     config = {"seed": 1, "num_keys": 64, "dim": 32, "draws": 200}
     norms = torch.logspace(-2, 1.5, 40)
     entropies = {}
-    for name in plots.LOOKS:
+    for name in ("softmax", "cosine", "elu", "relu"):
         torch.manual_seed(config["seed"])  # the same queries and keys for every feature map
         sizes = {key: value for key, value in config.items() if key != "seed"}
         entropies[name] = entropy_against_norm(name, norms, **sizes).tolist()

@@ -695,6 +695,8 @@ def _check_arguments(q, k, v, causal, mode, chunk_size, key_mask, state, return_
             f"{name} {tuple(x.shape)}" for name, x in zip("qkv", (q, k, v), strict=True)
         )
         raise ValueError(f"q and k must be (B, H, N, D) and v (B, H, N, M): {shapes}")
+    if not all(x.is_floating_point() for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be floating: {q.dtype}, {k.dtype}, {v.dtype}")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not one of {MODES}")
     if mode in ("chunked", "recurrent") and not causal:

@@ -23,6 +23,7 @@ PURPLE, YELLOW = "#cc79a7", "#e69f00"
 LOOKS = {
     "softmax": {"label": "softmax", "color": BLACK, "linestyle": "--"},
     "cosine": {"label": "NaLa", "color": ORANGE, "linestyle": "-"},
+    "split": {"label": "NaLa, sign split", "color": PURPLE, "linestyle": (0, (5, 1))},
     "elu": {"label": "linear, elu + 1", "color": BLUE, "linestyle": "-."},
     "relu": {"label": "linear, ReLU", "color": GREEN, "linestyle": ":"},
 }
@@ -142,7 +143,7 @@ def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str)
 
 @_styled
 def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """The confusion matrix counts in per cent of each class."""
+    """The confusion matrix counts, (Y, Y), in per cent of each class."""
     shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     picture, axes = figure(height=5.8)
     axes.grid(False)

@@ -175,17 +175,18 @@ DIVIDED = "numerator / denominator.masked_fill(denominator == 0, 1.0)"
 # exercise: {mistake: (old code of the solution, new code, what the sentence must say)}
 MISTAKES = {
     "entropy": {
-        "sign": ("return -torch.xlogy", "return torch.xlogy", "minus sign"),
+        "sign": ("return -(share", "return (share", "minus sign"),
         "weights not normalised": (
             "weights / torch.where(total > 0, total, 1.0)",
             "weights",
             "divide by their sum",
         ),
-        "in bits": ("# xlogy(0, 0) = 0", "/ math.log(2)", "in bits"),
-        "0 log 0": (
+        "in bits": ("(share * log).sum(dim=-1)", "(share * share.log2()).sum(dim=-1)", "in bits"),
+        "0 log 0": (".clamp_min(1e-300)", "", "NaN at index (0,) (weights of 0)"),
+        "0 log 0 thrown away": (
+            "(share * log)",
             "torch.xlogy(share, share)",
-            "(share * share.log())",
-            "NaN at index (0,) (weights of 0)",
+            "gradient with respect to weights is NaN or infinite (weights of 0)",
         ),
         "a row of zeros": (
             "torch.where(total > 0, total, 1.0)",
@@ -193,47 +194,46 @@ MISTAKES = {
             "NaN at index (1,) (weights of 0)",
         ),
         "axis kept": (
-            "sum(dim=-1)  # xlogy",
-            "sum(dim=-1, keepdim=True)  # xlogy",
+            "log).sum(dim=-1)",
+            "log).sum(dim=-1, keepdim=True)",
             "shape (2, 3, 1), expected (2, 3)",
         ),
         "sum over the wrong axis": (
-            "sum(dim=-1)  # xlogy",
-            "sum(dim=0)  # xlogy",
+            "log).sum(dim=-1)",
+            "log).sum(dim=0)",
             "shape (3, 5), expected (2, 3)",
         ),
-        "mean for sum": ("sum(dim=-1)  # xlogy", "mean(dim=-1)  # xlogy", "0.2 times"),
+        "mean for sum": ("log).sum(dim=-1)", "log).mean(dim=-1)", "0.2 times"),
         "eps within the logarithm": (
-            "torch.xlogy(share, share)",
-            "(share * (share + 1e-6).log())",
+            "share.clamp_min(1e-300).log()",
+            "(share + 1e-6).log()",
             "is an eps added",
         ),
-        "float32": (
-            "torch.xlogy(share, share)",
-            "torch.xlogy(share, share).float()",
-            "dtype torch.float32",
+        "small eps within the logarithm": (
+            "share.clamp_min(1e-300).log()",
+            "(share + 1e-9).log()",
+            "nearly right: is it a difference quotient, is an eps added",
         ),
-        "rounded": (
-            "torch.xlogy(share, share)",
-            "torch.xlogy(share, share).float().double()",
-            "is it float32",
+        "eps in the sum": (
+            "torch.where(total > 0, total, 1.0)",
+            "(total + 1e-12)",
+            "Weights times 1e-20 have another entropy",
         ),
+        "clamped sum": (
+            "torch.where(total > 0, total, 1.0)",
+            "total.clamp(1e-300, 1e4)",
+            "Weights times 1e+06 have another entropy",
+        ),
+        "float32": ("(share * log)", "(share * log).float()", "dtype torch.float32"),
+        "rounded": ("(share * log)", "(share * log).float().double()", "is it float32"),
         "in place": (
             "weights / torch.where(total > 0, total, 1.0)",
             "weights.div_(torch.where(total > 0, total, 1.0))",
             "argument weights in place",
         ),
-        "no return": ("    return -torch.xlogy", "    -torch.xlogy", "is a return missing"),
-        "a number": (
-            "sum(dim=-1)  # xlogy",
-            "sum().item()  # xlogy",
-            "type float, expected a tensor",
-        ),
-        "misspelt": (
-            "torch.xlogy(share, share)",
-            "torch.xlog(share, share)",
-            "AttributeError in line 35",
-        ),
+        "no return": ("    return -(share", "    -(share", "is a return missing"),
+        "a number": ("log).sum(dim=-1)", "log).sum().item()", "type float, expected a tensor"),
+        "misspelt": ("log).sum", "torch.lgo(share)).sum", "AttributeError in line 37"),
     },
     "softmax_weights": {
         "no square root of D": (" / math.sqrt(q.shape[-1])", "", "not divided by the square root"),
@@ -260,7 +260,11 @@ MISTAKES = {
             "not to 1 (causal=True)",
         ),
         "upper triangle for lower": (".triu(1)", ".tril(-1)", "lies in its future (causal=True)"),
-        "own token hidden": (".triu(1)", ".triu(0)", "NaN at index (0, 0, 0, 0) (causal=True)"),
+        "own token hidden": (
+            ".triu(1)",
+            ".triu(0)",
+            "(causal=True). Token 0 sees no key, not even itself: mask strictly above the diagonal",
+        ),
         "always causal": (
             "    if causal:",
             "    if True:",
@@ -270,7 +274,24 @@ MISTAKES = {
         "overflow": (
             "torch.softmax(scores, dim=-1)",
             "scores.exp() / scores.exp().sum(-1, keepdim=True)",
-            "(causal=True, large scores)",
+            "(causal=False, large scores). exp overflows: subtract each row's largest score first",
+        ),
+        "a number for D": ("math.sqrt(q.shape[-1])", "2", "(D=3) (causal=False)"),
+        "the root of N": ("math.sqrt(q.shape[-1])", "math.sqrt(q.shape[2])", "root of N, not of D"),
+        "the root of N - 1": (
+            "math.sqrt(q.shape[-1])",
+            "math.sqrt(q.shape[2] - 1)",
+            "The weight (D=3)",
+        ),
+        "inf times 0": (
+            "scores.masked_fill(future, -math.inf)",
+            "scores - math.inf * future",
+            "inf times 0 is NaN: use masked_fill",
+        ),
+        "a large number for inf": (
+            "scores.masked_fill(future, -math.inf)",
+            "scores.masked_fill(future, -1e9)",
+            "falls below the mask (causal=True, huge scores): hide the future with -inf",
         ),
     },
     "entropy_slope": {
@@ -299,6 +320,12 @@ MISTAKES = {
             "variance is not weighted by p.",
         ),
         "c not within p": ("softmax(c * scores,", "softmax(scores,", "c is missing in p"),
+        "c fixed": ("softmax(c * scores, ", "softmax(0.7 * scores, ", "(c=1.6)"),
+        "variance of c times the scores": (
+            "return -c * variance",
+            "return -c * c * c * variance",
+            "variance of c * scores, not of the scores",
+        ),
         "difference quotient": (
             "return -c * variance",
             "e = [entropy(torch.softmax(x * scores, dim=-1)) for x in (c - 1e-4, c + 1e-4)]\n"
@@ -341,6 +368,18 @@ MISTAKES = {
             "return numerator / denominator",
             "NaN at index (0, 0, 0, 0) (all keys zero)",
         ),
+        "zero keys only": (
+            f"return {DIVIDED}",
+            "if not denominator.any():\n        return 0 * (numerator + denominator)\n"
+            "    return (numerator / denominator).nan_to_num()",
+            "is NaN or infinite (the query of token 3 is zero)",
+        ),
+        "a zero query": (
+            f"return {DIVIDED}",
+            "if not denominator.any():\n        return 0 * (numerator + denominator)\n"
+            "    return numerator / denominator",
+            "NaN at index (0, 0, 3, 0) (the query of token 3 is zero)",
+        ),
         "the value where there is no mass": (
             f"return {DIVIDED}",
             f"return torch.where(denominator == 0, v, {DIVIDED})",
@@ -380,7 +419,14 @@ MISTAKES = {
             "values are changed, too",
         ),
         "keys instead": ("(factor * q, k, v)", "(q, factor * k, v)", "keys are changed"),
-        "something else": ("return torch", "return 0.1 + torch", "The relative change is 0."),
+        "something else": ("return torch", "return 0.1 + torch", "softmax_attention) is 0."),
+        "another attention": (
+            "return torch",
+            "from nala_min.model import softmax_attention as soft\n"
+            "    out, changed = soft(q, k, v), soft(factor * q, k, v)\n    return torch",
+            "(factor=0.5, nala_attention)",
+        ),
+        "factor fixed": ("(factor * q, k, v)", "(3.0 * q, k, v)", "never called with 0.5 * q"),
         "added": ("(factor * q, k, v)", "(factor + q, k, v)", "never called with 3 * q"),
         "in place": ("(factor * q, k, v)", "(q.mul_(factor), k, v)", "q in place"),
         "not divided": (" / torch.linalg.vector_norm(out)", "", "not divided by the norm"),
@@ -438,6 +484,12 @@ MISTAKES = {
         ),
         "no absolute value": ("(q * k).abs()", "(q * k)", "without absolute values"),
         "0/0": ("total.masked_fill(total == 0, 1.0)", "total", "NaN at index (0, 0) (zero query)"),
+        "zero queries only": (
+            "total.masked_fill(total == 0, 1.0)",
+            "total.masked_fill(q.sum(dim=-1) == 0, 1.0)",
+            "(zero key)",
+        ),
+        "eps": ("total.masked_fill(total == 0, 1.0)", "(total + 1e-12)", "no eps, no clamp"),
     },
     "query_magnitude": {
         "power as a factor": ("ratio.pow(power)", "ratio * power", "the norm cancels"),
@@ -467,7 +519,30 @@ MISTAKES = {
             "return ratio.pow(power) * q.sign()",
             "negative: take the absolute value",
         ),
-        "a negative base": ("ratio = q.abs()", "ratio = q", "NaN"),
+        "a negative base": (
+            "ratio = q.abs()",
+            "ratio = q",
+            "A negative number to a broken power is NaN: take the absolute value",
+        ),
+        "detached norm": ("torch.tanh(norm)", "torch.tanh(norm.detach())", "is the norm detached"),
+        "divided after the power": (
+            "return ratio.pow(power)",
+            "magnitude = (q.abs() / norm.masked_fill(norm == 0, 1.0)).pow(power)\n"
+            "    top = magnitude.amax(dim=-1, keepdim=True)\n"
+            "    return magnitude / top.masked_fill(top == 0, 1.0)",
+            "underflows. Divide by the largest channel before the power, Eq. (12)",
+        ),
+        "0/0 after the power": (
+            "return ratio.pow(power)",
+            "magnitude = (q.abs() / norm).pow(power)\n"
+            "    return magnitude / magnitude.amax(dim=-1, keepdim=True)",
+            "(lam=500). Divide by the largest channel before the power, Eq. (12)",
+        ),
+        "clamped": (
+            "largest.masked_fill(largest == 0, 1.0)",
+            "largest.clamp_min(1e-6)",
+            "query of norm 1e-9",
+        ),
         "no tanh": ("torch.tanh(norm)", "norm", "tanh is missing"),
         "tau outside": (
             "lam * (tau + torch.tanh(norm))",
@@ -517,6 +592,12 @@ MISTAKES = {
             "subtract that",
         ),
         "sign": ("return lam *", "return -lam *", "wrong sign"),
+        "lam fixed": ("return lam *", "return 2.5 *", "(lam=0.8) is 3.125 times"),
+        "0/0": (
+            "return lam * (1 -",
+            "return norm / norm * lam * (1 -",
+            "NaN at index (0, 0) (norms from 0 on)",
+        ),
         "difference quotient": (
             "return lam * (1 - torch.tanh(norm).square())",
             "return lam * (torch.tanh(norm + 1e-5) - torch.tanh(norm)) / 1e-5",
@@ -524,14 +605,23 @@ MISTAKES = {
         ),
     },
     "counterexample": {
-        "not a direction": ("[0.8, 0.6]", "[4.0, 3.0]", "norm 5, expected 1"),
-        "entropy falls": ("[0.8, 0.6]", "[0.6, 0.8]", "entropy falls"),
-        "keys all the same": ("[1.0, 3.0]", "[1.0, 0.1]", "hardly moves"),
-        "one channel": ("[0.8, 0.6]", "[1.0, 0.0]", "hardly moves"),
+        "not a direction": (" / 7\n", "\n", "norm 7, expected 1"),
+        "entropy falls": ("[6.0, 3.0, 2.0]", "[2.0, 3.0, 6.0]", "entropy falls"),
+        "keys all the same": ("keys = torch", "keys = 1 + 0 * torch", "hardly moves"),
+        "the notebook's": (
+            "return direction, keys",
+            "return torch.tensor([0.8, 0.6]), torch.tensor([[1.0, 0.1]] * 7 + [[1.0, 3.0]])",
+            "Two channels are the notebook's example: find one with three or more.",
+        ),
+        "the notebook's and a 0": (
+            "[6.0, 3.0, 2.0]) / 7",
+            "[0.8, 0.6, 0.0])",
+            "find one with three or more, none of them 0 in the direction",
+        ),
         "other order": ("return direction, keys", "return keys, direction", "other order"),
         "direction for each key": (
             "return direction, keys",
-            "return direction.expand(8, 2), keys",
+            "return direction.expand(8, 3), keys",
             "expected (D,) and (N, D)",
         ),
         "keys only": ("return direction, keys", "return keys", "two tensors"),
@@ -540,13 +630,9 @@ MISTAKES = {
             "return direction.tolist(), keys.tolist()",
             "must be tensors",
         ),
-        "zero keys": (
-            "return direction, keys",
-            "return direction, 0 * keys",
-            "no weight on any key",
-        ),
-        "one key": ("[[1.0, 0.1]] * 7 + ", "", "fewer than two keys"),
-        "not finite": ("[1.0, 3.0]", "[1.0, math.nan]", "finite"),
+        "a zero key": ("[1.0, 4.0, 0.1]", "[0.0, 0.0, 0.0]", "A key is zero"),
+        "one key": ("return direction, keys", "return direction, keys[:1]", "fewer than two keys"),
+        "not finite": ("[1.0, 4.0, 0.1]", "[1.0, math.nan, 0.1]", "finite"),
     },
     "cosine_features": {
         "no pi/4": ("(math.pi / 4) * torch", "torch", "negative product"),
@@ -567,6 +653,11 @@ MISTAKES = {
         "alpha ignored": ("alpha * direction", "direction", "alpha makes no difference"),
         "alpha fixed": ("alpha * direction", "20 * direction", "alpha makes no difference"),
         "angle of the magnitude": ("alpha * direction", "alpha * magnitude", "expected almost 0"),
+        "an offset of its own for each call": (
+            "alpha * direction)",
+            "alpha * direction) + magnitude.sum()",
+            "inner product of query and key",
+        ),
         "angle of alpha times the sign": (
             "alpha * direction",
             "alpha * direction.sign()",
@@ -580,6 +671,11 @@ MISTAKES = {
             "(direction > 0)",
             "torch.relu(direction)",
             "norm of the features",
+        ),
+        "another order in each call": (
+            "direction < 0)], dim=-1)",
+            "direction < 0)], dim=-1).roll(int(1e6 * magnitude.sum()), dims=-1)",
+            "inner product of query and key",
         ),
         "one half only": ("magnitude * (direction < 0)", "0 * magnitude", "norm of the features"),
         "a sign for a half": (
@@ -633,7 +729,22 @@ MISTAKES = {
         "0/0": (
             f"return {DIVIDED}",
             "return numerator / denominator",
-            "NaN at index (0, 0, 0) (all keys zero)",
+            "NaN at index (0, 0, 0) (a query is zero)",
+        ),
+        "0/0 thrown away": (
+            f"return {DIVIDED}",
+            "return (numerator / denominator).nan_to_num()",
+            "is NaN or infinite (a query is zero)",
+        ),
+        "detached state": (
+            f"return {DIVIDED}, state",
+            f"return {DIVIDED}, state.detach()",
+            "output is right, but the gradient with respect to state",
+        ),
+        "detached results": (
+            f"return {DIVIDED}, state",
+            f"return ({DIVIDED}).detach(), state.detach()",
+            "No gradient reaches state",
         ),
     },
     "chunked_attention": {
@@ -694,6 +805,12 @@ MISTAKES = {
             "a million times smaller",
         ),
         "0/0": (f"return {DIVIDED}", "return numerator / denominator", "(all keys zero)"),
+        "a zero query": (
+            f"return {DIVIDED}",
+            "if not denominator.any():\n        return 0 * (numerator + denominator)\n"
+            "    return (numerator / denominator).nan_to_num()",
+            "is NaN or infinite (the query of token 3 is zero)",
+        ),
     },
     "attention_a": {
         "wrong diagnosis": (
@@ -704,12 +821,32 @@ MISTAKES = {
         "unknown diagnosis": (
             '"padding in the normaliser"',
             '"a cold"',
-            "'a cold' is not in checks.DISEASES",
+            "'a cold' is not in checks.DISEASES: padding in the normaliser, heads share",
         ),
         "no diagnosis": (
             '"padding in the normaliser"',
             '""',
             "mended, but its bug is not named. DIAGNOSES has no name",
+        ),
+        "one mask for all examples": (
+            "key_mask[:, None, :, None]  #",
+            "key_mask[:1, None, :, None]  #",
+            "(some keys are padding)",
+        ),
+        "long queries only": (
+            "direction = F.normalize(x, dim=-1)",
+            "direction = F.normalize(x, dim=-1, eps=1e-2)",
+            "(queries of norm 1e-4)",
+        ),
+        "detached queries": (
+            "phi_q = features(q, ratio**power)",
+            "phi_q = features(q, ratio**power).detach()",
+            "No gradient reaches q",
+        ),
+        "no gradients": (
+            "def attention_a(",
+            "@torch.no_grad()\ndef attention_a(",
+            "No gradient reaches q",
         ),
         "padding in both sums": (
             "    phi_k = phi_k * key_mask[:, None, :, None]",
@@ -802,11 +939,16 @@ HALVES = "torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)"
 
 # (exercise, what is different): (old code of the solution, new code)
 ALTERNATIVES = {
-    ("entropy", "clamped logarithm"): (
-        "torch.xlogy(share, share)",
-        "(share * share.clamp_min(1e-300).log())",
+    ("entropy", "masked logarithm"): (
+        ".clamp_min(1e-300).log()",
+        ".masked_fill(share == 0, 1.0).log()",
     ),
     ("softmax_weights", "einsum"): ("q @ k.mT", 'torch.einsum("bhnd,bhmd->bhnm", q, k)'),
+    ("softmax_weights", "largest score subtracted"): (
+        "return torch.softmax(scores, dim=-1)",
+        "powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()\n"
+        "    return powers / powers.sum(dim=-1, keepdim=True)",
+    ),
     ("entropy_slope", "second moment less the square of the mean"): (
         "(p * (scores - mean).square()).sum(dim=-1)",
         "(p * scores.square()).sum(dim=-1) - mean.squeeze(-1).square()",
@@ -818,17 +960,30 @@ ALTERNATIVES = {
         "    return total[..., :-1] / total[..., -1:].masked_fill(total[..., -1:] == 0, math.inf)\n"
         "    sums = phi_k.mT @ v",
     ),
+    ("linear_attention", "divided by infinity, as in model.py"): (
+        "masked_fill(denominator == 0, 1.0)",
+        "masked_fill(denominator == 0, torch.inf)",
+    ),
+    ("linear_attention", "clamped"): (DIVIDED, "numerator / denominator.clamp_min(1e-300)"),
     ("norm_microscope", "a number"): ("vector_norm(out)", "vector_norm(out).item()"),
+    ("norm_microscope", "a warning"): (
+        "torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out)",
+        "torch.tensor(torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out))",
+    ),
     ("norm_microscope", "the other way round"): ("changed - out", "out - changed"),
     ("dropped_share", "clamp"): (
         "torch.relu(-q) * torch.relu(-k)",
         "q.clamp(max=0) * k.clamp(max=0)",
     ),
-    ("query_magnitude", "divided after the power"): (
-        "return ratio.pow(power)",
-        "magnitude = (q.abs() / norm.masked_fill(norm == 0, 1.0)).pow(power)\n"
-        "    top = magnitude.amax(dim=-1, keepdim=True)\n"
-        "    return magnitude / top.masked_fill(top == 0, 1.0)",
+    ("query_magnitude", "scale detached, as in model.py"): (
+        "ratio = q.abs() / largest",
+        "ratio = (q / norm.masked_fill(norm == 0, 1.0)).abs()\n"
+        "    largest = ratio.detach().amax(dim=-1, keepdim=True)\n"
+        "    ratio = ratio / largest",
+    ),
+    ("query_magnitude", "scale detached, without the norm"): (
+        "largest = q.abs()",
+        "largest = q.detach().abs()",
     ),
     ("power_slope", "hyperbolic cosine"): (
         "* (1 - torch.tanh(norm).square())",
@@ -836,8 +991,10 @@ ALTERNATIVES = {
     ),
     ("counterexample", "other sizes, double precision"): (
         "return direction, keys",
-        "return torch.tensor([0.8, 0.6, 0.0]).double(), torch.cat([keys, keys[:, :1]], 1).double()",
+        "keys = torch.cat([keys, keys[:, :1]], dim=1).double()\n"
+        "    return torch.tensor([0.7, 0.5, 0.5, 0.1]).double(), keys",
     ),
+    ("counterexample", "a list"): ("return direction, keys", "return [direction, keys]"),
     ("cosine_features", "turned by pi/4, as in model.py"): (
         "angle = (math.pi / 4)",
         "angle = math.pi / 4 + (math.pi / 4)",
@@ -858,6 +1015,7 @@ ALTERNATIVES = {
         "phi_k[..., :, None] * value[..., None, :]",
         'torch.einsum("bhf,bhm->bhfm", phi_k, value)',
     ),
+    ("recurrent_step", "a list"): (f"return {DIVIDED}, state", f"return [{DIVIDED}, state]"),
     ("chunked_attention", "all chunks at once"): (
         "    # The sum of phi(k)^T",
         "    num_tokens, pad = v.shape[2], torch.nn.functional.pad\n"
@@ -891,6 +1049,17 @@ def test_report_has_a_line_for_each_exercise(lesson, capsys):
     assert [line.split(":")[0] for line in lines] == names
     if lesson != "find_the_bug":
         assert all(line.endswith(": not done yet") for line in lines)
+
+
+@solved
+@pytest.mark.parametrize("name", ("attention_a", "attention_b", "attention_c"))
+def test_a_diagnosis_is_judged_after_the_repair_only(name):
+    broken = load(path_of("find_the_bug"))
+    symptoms = set()
+    for disease in checks.DISEASES:
+        broken["DIAGNOSES"][name] = disease
+        symptoms.add(sentence(broken[name]))
+    assert len(symptoms) == 1 and "diagnosis" not in symptoms.pop()
 
 
 def test_report_shows_symptoms_and_no_disease(capsys):

@@ -46,6 +46,18 @@ def test_show_gives_a_picture_and_its_text(displayed):
     assert "A line that rises." in words["text/markdown"]
 
 
+def test_a_picture_is_sharper_than_the_page(displayed):
+    """In a notebook, that is, which has begun as all do."""
+    with matplotlib.rc_context():
+        lesson.begin()
+        lesson.show(plots.figure(width=5, height=2)[0], "Empty axes.")
+    torch.set_printoptions(profile="default")
+    (picture,), options = displayed[0]
+    png = base64.b64decode(picture["image/png"])
+    width = options["metadata"]["image/png"]["width"]
+    assert imread(io.BytesIO(png)).shape[1] >= 1.4 * width
+
+
 def test_a_picture_is_readable_on_a_dark_page(displayed):
     """Its background is white and not transparent, whatever the style says."""
     with matplotlib.rc_context({"savefig.facecolor": "none", "savefig.transparent": False}):
@@ -64,6 +76,15 @@ def test_source_is_the_code_as_it_runs(displayed):
         assert "\ndef generate(\n    self," in text  # as far to the left as a function
 
 
+def test_source_may_be_folded_below_a_line(displayed):
+    lesson.source(entropy, fold="The code of entropy")
+    (((shown,), _),) = displayed
+    begin, code, end = shown["text/markdown"].partition(inspect.getsource(entropy).rstrip())
+    assert begin.startswith("<details><summary>The code of entropy</summary>\n\n") and code
+    assert end.endswith("\n\n</details>")
+    assert shown["text/plain"] == inspect.getsource(entropy).rstrip()
+
+
 def test_slider_draws_at_its_start_and_where_it_is_put(displayed):
     drawn = []
 
@@ -73,10 +94,14 @@ def test_slider_draws_at_its_start_and_where_it_is_put(displayed):
 
     lesson.slider(draw, 0, 10, 4)
     assert drawn == [4]
+    assert displayed[0][0][0]["text/plain"] == "Drawn for 4.00."
     ((data,), options) = displayed[-1]
     assert "slider" in data["text/plain"] and options["raw"]
     assert any(kind.endswith("widget-view+json") for kind in data)
     (knob,) = [w for w in ipywidgets.widgets.widget._instances.values() if hasattr(w, "step")]
     assert (knob.min, knob.max, knob.description) == (0, 10, "norm")
+    assert knob.step == pytest.approx(0.1)
     knob.value = 7.5
     assert drawn == [4, 7.5]
+    shown = [args[0]["text/plain"] for args, _ in displayed if "image/png" in args[0]]
+    assert shown == ["Drawn for 4.00.", "Drawn for 7.50."]

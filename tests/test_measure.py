@@ -39,6 +39,13 @@ def test_nala_reacts_to_small_norms_only():
     assert fall[2].abs() < 1e-3
 
 
+def test_a_norm_scale_moves_the_fall_to_longer_queries():
+    """With scale s a query of norm s has the power, and so the entropy, of norm 1 without."""
+    torch.manual_seed(1)
+    (scaled,) = measure.entropy_against_norm("cosine", NORMS[2:3], draws=50, norm_scale=4.0)
+    assert_close(scaled, curve("cosine")[1])
+
+
 def test_the_committed_card_is_what_the_code_measures():
     """One of its points for each feature map, made again."""
     card = runcard.read_json(runcard.RESULTS / "entropy_gap.json")
@@ -67,10 +74,11 @@ def test_recorder_counts_operations_and_the_most_bytes_at_one_time():
 
 
 def test_recorder_counts_no_view_and_no_change_in_place():
-    x = torch.ones(10, 10)
+    x, y = torch.ones(10, 10), torch.ones(10, 10)
     with measure.Recorder() as recorder:
         x.add_(1).view(100)[:5].mul_(2)
         kept = x.T
+        torch.mul(x, 2, out=y)  # a keyword to the kernel
     assert (recorder.peak, kept.shape) == (0, (10, 10))
 
 
@@ -238,7 +246,8 @@ def test_the_worst_pairs_count_mistakes_in_both_directions():
 
 
 def quantiles(x):
-    return [float(x.flatten().quantile(level)) for level in measure.QUANTILES]
+    """The median, and the bounds of the middle half and of the middle nine tenths."""
+    return [float(x.flatten().quantile(level)) for level in (0.05, 0.25, 0.5, 0.75, 0.95)]
 
 
 @pytest.mark.parametrize("attention", ["nala", "softmax", ("split", "relu")])
@@ -281,6 +290,36 @@ def test_health_of_a_language_model_is_that_of_its_last_token(attention):
     for block in measure.health(model, tokens[:, :2]):
         assert 0 <= block["entropy"][0] <= block["entropy"][-1] <= math.log(2) + 1e-6
         assert block["top"][0] >= 0.5 - 1e-6
+
+
+@pytest.mark.parametrize("attention", ["nala", "softmax"])
+def test_the_weights_of_a_language_model_do_not_look_ahead(attention):
+    options = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16, "attention": attention}
+    blocks = measure.asked(NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12)))
+    assert len(blocks) == 2
+    for block in blocks:
+        for name in ("softmax", "cosine", "relu", None):
+            weights = block.weights(name)
+            assert weights.shape == (5, 2, 12, 12)
+            assert (weights.triu(1) == 0).all() and (weights >= 0).all()
+        assert torch.equal(weights, block.weights("softmax"))  # None is softmax
+
+
+def test_health_is_that_of_a_model_without_dropout():
+    """In training mode, too: the same twice."""
+    options = {"vocab_size": 9, "num_layers": 2, "dim": 16, "dropout": 0.5}
+    model, tokens = NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12))
+    first, second = (measure.health(model.train(), tokens) for _ in range(2))
+    assert first == second == measure.health(model.eval(), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_classify_and_health_of_a_model_in_any_dtype(dtype):
+    images, model = bytes_of(), small_vit()
+    want = measure.classify(model.float(), images), measure.health(model, images)[0]["entropy"]
+    model, tolerance = model.to(dtype), 0.2 if dtype == torch.bfloat16 else 1e-3
+    assert_close(measure.classify(model, images).float(), want[0], rtol=0, atol=tolerance)
+    assert measure.health(model, images)[0]["entropy"] == pytest.approx(want[1], abs=tolerance)
 
 
 def test_a_learned_norm_scale_is_in_the_power():

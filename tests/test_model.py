@@ -665,6 +665,7 @@ def test_heads_and_batches_do_not_mix(model, mode):
         ({"v": torch.zeros(B, H, 6, M)}, "v \\(B, H, N, M\\)"),
         ({"q": torch.zeros(7, D)}, "q and k must be"),
         ({"rope_positions": torch.zeros(7, 3)}, "not divisible by 2 x 3 axes"),
+        ({"k": torch.zeros(B, H, 7, D, dtype=torch.int64)}, "must be floating: .* torch.int64,"),
     ],
 )
 def test_a_mistake_is_named(model, change, message):

@@ -5,6 +5,7 @@ import io
 import matplotlib
 import pytest
 import torch
+from matplotlib.image import imread
 
 from nala_min import NaLaViT, ViTConfig, entropy, measure, plots
 
@@ -27,6 +28,7 @@ def test_a_picture_is_written_as_a_png_whole(tmp_path):
     png = (tmp_path / "gap.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
     assert list(tmp_path.iterdir()) == [tmp_path / "gap.png"]
+    assert imread(tmp_path / "gap.png").shape[:2] == (540, 960)  # 3.6 x 6.4 inches, 150 dpi
 
 
 def test_drawing_leaves_the_caller_s_style_alone():
@@ -45,6 +47,11 @@ def test_entropy_gap_has_a_line_a_feature_map():
     axes = plots.entropy_gap([0.1, 1.0], values).axes[0]
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert drawn == {plots.LOOKS[name]["label"]: values[name] for name in values}
+    colours = [line.get_color() for line in axes.get_lines()]
+    assert colours == [look["color"] for look in plots.LOOKS.values()]
+    assert all(list(line.get_xdata()) == [0.1, 1.0] for line in axes.get_lines())
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
+    assert "norm" in axes.get_xlabel() and "entropy" in axes.get_ylabel()
 
 
 @pytest.mark.parametrize(
@@ -80,8 +87,9 @@ def test_curve_has_losses_and_accuracies_apart(numbers, panels):
     for line in (line for axes in figure.axes for line in axes.get_lines()):
         assert list(line.get_xdata()) == steps
         assert list(line.get_ydata()) == numbers[line.get_label().replace(" ", "_")]
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
-    assert len(looks) == len(panels["cross-entropy (nats)"])  # told apart
+        look = (plots.BLUE, "--") if line.get_label() == "train loss" else (plots.ORANGE, "-")
+        assert (line.get_color(), line.get_linestyle()) == look
+    assert figure.axes[-1].get_xlabel() == "step"
 
 
 def test_confusion_has_the_per_cent_of_each_class():
@@ -92,7 +100,11 @@ def test_confusion_has_the_per_cent_of_each_class():
     shares = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
     rows = [[shares[i, j] for j in range(3)] for i in range(3)]
     assert rows == [["75", "25", "0"], ["0", "0", "0"], ["50", "0", "50"]]
+    (image,) = axes.images
+    assert image.get_array().tolist() == [[float(share) for share in row] for row in rows]
+    assert image.get_clim() == (0, 100) and image.origin == "upper"
     assert axes.get_xlabel() == "taken for" and axes.get_title() == "Märchen"
+    assert axes.get_ylabel().startswith("what it is")
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["cat", "Bär", "dog"]
 
@@ -136,20 +148,35 @@ def test_health_draws_medians_and_the_middle_nine_tenths():
     nala = nala | {"power": [2.0, 2.5, 3.0, 3.5, 4.0]}
     softmax = {"query_norm": [2.0, 3.0, 4.0, 5.0, 9.0], "entropy": [1.0, 1.0, 1.0, 1.0, 1.0]}
     figure = plots.health([nala, nala], [softmax, softmax])
-    norm, power, _ = figure.axes
+    norm, power, spread = figure.axes
+    labels = [axes.get_ylabel().split()[0] for axes in figure.axes]
+    assert labels == ["norm", "power", "entropy"]
+    for axes, looks in ((norm, ["cosine", "softmax"]), (power, ["cosine"])):
+        for bar, look in zip(axes.containers, looks, strict=True):
+            found = {"label": bar.get_label(), "color": bar[0].get_color()}
+            assert found.items() <= plots.LOOKS[look].items()
     assert [len(axes.containers) for axes in figure.axes] == [2, 1, 2]  # softmax has no power
     middle, _, (bars,) = norm.containers[1]
     assert list(middle.get_ydata()) == [4.0, 4.0]
     assert [list(bar[:, 1]) for bar in bars.get_segments()] == [[2.0, 9.0]] * 2
     assert list(power.containers[0][0].get_ydata()) == [3.0, 3.0]
+    assert list(spread.containers[0][0].get_ydata()) == [2.0, 2.0]
 
 
-def test_health_draws_the_highest_entropy_that_there_is():
+def test_health_draws_what_is_possible_and_where_tanh_reacts():
+    """Norms up to 2; powers from 1.5 to 4.5; entropies up to log(64)."""
     row = {"query_norm": [1.0] * 5, "power": [2.0] * 5, "entropy": [0.5] * 5}
-    *_, axes = plots.health([row], [row], num_keys=64).axes
+    norm, power, axes = plots.health([row], [row], num_keys=64).axes
     (line,) = (line for line in axes.get_lines() if line.get_linestyle() == ":")
     assert list(line.get_ydata()) == [pytest.approx(4.159, abs=1e-3)] * 2
     assert any("even over 64 keys: 4.16" in text.get_text() for text in axes.texts)
+    limits = [list(line.get_ydata()) for line in power.get_lines() if line.get_linestyle() == ":"]
+    assert limits == [[1.5, 1.5], [4.5, 4.5]]
+    assert [text.xy[1] for text in power.texts] == [1.5, 4.5]
+    assert [text.get_text().split()[0] for text in power.texts] == ["lowest", "highest"]
+    (shaded,) = norm.patches
+    box = shaded.get_window_extent().transformed(norm.transData.inverted())
+    assert (box.y0, box.y1) == (pytest.approx(0, abs=1e-9), pytest.approx(2))
 
 
 def test_seeds_draws_every_run_and_the_mean_of_each_attention():
@@ -171,3 +198,10 @@ def test_seeds_draws_every_run_and_the_mean_of_each_attention():
     assert [text.get_text() for text in right.texts] == ["2.000", "2.000"]
     labels = [text.get_text() for text in right.get_yticklabels()]
     assert labels == ["NaLa", "softmax"]
+    assert right.yaxis_inverted()  # the first on top
+    looks = [plots.LOOKS[name] for name in runs]
+    colours = [look["color"] for look in looks]
+    assert [line.get_color() for line in left.get_lines()] == colours
+    assert [line.get_linestyle() for line in left.get_lines()] == [x["linestyle"] for x in looks]
+    for lines in (right.get_lines()[::2], right.get_lines()[1::2]):
+        assert [line.get_color() for line in lines] == colours

@@ -29,6 +29,7 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
     """Positive sequence entropy, Eq. (3), in nats.
 
     weights: (..., N), non-negative; they need not sum to 1. Returns (...); 0 for a row of zeros.
+    Gradients are finite, also where a weight is 0.
     """
     raise NotImplementedError
 

@@ -1,7 +1,8 @@
 """Exercises of lesson 3: putting the norm back, Eqs. (7), (8) and (12).
 
 Each `..._by_loops` is a specification: correct, slow, for one row of plain numbers. Write the
-function below it for tensors, without a loop. Mark the file from the repository root with
+function below it for tensors, without a loop; `counterexample` has no loop to replace: there you
+find numbers. Mark the file from the repository root with
 
     python -m pytest path/to/lesson_3.py
 """
@@ -14,17 +15,17 @@ from nala_min import checks
 
 
 def query_magnitude_by_loops(query: list[float], lam: float, tau: float) -> list[float]:
-    """Eqs. (7) and (12) for one query: |d_j|^p, divided by the largest of them."""
+    """Eqs. (7) and (12) for one query: |d_j|^p, with |d_j| divided by the largest of them first."""
     square = 0.0
     for q_j in query:
         square += q_j**2
     norm = math.sqrt(square)
     if norm == 0:
         return [0.0] * len(query)
-    powers = []
-    for q_j in query:
-        powers.append((abs(q_j) / norm) ** (lam * (tau + math.tanh(norm))))
-    return [power / max(powers) for power in powers]
+    sizes, magnitude = [abs(q_j) / norm for q_j in query], []
+    for size in sizes:
+        magnitude.append((size / max(sizes)) ** (lam * (tau + math.tanh(norm))))
+    return magnitude
 
 
 def query_magnitude(q: torch.Tensor, lam: float, tau: float) -> torch.Tensor:
@@ -76,7 +77,8 @@ def counterexample() -> tuple[torch.Tensor, torch.Tensor]:
 
     For softmax that cannot be, by Eq. (4). For NaLa it can: find a case in which the entropy, that
     of nala_entropy_by_loops, rises by at least 0.01 from norm 0.1 to norm 3. Returns direction
-    (D,), of norm 1, and keys (N, D); you choose N and D.
+    (D,), of norm 1, and keys (N, D), none of them zero; you choose N and D. The notebook has an
+    example with two channels: find one with three or more, in which no channel of direction is 0.
     """
     raise NotImplementedError
 

@@ -29,10 +29,12 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
     """Positive sequence entropy, Eq. (3), in nats.
 
     weights: (..., N), non-negative; they need not sum to 1. Returns (...); 0 for a row of zeros.
+    Gradients are finite, also where a weight is 0.
     """
     total = weights.sum(dim=-1, keepdim=True)  # (..., 1)
     share = weights / torch.where(total > 0, total, 1.0)  # (..., N), 0 for a row of zeros
-    return -torch.xlogy(share, share).sum(dim=-1)  # xlogy(0, 0) = 0
+    log = share.clamp_min(1e-300).log()  # finite at 0, and so is its slope
+    return -(share * log).sum(dim=-1)
 
 
 def softmax_weights_by_loops(query: list[float], keys: list[list[float]]) -> list[float]:

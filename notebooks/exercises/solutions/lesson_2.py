@@ -39,7 +39,7 @@ def linear_attention(phi_q: torch.Tensor, phi_k: torch.Tensor, v: torch.Tensor) 
 
     phi_q, phi_k: (B, H, N, F), v: (B, H, N, M). Returns (B, H, N, M). Its memory grows like N: no
     N x N numbers, and no F x M numbers for each token. Where all weights of a query are 0, the
-    output and its gradients are 0. Features may be as small as 1e-6.
+    output is 0, and gradients are finite. Features may be as small as 1e-6.
     """
     sums = phi_k.mT @ v  # (B, H, F, M): keys meet values first, so N x N never exists
     numerator = phi_q @ sums  # (B, H, N, M)

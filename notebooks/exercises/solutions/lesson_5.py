@@ -45,6 +45,7 @@ def recurrent_step(
     state: (B, H, F, M + 1), what was read so far, S and in its last column z. phi_q, phi_k:
     (B, H, F), v: (B, H, M), of the new token, which sees itself. Returns the output (B, H, M), 0
     where the query has no mass, and the new state (B, H, F, M + 1); the old one stays as it is.
+    Gradients are finite, and reach all four.
     """
     value = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # (B, H, M + 1)
     state = state + phi_k[..., :, None] * value[..., None, :]  # a new tensor, not state += ...
@@ -78,7 +79,7 @@ def chunked_attention(
 
     phi_q, phi_k: (B, H, N, F), non-negative, v: (B, H, N, M). Returns (B, H, N, M). A loop over
     chunks is fine, one over tokens is not. Memory grows like N: no N x N numbers, and no F x M
-    numbers for each token. Where a token has no mass, the output and its gradients are 0.
+    numbers for each token. Where a token has no mass, the output is 0, and gradients are finite.
     """
     values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # (B, H, N, M + 1)
     # The sum of phi(k)^T [v 1] over the chunks so far, at first none: (B, H, F, M + 1).
