@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from nala_min import NaLaViT, ViTConfig, entropy, measure, plots
+from nala_min import NaLaViT, ViTConfig, entropy, measure, model, plots
 
 LOSSES = {"train_loss": [3.0, 2.0, 1.5], "validation_loss": [4.0, 3.0, 2.75]}
 ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
@@ -38,6 +38,7 @@ def test_drawing_leaves_the_caller_s_style_alone():
 
 
 def test_the_looks_can_be_told_apart_without_colour():
+    assert set(plots.LOOKS) == {*model.FEATURE_MAPS, "softmax"}
     assert len({look["linestyle"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
     assert len({look["color"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
 
@@ -139,7 +140,7 @@ def test_attention_maps_frames_the_query_and_shows_its_weights():
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 11), (32, 32)])
 def test_attention_maps_of_any_grid(height, width):
     images = bytes_of(1, height, width)
-    maps = measure.attention_maps(small_vit(num_layers=1), images)
+    maps = measure.attention_maps(small_vit(num_layers=1), images, feature_maps=[*plots.LOOKS])
     plots.attention_maps(images, maps, "hybrid").savefig(io.BytesIO())
 
 
