@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nala_min import model
 from nala_min.measure import Recorder
@@ -317,8 +318,9 @@ def _check_apart(run, out, *tensors):
             raise Wrong(f"{what} are mixed: the first has another output when it is alone.")
 
 
-def _check_linear(student, causal, *rest):
-    """What (5) demands of student(phi_q, phi_k, v, *rest), in whichever form."""
+def _check_linear(student, causal, *rest, late=None):
+    """What (5) demands of student(phi_q, phi_k, v, *rest), in whichever form. late(phi_q, phi_k)
+    gives the weights of a state that is read too late."""
 
     def run(phi_q, phi_k, v, shape, case=""):
         return _run(student, phi_q, phi_k, v, *rest, shape=shape, case=case)
@@ -334,6 +336,8 @@ def _check_linear(student, causal, *rest):
     _check_apart(run, out, phi_q, phi_k, v)
     visible = torch.ones(7, 7, dtype=torch.bool)
     weights = run(phi_q, phi_k, _one_hot(v), (2, 3, 7, 7))
+    if late and _close(weights, late(phi_q, phi_k)):
+        raise Wrong(f"The state already holds its own chunk: read it first, then add{case}.")
     _check_weights(weights, visible.tril() if causal else visible, case)
     _agree(out, reference(phi_q, phi_k, v), f"The output{case}")
     if not _close(run(phi_q / 1e6, phi_k / 1e6, v, shape), out):
@@ -353,18 +357,24 @@ def _check_linear(student, causal, *rest):
 
 def _check_cost(student, *rest):
     """What student(phi_q, phi_k, v, *rest) costs for N and for 2N tokens."""
-    size, tokens, costs = 32, 1024, []
+    size, tokens, costs, works = 32, 1024, [], []
     for n in (tokens, 2 * tokens):
         phi_q, phi_k, v = _features(3, 1, 1, n, size)
-        with Recorder() as recorder:
+        with FlopCounterMode(display=False) as counter, Recorder() as recorder:
             _call(student, phi_q, phi_k, v, *rest)
         costs.append(recorder)
+        works.append(counter.get_total_flops())  # of products of matrices only
     if costs[1].operations - costs[0].operations >= tokens:
         raise Wrong("It loops over single tokens in Python: its operations grow with N.")
     if costs[1].peak > 2.4 * costs[0].peak:
         raise Wrong("Its memory is quadratic: twice the tokens take far more than twice as much.")
     if costs[0].peak >= tokens * size * (size + 1) * 8:  # bytes
         raise Wrong("It holds F x M numbers for every token at once: sum over tokens by a product.")
+    if works[1] > 2.4 * works[0]:
+        raise Wrong(
+            "Its work is quadratic: twice the tokens take far more than twice the multiplications."
+            " Sum phi_k^T [v 1] over every key once only."
+        )
 
 
 # --- Lesson 1: softmax and the query norm ---------------------------------------------------------
@@ -508,12 +518,14 @@ def check_norm_microscope(student):
         change, norm = changed - out, torch.linalg.vector_norm
         expected, growth = norm(change) / norm(out), norm(changed) / norm(out) - 1
         ratios = norm(change, dim=-1) / norm(out, dim=-1)
+        sums = change.abs().sum(), out.abs().sum()
         mistakes = {
             "The change is not divided by the norm of the output.": norm(change),
             "It is divided by the norm of the changed output.": norm(change) / norm(changed),
             "It is the square of the relative change.": expected**2,
             "Take the norm of the difference, not the difference of norms.": growth,
             "It is the mean over tokens: take norms of the whole output.": ratios.mean(),
+            "It sums absolute values: take the root of the sum of squares.": sums[0] / sums[1],
         }
         got = torch.as_tensor(got, dtype=torch.float64)
         _agree(got, expected, f"The relative change{case}", mistakes)
@@ -622,7 +634,7 @@ def check_power_slope(student):
         norm, tanh = norm.detach(), norm.detach().tanh()
         mistakes = {
             "It is the power itself, not its slope.": power.detach(),
-            "The factor lam is missing.": expected / lam,
+            "The factor lam is missing: in (7) it multiplies tanh, too.": expected / lam,
             "The tanh is not squared.": lam * (1 - tanh),
             "It grows with the norm: subtract the square of tanh from 1.": lam * (1 + tanh**2),
             "It is lam * tanh^2: subtract that from lam.": lam * tanh**2,
@@ -653,11 +665,16 @@ def check_counterexample(student):
         raise Wrong("Direction and keys must be finite.")
     if abs(direction.norm() - 1) > 1e-6:
         raise Wrong(f"The direction has norm {direction.norm():.4g}, expected 1.")
-    if (direction != 0).sum() < 3:
-        end = "." if len(direction) < 3 else ", none of them 0 in the direction."
-        raise Wrong(f"Two channels are the notebook's example: find one with three or more{end}")
+    if len(direction) < 3:
+        raise Wrong("Two channels are the notebook's example: find one with three or more.")
+    if (sizes := direction.abs()).min() < 0.1 - 1e-6:
+        at = sizes.argmin()
+        end = "it must be at least 0.1 or at most -0.1, to count."
+        raise Wrong(f"Channel {at} of the direction is {direction[at]:.3g}: {end}")
     if not keys.any(dim=-1).all():
         raise Wrong("A key is zero: it has no direction, and no weight.")
+    if not (used := keys.any(dim=0)).all():
+        raise Wrong(f"Channel {_largest(~used)[0]} is 0 in all keys: it does not count.")
     if len(keys) < 2:
         raise Wrong("With fewer than two keys the entropy is 0, whatever the norm is.")
     q = torch.stack([0.1 * direction, 3 * direction])[:, None, None].expand(-1, -1, len(keys), -1)
@@ -669,6 +686,18 @@ def check_counterexample(student):
 
 
 # --- Lesson 4: cosines for non-negativity ---------------------------------------------------------
+
+
+def _name_map(student, mistakes, *alpha):
+    """Raise Wrong with the sentence of mistakes, {sentence: wrong map}, whose map student's is, but
+    for the order of the features or a turn of all: norms and inner products tell."""
+    magnitude, direction = _features(2, 6, 4), model.decompose(_draw(2, 6, 4))[1]
+    pairs = list(zip(magnitude, direction, strict=True))
+    phi = torch.cat([_run(student, *pair, *alpha, shape=(6, 8)) for pair in pairs])
+    for sentence, wrong in mistakes.items():
+        other = torch.cat([wrong(*pair) for pair in pairs])
+        if _close(phi @ phi.mT, other @ other.mT):
+            raise Wrong(sentence)
 
 
 def _check_map(student, reference, *alpha):
@@ -695,8 +724,20 @@ def _check_map(student, reference, *alpha):
     "The angle is (pi/4) tanh(alpha * direction), and the magnitude is a factor of both halves.",
 )
 def check_cosine_features(student):
+    def in_radians(a, d):
+        angle = 45 * torch.tanh(20 * d)
+        return torch.cat([a * angle.cos(), a * angle.sin()], dim=-1)
+
     one = torch.ones(1, 1).double()
     few, many = (_run(student, one, one / 9, alpha, shape=(1, 2)) for alpha in (4.0, 20.0))
+    mistakes = {
+        "It is the sign split (11), not (9): there the size of a channel counts.": model.sign_split,
+        "The angle runs to 45 radians: 45 degrees are pi/4.": in_radians,
+        "The magnitude is in the angle, too: that is of the direction alone.": (
+            lambda a, d: model.cosine_map(a, a * d)
+        ),
+    }
+    _name_map(student, mistakes, 20.0)
     if _close(few, many):
         raise Wrong("alpha makes no difference: the angle must depend on it.")
     _check_map(student, model.cosine_map, 20.0)
@@ -709,6 +750,26 @@ def check_cosine_features(student):
     "A comparison gives a mask, and a magnitude times a mask is the magnitude or 0.",
 )
 def check_sign_split(student):
+    def halves(a, plus, minus):
+        return torch.cat([a * plus, a * minus], dim=-1)
+
+    mistakes = {
+        "Both halves hold the positive channels.": lambda a, d: halves(a, d > 0, d > 0),
+        "Both halves hold the negative channels.": lambda a, d: halves(a, d < 0, d < 0),
+        "The negative channels are lost.": lambda a, d: halves(a, d > 0, 0),
+        "The positive channels are lost.": lambda a, d: halves(a, d < 0, 0),
+        "The magnitude is missing: it holds 1 for a channel, not its magnitude.": (
+            lambda a, d: halves(a / a, d > 0, d < 0)
+        ),
+        "It splits the direction: split the magnitude, by the direction's sign.": (
+            lambda a, d: halves(a / a, d.relu(), (-d).relu())
+        ),
+        "The size of the direction comes in, too: only its sign counts.": (
+            lambda a, d: halves(a, d.relu(), (-d).relu())
+        ),
+        "It is the cosine map (9), not (11): no angle, only signs.": model.cosine_map,
+    }
+    _name_map(student, mistakes)
     _check_map(student, model.sign_split)
     one = torch.ones(1, 1).double()
     if _run(student, one, 0 * one, shape=(1, 2)).any():
@@ -746,12 +807,13 @@ def check_recurrent_step(student):
         case = f" (token {t}, which sees itself)"
         out, after = run(state, q, k, value, case=case)
         expected_out, expected = reference(state, q, k, value)
-        stale = torch.cat([expected[..., :-1], state[..., -1:]], dim=-1)
+        stale, counted = (torch.cat([expected[..., :-1], state[..., -1:] + x], -1) for x in (0, 1))
         mistakes = {
             "The state forgets the earlier tokens.": expected - state,
             "The new token is not added to the state.": state,
             "The normaliser, the last column of the state, does not grow.": stale,
             "The normaliser is in the first column of the state.": expected.roll(1, dims=-1),
+            "The normaliser counts tokens: it grows by phi_k, not by 1.": counted,
         }
         _agree(after, expected, f"The state{case}", mistakes)
         unseen, _ = reference(state, q, 0 * k, value)
@@ -790,7 +852,14 @@ def check_recurrent_step(student):
 )
 def check_chunked_attention(student):
     for chunk_size in (3, 1, 7, 9):
-        _check_linear(student, True, chunk_size)
+
+        def late(phi_q, phi_k, chunk_size=chunk_size):
+            chunk = torch.arange(7) // chunk_size
+            before, own = chunk[:, None] >= chunk, (chunk[:, None] == chunk).tril()
+            weights = phi_q @ phi_k.mT * (before.double() + own)
+            return weights / weights.sum(dim=-1, keepdim=True)
+
+        _check_linear(student, True, chunk_size, late=late)
     _check_cost(student, 64)
 
 
@@ -817,7 +886,7 @@ def _check_patient(student):
     namespace = getattr(inspect.unwrap(student), "__globals__", {})
     diagnosis = namespace.get("DIAGNOSES", {}).get(name)
     if not diagnosis:
-        remark = f" DIAGNOSES has no name for the bug in {name} yet."
+        remark = f" DIAGNOSES has no name for the bug in {name} yet: print(checks.DISEASES)."
     elif diagnosis not in DISEASES:
         remark = f" The diagnosis {diagnosis!r} is not in checks.DISEASES: {', '.join(DISEASES)}."
     try:

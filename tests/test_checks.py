@@ -353,6 +353,11 @@ MISTAKES = {
             "Examples of a batch are mixed",
         ),
         "quadratic": ("phi_q @ sums", "phi_q @ phi_k.mT @ v", "memory is quadratic"),
+        "quadratic in blocks": (
+            "phi_q @ sums",
+            "torch.cat([x @ phi_k.mT @ v for x in phi_q.split(64, dim=2)], dim=2)",
+            "work is quadratic",
+        ),
         "outer products": (
             "phi_k.mT @ v  #",
             "(phi_k[..., None] * v[..., None, :]).sum(dim=2)  #",
@@ -454,6 +459,11 @@ MISTAKES = {
             "return torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out)",
             "return ((changed - out).norm(dim=-1) / out.norm(dim=-1)).mean()",
             "mean over tokens",
+        ),
+        "absolute values": (
+            "return torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out)",
+            "return (changed - out).abs().sum() / out.abs().sum()",
+            "It sums absolute values",
         ),
     },
     "dropped_share": {
@@ -583,7 +593,7 @@ MISTAKES = {
             "lam * (0.5 + torch.tanh(norm))",
             "not its slope",
         ),
-        "no lam": ("lam * (1 -", "(1 -", "lam is missing"),
+        "no lam": ("lam * (1 -", "(1 -", "lam is missing: in (7) it multiplies tanh, too"),
         "not squared": (".square()", "", "not squared"),
         "added": ("(1 - torch.tanh", "(1 + torch.tanh", "subtract the square"),
         "the square alone": (
@@ -616,7 +626,17 @@ MISTAKES = {
         "the notebook's and a 0": (
             "[6.0, 3.0, 2.0]) / 7",
             "[0.8, 0.6, 0.0])",
-            "find one with three or more, none of them 0 in the direction",
+            "Channel 2 of the direction is 0: it must be at least 0.1",
+        ),
+        "the notebook's and next to nothing": (
+            "[6.0, 3.0, 2.0]) / 7",
+            "[0.8, 0.6, -1e-12])",
+            "Channel 2 of the direction is -1e-12: it must be at least 0.1 or at most -0.1",
+        ),
+        "the notebook's and keys of 0": (
+            "return direction, keys",
+            "return direction, keys * torch.tensor([1.0, 1.0, 0.0])",
+            "Channel 2 is 0 in all keys",
         ),
         "other order": ("return direction, keys", "return keys, direction", "other order"),
         "direction for each key": (
@@ -653,6 +673,17 @@ MISTAKES = {
         "alpha ignored": ("alpha * direction", "direction", "alpha makes no difference"),
         "alpha fixed": ("alpha * direction", "20 * direction", "alpha makes no difference"),
         "angle of the magnitude": ("alpha * direction", "alpha * magnitude", "expected almost 0"),
+        "magnitude inside": (
+            "alpha * direction",
+            "alpha * magnitude * direction",
+            "The magnitude is in the angle, too",
+        ),
+        "degrees": ("(math.pi / 4) * torch", "45 * torch", "45 degrees are pi/4"),
+        "sign split": (
+            "return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)",
+            "return torch.cat([magnitude * (direction > 0), magnitude * (direction < 0)], dim=-1)",
+            "It is the sign split (11), not (9)",
+        ),
         "an offset of its own for each call": (
             "alpha * direction)",
             "alpha * direction) + magnitude.sum()",
@@ -661,23 +692,55 @@ MISTAKES = {
         "angle of alpha times the sign": (
             "alpha * direction",
             "alpha * direction.sign()",
-            "inner product of query and key",
+            "It is the sign split (11), not (9): there the size of a channel counts",
         ),
     },
     "sign_split": {
         "0 counts as positive": ("(direction > 0)", "(direction >= 0)", "direction 0"),
-        "the same half twice": ("(direction < 0)", "(direction > 0)", "norm of the features"),
+        "the same half twice": ("< 0)", "> 0)", "Both halves hold the positive channels"),
+        "the other half twice": ("> 0)", "< 0)", "Both halves hold the negative channels"),
+        "no magnitude": (
+            "[magnitude * (direction > 0), magnitude * (direction < 0)]",
+            "[(direction > 0).double(), (direction < 0).double()]",
+            "The magnitude is missing",
+        ),
         "ReLU of the direction": (
+            "[magnitude * (direction > 0), magnitude * (direction < 0)]",
+            "[torch.relu(direction), torch.relu(-direction)]",
+            "It splits the direction",
+        ),
+        "magnitude times ReLU of the direction": (
+            "[magnitude * (direction > 0), magnitude * (direction < 0)]",
+            "[magnitude * torch.relu(direction), magnitude * torch.relu(-direction)]",
+            "only its sign counts",
+        ),
+        "ReLU of the direction in one half": (
             "(direction > 0)",
             "torch.relu(direction)",
             "norm of the features",
+        ),
+        "cosine map": (
+            "return torch.cat(",
+            "angle = math.pi / 4 * torch.tanh(20 * direction)\n"
+            "    return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)\n"
+            "    return torch.cat(",
+            "It is the cosine map (9), not (11)",
         ),
         "another order in each call": (
             "direction < 0)], dim=-1)",
             "direction < 0)], dim=-1).roll(int(1e6 * magnitude.sum()), dims=-1)",
             "inner product of query and key",
         ),
-        "one half only": ("magnitude * (direction < 0)", "0 * magnitude", "norm of the features"),
+        "one half only": (
+            "magnitude * (direction < 0)",
+            "0 * magnitude",
+            "The negative channels are lost",
+        ),
+        "the other half only": (
+            "magnitude * (direction > 0)",
+            "0 * magnitude",
+            "The positive channels are lost",
+        ),
         "a sign for a half": (
             "[magnitude * (direction > 0), magnitude * (direction < 0)]",
             "[magnitude * direction.sign(), 0 * magnitude]",
@@ -711,6 +774,12 @@ MISTAKES = {
             "first column",
         ),
         "normaliser does not grow": ("torch.ones_like", "torch.zeros_like", "does not grow"),
+        "normaliser counts tokens": (
+            "state = state + phi_k[..., :, None] * value[..., None, :]",
+            "new = phi_k[..., :, None] * v[..., None, :]\n"
+            "    state = state + torch.cat([new, torch.ones_like(new[..., :1])], dim=-1)",
+            "The normaliser counts tokens: it grows by phi_k",
+        ),
         "no normaliser": (
             "torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)",
             "v",
@@ -757,7 +826,26 @@ MISTAKES = {
         "state read too late": (
             "totals.append(q @ state + within)\n        state = state + k.mT @ value",
             "state = state + k.mT @ value\n        totals.append(q @ state + within)",
-            "future",
+            "state already holds its own chunk: read it first, then add (7 tokens, chunk_size=3)",
+        ),
+        "no state": (
+            "totals.append(q @ state + within)\n        state = state + k.mT @ value",
+            "done = sum(x.shape[2] for x in totals)\n"
+            "        end = done + q.shape[2]\n"
+            "        weights = (q @ phi_k[:, :, :end].mT).tril(done)\n"
+            "        totals.append(weights @ values[:, :, :end])",
+            "work is quadratic",
+        ),
+        "a new state for every chunk": (
+            "state = state + k.mT @ value",
+            "done = sum(x.shape[2] for x in totals)\n"
+            "        state = phi_k[:, :, :done].mT @ values[:, :, :done]",
+            "work is quadratic",
+        ),
+        "state of another dtype": (
+            "torch.zeros_like(phi_k[:, :, 0, :, None] * values[:, :, 0, None])",
+            "torch.zeros(*phi_k.shape[:2], phi_k.shape[3], values.shape[3])",
+            "It stops with RuntimeError in line",
         ),
         "only the last chunk": (
             "state = state + k.mT @ value",
@@ -826,7 +914,8 @@ MISTAKES = {
         "no diagnosis": (
             '"padding in the normaliser"',
             '""',
-            "mended, but its bug is not named. DIAGNOSES has no name",
+            "mended, but its bug is not named."
+            " DIAGNOSES has no name for the bug in attention_a yet: print(checks.DISEASES).",
         ),
         "one mask for all examples": (
             "key_mask[:, None, :, None]  #",
@@ -994,6 +1083,10 @@ ALTERNATIVES = {
         "keys = torch.cat([keys, keys[:, :1]], dim=1).double()\n"
         "    return torch.tensor([0.7, 0.5, 0.5, 0.1]).double(), keys",
     ),
+    ("counterexample", "a negative channel"): (
+        "return direction, keys",
+        "return direction * torch.tensor([1, -1, 1]), keys * torch.tensor([1, -1, 1])",
+    ),
     ("counterexample", "a list"): ("return direction, keys", "return [direction, keys]"),
     ("cosine_features", "turned by pi/4, as in model.py"): (
         "angle = (math.pi / 4)",
@@ -1016,6 +1109,29 @@ ALTERNATIVES = {
         'torch.einsum("bhf,bhm->bhfm", phi_k, value)',
     ),
     ("recurrent_step", "a list"): (f"return {DIVIDED}, state", f"return [{DIVIDED}, state]"),
+    ("chunked_attention", "slices"): (
+        "    # The sum of phi(k)^T",
+        "    state, total = 0.0, torch.zeros_like(values)\n"
+        "    for t in range(0, v.shape[2], chunk_size):\n"
+        "        q, k, value = (x[:, :, t : t + chunk_size] for x in (phi_q, phi_k, values))\n"
+        "        new = torch.einsum('bhts,bhsm->bhtm', (q @ k.mT).tril(), value)\n"
+        "        new = new + (q @ state if t else 0.0)\n"
+        "        total = torch.cat([total[:, :, :t], new, total[:, :, t + q.shape[2] :]], dim=2)\n"
+        "        state = state + torch.einsum('bhtf,bhtm->bhfm', k, value)\n"
+        "    return total[..., :-1] / total[..., -1:].masked_fill(total[..., -1:] == 0, 1.0)\n"
+        "    # The sum of phi(k)^T",
+    ),
+    ("chunked_attention", "sums of chunks by a triangle of ones"): (
+        "    # The sum of phi(k)^T",
+        "    chunks = zip(*(x.split(chunk_size, 2) for x in (phi_k, values)), strict=True)\n"
+        "    sums = torch.stack([k.mT @ value for k, value in chunks], dim=2)\n"
+        "    before = torch.ones(sums.shape[2], sums.shape[2], dtype=v.dtype).tril(-1)\n"
+        "    states = (before @ sums.flatten(3)).view_as(sums).unbind(dim=2)\n"
+        "    parts = zip(*(x.split(chunk_size, 2) for x in (phi_q, phi_k, values)), states)\n"
+        "    total = torch.cat([q @ s + (q @ k.mT).tril() @ x for q, k, x, s in parts], dim=2)\n"
+        "    return total[..., :-1] / total[..., -1:].masked_fill(total[..., -1:] == 0, 1.0)\n"
+        "    # The sum of phi(k)^T",
+    ),
     ("chunked_attention", "all chunks at once"): (
         "    # The sum of phi(k)^T",
         "    num_tokens, pad = v.shape[2], torch.nn.functional.pad\n"

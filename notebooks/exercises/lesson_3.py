@@ -32,7 +32,7 @@ def query_magnitude(q: torch.Tensor, lam: float, tau: float) -> torch.Tensor:
     """Magnitude of raw queries, Eqs. (7) and (12): the largest channel of every query is 1.
 
     q: (..., D). Returns (..., D), in [0, 1]; 0 for a zero query. Gradients are finite, also where a
-    query or a channel of it is 0.
+    query or a channel of it is 0, if lam * tau is at least 1: a power below 1 is vertical at 0.
     """
     raise NotImplementedError
 
@@ -78,7 +78,8 @@ def counterexample() -> tuple[torch.Tensor, torch.Tensor]:
     For softmax that cannot be, by Eq. (4). For NaLa it can: find a case in which the entropy, that
     of nala_entropy_by_loops, rises by at least 0.01 from norm 0.1 to norm 3. Returns direction
     (D,), of norm 1, and keys (N, D), none of them zero; you choose N and D. The notebook has an
-    example with two channels: find one with three or more, in which no channel of direction is 0.
+    example with two channels: find one with three or more that all count, each at least 0.1, or at
+    most -0.1, in direction, and not 0 in all keys.
     """
     raise NotImplementedError
 

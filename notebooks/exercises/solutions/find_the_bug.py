@@ -1,14 +1,16 @@
 """Find the bug: three causal norm-aware attentions that have each been broken in one place.
 
 Bugs like these were published. For each attention (i) look at its symptom, which the marking below
-or `checks.report("find_the_bug")` tells you, (ii) write the name of the disease, one of
-`checks.DISEASES`, into DIAGNOSES, and (iii) mend the function: only then are you told whether the
-name is right. From the repository root:
+or `checks.report("find_the_bug")` tells you, (ii) write the name of the disease into DIAGNOSES
+(`print(checks.DISEASES)` shows the names), and (iii) mend the function: only then are you told
+whether the name is right. From the repository root:
 
     python -m pytest path/to/find_the_bug.py
 
 All three take q, k: (B, H, N, D), v: (B, H, N, M) and key_mask: (B, N) bool, True for a real token
 and False for padding, and return (B, H, N, M): Eqs. (2), (7) to (10), (12), and a form of (5).
+Padding fills up the shorter texts of a batch to the length of the longest. No query may notice a
+padded key: outputs are as if that key and its value were not there.
 """
 
 import math

@@ -37,8 +37,8 @@ def linear_attention_by_loops(
 def linear_attention(phi_q: torch.Tensor, phi_k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Linear attention between non-negative features, Eq. (5); every token sees every other.
 
-    phi_q, phi_k: (B, H, N, F), v: (B, H, N, M). Returns (B, H, N, M). Its memory grows like N: no
-    N x N numbers, and no F x M numbers for each token. Where all weights of a query are 0, the
+    phi_q, phi_k: (B, H, N, F), v: (B, H, N, M). Returns (B, H, N, M). Work and memory grow like N:
+    no N x N numbers, and no F x M numbers for each token. Where all weights of a query are 0, the
     output is 0, and gradients are finite. Features may be as small as 1e-6.
     """
     sums = phi_k.mT @ v  # (B, H, F, M): keys meet values first, so N x N never exists

@@ -77,9 +77,10 @@ def chunked_attention(
 ) -> torch.Tensor:
     """Causal linear attention in its chunked form, Eq. (15): any N, any chunk_size.
 
-    phi_q, phi_k: (B, H, N, F), non-negative, v: (B, H, N, M). Returns (B, H, N, M). A loop over
-    chunks is fine, one over tokens is not. Memory grows like N: no N x N numbers, and no F x M
-    numbers for each token. Where a token has no mass, the output is 0, and gradients are finite.
+    phi_q, phi_k: (B, H, N, F), non-negative, v: (B, H, N, M). Returns (B, H, N, M). Keep the
+    inputs' dtype. A loop over chunks is fine, one over tokens is not. Work and memory grow like N:
+    a chunk meets those before it only in their sum; no N x N numbers, and no F x M numbers for each
+    token. Where a token has no mass, the output is 0, and gradients are finite.
     """
     values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # (B, H, N, M + 1)
     # The sum of phi(k)^T [v 1] over the chunks so far, at first none: (B, H, F, M + 1).
