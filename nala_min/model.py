@@ -39,6 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nala_min import fast
+
 FEATURE_MAPS = ("cosine", "split", "elu", "relu")
 MODES = ("auto", "parallel", "chunked", "recurrent")
 
@@ -78,10 +80,11 @@ def query_magnitude(direction: Tensor, power: Tensor) -> Tensor:
     Scaling a query's features by one positive number changes no attention weight, so, as with the
     maximum in a safe softmax, no gradient is taken through the scale.
     """
-    tiny = torch.finfo(direction.dtype).tiny
-    largest = direction.detach().abs().amax(dim=-1, keepdim=True)  # (..., 1)
-    ratio = direction.abs() / largest.clamp_min(tiny)  # (..., D)
-    return torch.exp(power * torch.log(ratio.clamp_min(tiny)))  # ratio^p, finite slope at 0
+    size = direction.abs()  # (..., D)
+    tiny = torch.finfo(size.dtype).tiny
+    largest = size.detach().amax(dim=-1, keepdim=True)  # (..., 1)
+    ratio = size / largest.clamp_min(tiny)  # (..., D)
+    return torch.exp2(power * torch.log2(ratio.clamp_min(tiny)))  # ratio^p, finite slope at 0
 
 
 def key_magnitude(k: Tensor, lam: float = 3.0) -> Tensor:
@@ -108,10 +111,9 @@ def cosine_map(magnitude: Tensor, direction: Tensor, alpha: float = 20.0) -> Ten
     negative, whichever attention form adds them up.
     """
     turn = 2 * alpha * direction  # pi/4 * tanh(turn / 2) + pi/4 = pi/2 * sigmoid(turn)
-    angle = (math.pi / 2) * torch.sigmoid(turn)  # (..., D)
-    complement = (math.pi / 2) * torch.sigmoid(-turn)  # (..., D)
-    # sin(complement) = cos(angle), and stays exact where the cosine of pi/2 would round
-    return torch.cat([magnitude * complement.sin(), magnitude * angle.sin()], dim=-1)  # (..., F)
+    angles = (math.pi / 2) * torch.sigmoid(torch.stack([-turn, turn], dim=-2))  # (..., 2, D)
+    # The first is pi/2 - theta: its sine is cos(theta), and exact where the cosine would round.
+    return (magnitude.unsqueeze(-2) * angles.sin()).flatten(-2)  # (..., F)
 
 
 def sign_split(magnitude: Tensor, direction: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def _signed_features(magnitude: Tensor, direction: Tensor, name: str, alpha: flo
 def _baseline_features(x: Tensor, name: str) -> Tensor:
     if name == "relu":
         return F.relu(x)
-    return F.relu(x) + torch.exp(-F.relu(-x))  # elu(x) + 1 without its rounding to 0 at x = -17
+    return F.relu(x) + torch.exp(x.clamp(max=0))  # elu(x) + 1, without rounding to 0 at x = -17
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -284,9 +286,11 @@ def nala_attention(
     q, k: (B, H, N, D), v: (B, H, N, M), of a floating dtype; sums run in float32 at least.
     causal: token t sees tokens 0 ... t only.
     mode: "parallel" is Eq. (13), or Eq. (13c) if causal; "chunked" is Eq. (15) and "recurrent"
-        Eq. (14), both causal; "auto" takes parallel, or if causal chunked, recurrent for one token.
+        Eq. (14), both causal. "auto" is for speed: recurrent for one causal token, else Eq. (13) or
+        (15) as fast.py computes them, which can be differentiated once; as here with Eq. (17), in
+        torch.compile, which does its own fusing, and in torch.func.
     feature_map: one of FEATURE_MAPS; lam, tau, alpha, norm_scale: see query_features.
-    chunk_size: tokens in a chunk, any positive number; None is 64.
+    chunk_size: tokens in a chunk, any positive number; None chooses, about D.
     key_mask: (B, N) bool, True for a real token; a token that is False has no effect at all.
     state: (B, H, F, M + 1), returned by an earlier call: the sequence goes on from there.
     rope_positions: (N, A), see rotary_angles: rotates the numerator only, Eq. (17), after which
@@ -296,19 +300,21 @@ def nala_attention(
     A row without mass, its query or all its visible keys zero or masked, gives output 0 and
     gradient 0. Raises ValueError for shapes, names and combinations other than these.
     """
-    _check_arguments(q, k, v, causal, mode, chunk_size, key_mask, state, return_state)
+    _check_arguments(q, k, v, causal, mode, feature_map, chunk_size, key_mask, state, return_state)
+    options = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
+    query = partial(query_features, tau=tau, norm_scale=norm_scale, **options)
+    key = partial(key_features, **options)
     with torch.autocast(q.device.type, enabled=False):  # a bfloat16 sum of ones stops at 256
-        phi_q = query_features(
-            q, feature_map, lam=lam, tau=tau, alpha=alpha, norm_scale=norm_scale
-        )  # (B, H, N, F)
-        phi_k = key_features(k, feature_map, lam=lam, alpha=alpha)  # (B, H, N, F)
+        one_step = causal and q.shape[2] == 1
+        if mode == "auto" and rope_positions is None and not one_step and fast.applies():
+            kernel = fast.Kernel(query, key, tau=tau, norm_scale=norm_scale, **options)
+            out, after = fast.attention(q, k, v, kernel, causal, key_mask, state, chunk_size)
+            return (out, after) if return_state else out
+        phi_q, phi_k = query(q), key(k)  # (B, H, N, F), (B, H, N, F)
         if key_mask is not None:  # out of numerator and denominator alike
             phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
         values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # (B, H, N, M + 1)
         values = _at_least_float32(values)
-        shape = (*phi_k.shape[:2], phi_k.shape[3], values.shape[3])
-        if state is not None and state.shape != shape:
-            raise ValueError(f"state must be (B, H, F, M + 1) = {shape}: {tuple(state.shape)}")
         attend = partial(_attend, causal=causal, mode=mode, chunk_size=chunk_size)
         total, after = attend(phi_q, phi_k, values, state)
         numerator, denominator = total[..., :-1], total[..., -1:]  # (B, H, N, M), (B, H, N, 1)
@@ -689,7 +695,7 @@ class NaLaViT(nn.Module):
 # --- 10. Errors that name the argument ------------------------------------------------------------
 
 
-def _check_arguments(q, k, v, causal, mode, chunk_size, key_mask, state, return_state):
+def _check_arguments(q, k, v, causal, mode, feature_map, chunk_size, key_mask, state, return_state):
     if q.ndim != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         shapes = ", ".join(
             f"{name} {tuple(x.shape)}" for name, x in zip("qkv", (q, k, v), strict=True)
@@ -703,6 +709,12 @@ def _check_arguments(q, k, v, causal, mode, chunk_size, key_mask, state, return_
         raise ValueError(f"mode={mode!r} is causal: pass causal=True")
     if (state is not None or return_state) and (mode == "parallel" or not causal):
         raise ValueError("a state needs causal=True and a mode other than 'parallel'")
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map={feature_map!r} is not one of {FEATURE_MAPS}")
+    num_features = q.shape[3] * (2 if feature_map in ("cosine", "split") else 1)
+    shape = (*q.shape[:2], num_features, v.shape[3] + 1)
+    if state is not None and state.shape != shape:
+        raise ValueError(f"state must be (B, H, F, M + 1) = {shape}: {tuple(state.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} is not a positive number of tokens")
     if key_mask is not None and (key_mask.shape != q.shape[::2] or key_mask.dtype != torch.bool):

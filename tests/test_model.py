@@ -94,8 +94,9 @@ CASES = sorted({name.rpartition("/")[0] for name in PUBLISHED.files})
 def test_published_forms(model, case):
     """(9), (11): both published forms, run once by their own code with eps = 0."""
     q, k, v, exact = (torch.from_numpy(PUBLISHED[f"{case}/{x}"]) for x in ("q", "k", "v", "exact"))
-    out = model.nala_attention(q, k, v, feature_map=case.partition("/")[0])
-    assert_close(out, exact, rtol=1e-9, atol=1e-12)
+    for mode in ("auto", "parallel"):
+        out = model.nala_attention(q, k, v, feature_map=case.partition("/")[0], mode=mode)
+        assert_close(out, exact, rtol=1e-9, atol=1e-12)
 
 
 # --- 2. All forms give the same numbers -----------------------------------------------------------
@@ -115,20 +116,21 @@ def test_causal_forms_equal_the_loop(model, feature_map, form, num_tokens):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 500])
+@pytest.mark.parametrize("mode", ["auto", "parallel"])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_bidirectional_form_equals_the_loop(model, feature_map, num_tokens):
+def test_bidirectional_form_equals_the_loop(model, feature_map, mode, num_tokens):
     """(5), (13): outputs and gradients are those of a loop over queries."""
     q, k, v = random_qkv(num_tokens)
     want = output_and_gradients(
         lambda *qkv: loop_attention(model, *qkv, feature_map, causal=False), q, k, v
     )
     got = output_and_gradients(
-        lambda *qkv: model.nala_attention(*qkv, feature_map=feature_map), q, k, v
+        lambda *qkv: model.nala_attention(*qkv, feature_map=feature_map, mode=mode), q, k, v
     )
     assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["parallel", "chunked", "recurrent"])
+@pytest.mark.parametrize("mode", ["auto", "parallel", "chunked", "recurrent"])
 def test_state_is_the_sum_over_tokens(model, mode):
     """(14): S = sum phi(k)^T v, z = sum phi(k)."""
     q, k, v = random_qkv(9)
@@ -144,16 +146,25 @@ def test_state_is_the_sum_over_tokens(model, mode):
     assert_close(state, torch.cat([S, z[..., None]], -1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "parallel", "chunked", "recurrent"])
+MODES = {
+    "bidirectional": {"mode": "parallel"},
+    "quadratic": {"causal": True, "mode": "parallel"},
+    "chunked": {"causal": True, "mode": "chunked", "chunk_size": 4},
+    "recurrent": {"causal": True, "mode": "recurrent"},
+    "fast bidirectional": {},
+    "fast causal": {"causal": True, "chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_gradcheck(model, feature_map, mode):
     """Gradients against finite differences."""
-    options = {"feature_map": feature_map}
-    if mode != "bidirectional":
-        options |= {"causal": True, "mode": mode, "chunk_size": 2 if mode == "chunked" else None}
     q, k, v = random_qkv(5, batch=1, heads=2)
     assert torch.autograd.gradcheck(
-        lambda *qkv: model.nala_attention(*qkv, **options), (q, k, v), raise_exception=False
+        lambda *qkv: model.nala_attention(*qkv, feature_map=feature_map, **MODES[mode]),
+        (q, k, v),
+        raise_exception=False,
     )
 
 
@@ -161,7 +172,7 @@ def rms_ratio(got, want):
     return ((got.double() - want).square().mean() / want.square().mean()).sqrt().item()
 
 
-@pytest.mark.parametrize("form", ["bidirectional", *CAUSAL_FORMS])
+@pytest.mark.parametrize("form", ["fast bidirectional", "bidirectional", *CAUSAL_FORMS])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
@@ -170,8 +181,8 @@ def test_low_precision_is_near_float64(model, dtype, bound, feature_map, form):
     """Outputs and gradients in dtype against float64, from the same rounded inputs."""
 
     def attention(q, k, v):
-        if form == "bidirectional":
-            return model.nala_attention(q, k, v, feature_map=feature_map)
+        if form in MODES and form not in CAUSAL_FORMS:
+            return model.nala_attention(q, k, v, feature_map=feature_map, **MODES[form])
         return CAUSAL_FORMS[form](model, q, k, v, feature_map)
 
     low = [x.detach().to(dtype).requires_grad_() for x in random_qkv(65)]
@@ -184,12 +195,14 @@ def test_low_precision_is_near_float64(model, dtype, bound, feature_map, form):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("readable", [False, True])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_half_precision_counts_to_many_tokens(model, feature_map, causal, dtype):
+def test_half_precision_counts_to_many_tokens(model, feature_map, readable, causal, dtype):
     """Sums of 5,000 tokens: a float16 sum of ones stops at 2,048, a bfloat16 one at 256. Large
     keys, whose cubes and sums float16 cannot hold."""
     q, k, v = (x.detach().to(dtype) for x in random_qkv(5000, batch=1, heads=1))
     options = {"causal": causal, "feature_map": feature_map}
+    options["mode"] = ("chunked" if causal else "parallel") if readable else "auto"
     got = model.nala_attention(q, 40 * k, v, **options)
     want = model.nala_attention(q.double(), (40 * k).double(), v.double(), **options)
     assert rms_ratio(got, want) <= 2e-2
@@ -219,6 +232,8 @@ def test_baselines_are_elu_plus_one_and_relu(model):
     for features in (model.query_features, model.key_features):
         assert_close(features(x, "elu"), F.elu(x) + 1)
         assert torch.equal(features(x, "relu"), x.clamp_min(0))
+        zero = torch.zeros(1, 1, requires_grad=True)  # elu is smooth: its slope at 0 is 1
+        assert torch.autograd.grad(features(zero, "elu").sum(), zero)[0] == 1
 
 
 def test_elu_survives_very_negative_bfloat16(model):
@@ -227,15 +242,27 @@ def test_elu_survives_very_negative_bfloat16(model):
     assert_close(model.key_features(x, "elu").double(), x.double().exp(), rtol=1e-5, atol=0)
 
 
-def test_autocast_changes_nothing(model):
-    q, k, v = (x.float() for x in random_qkv(300))
-    want = model.nala_attention(q, k, v, causal=True)
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_changes_nothing(model, mode):
+    """In neither pass."""
+    q, k, v = (x.detach().float().requires_grad_() for x in random_qkv(100))
+
+    def attention(q, k, v):
+        return model.nala_attention(q, k, v, **MODES[mode])
+
+    want = output_and_gradients(attention, q, k, v)
     with torch.autocast("cpu", torch.bfloat16):
-        got = model.nala_attention(q, k, v, causal=True)
-    assert torch.equal(got, want)
+        got = attention(q, k, v)
+    assert torch.equal(got, want[0])
+    if "fast" in mode:  # autograd's own backward pass is under the user's autocast, if at all
+        with torch.autocast("cpu", torch.bfloat16):
+            got = output_and_gradients(attention, q, k, v)
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w)
 
 
-def test_chunked_form_keeps_no_state_for_each_token(model):
+@pytest.mark.parametrize("mode", ["auto", "chunked"])
+def test_chunked_form_keeps_no_state_for_each_token(model, mode):
     """The largest tensor of forward and backward has room for N / C states, not for N: the
     (B, H, N, F, M) cumulative sum that other implementations make is the one to avoid."""
 
@@ -253,7 +280,10 @@ def test_chunked_form_keeps_no_state_for_each_token(model):
     q, k, v = (torch.randn(1, 2, num_tokens, size, requires_grad=True) for _ in range(3))
     with Largest() as largest:
         output_and_gradients(
-            lambda *qkv: model.nala_attention(*qkv, causal=True, chunk_size=chunk_size), q, k, v
+            lambda *qkv: model.nala_attention(*qkv, causal=True, mode=mode, chunk_size=chunk_size),
+            q,
+            k,
+            v,
         )
     state = 2 * size * (size + 1)
     assert num_tokens * chunk_size < num_tokens * state / 8  # the bound below tells them apart
@@ -468,13 +498,6 @@ def test_rotary_angles_share_the_frequencies_among_the_axes(model):
 
 # --- 4. Safety ------------------------------------------------------------------------------------
 
-MODES = {
-    "bidirectional": {},
-    "quadratic": {"causal": True, "mode": "parallel"},
-    "chunked": {"causal": True, "mode": "chunked", "chunk_size": 4},
-    "recurrent": {"causal": True, "mode": "recurrent"},
-}
-
 
 @pytest.mark.parametrize("key_scale", [1e-3, 1e-2, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("query_scale", [1e-6, 1e-3, 1.0, 1e4])
@@ -623,7 +646,7 @@ def test_each_row_of_a_batch_has_its_own_padding(model):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e9])
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bidirectional"])
+@pytest.mark.parametrize("mode", [mode for mode, options in MODES.items() if "causal" in options])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_the_future_changes_no_past_output(model, feature_map, mode, size):
     """To the last bit, in float32, for a future that would swamp the past if it were seen."""

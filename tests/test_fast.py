@@ -1,0 +1,319 @@
+"""nala_min/fast.py computes what model.py's readable forms compute: outputs and gradients."""
+
+import functools
+import inspect
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch._dynamo.testing
+from mutants import load_model
+from torch.testing import assert_close
+
+from nala_min import fast, measure, nala_attention
+
+B, H, D, M = 2, 3, 8, 5
+FEATURE_MAPS = ("cosine", "split", "elu", "relu")
+READABLE = {True: "chunked", False: "parallel"}
+
+
+def inputs(num_tokens, dtype=torch.float64, *, zeros=False):
+    """Random q, k, v; with zeros, rows and channels of q and k are 0, and some queries are tiny."""
+    q, k, v = (torch.randn(B, H, num_tokens, size, dtype=dtype) for size in (D, D, M))
+    if zeros:
+        q[0, 0, 1], k[0, 1, 2], q[1, :, 3, :4], k[1, :, 4, 5:] = 0, 0, 0, 0
+        q[:, :, 5:9] *= 0.01
+    return [x.requires_grad_() for x in (q, k, v)]
+
+
+def everything(attention, tensors, **options):
+    """What attention returns, and the gradients of a fixed random reading of all of it."""
+    results = attention(*tensors[:3], **options)
+    results = results if isinstance(results, tuple) else (results,)
+    seeded = torch.Generator().manual_seed(1)
+    readings = [torch.randn(x.shape, generator=seeded).to(x) for x in results]
+    loss = sum((x * reading).sum() for x, reading in zip(results, readings, strict=True))
+    return *results, *torch.autograd.grad(loss, tensors)
+
+
+def agree(model, tensors, *, causal, tolerance=1e-10, **options):
+    """Whether the fast and the readable form of model's attention agree."""
+    attention = functools.partial(model.nala_attention, causal=causal, **options)
+    got = everything(attention, tensors)
+    want = everything(attention, tensors, mode=READABLE[causal])
+    assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(params=["one piece", "many, kept", "many, some kept", "many, computed anew"])
+def pieces(request, monkeypatch):
+    """Whether a sequence is one segment or several, and what is kept of them."""
+    if request.param != "one piece":
+        monkeypatch.setattr(fast, "SEGMENT", B * H * D * 16)
+        keep = {"many, kept": 2**30, "many, some kept": 10_000, "many, computed anew": 0}
+        monkeypatch.setattr(fast, "KEEP", keep[request.param])
+
+
+# --- The same numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [2, 15, 16, 17, 65, 200])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_fast_is_readable(model, pieces, feature_map, causal, num_tokens):
+    agree(model, inputs(num_tokens), causal=causal, feature_map=feature_map)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 16, 64, 1000])
+def test_any_chunk_size(model, pieces, chunk_size):
+    agree(model, inputs(70), causal=True, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_zeros_and_padding(model, pieces, feature_map, causal):
+    """Zero rows and channels, tiny queries, padding keys, and a text that is all padding."""
+    mask = torch.rand(B, 70) < 0.7
+    mask[1, :30] = False
+    options = {"feature_map": feature_map, "key_mask": mask}
+    agree(model, inputs(70, zeros=True), causal=causal, **options)
+    mask[1] = False
+    agree(model, inputs(70, zeros=True), causal=causal, **options)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 70])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_states_in_and_out(model, pieces, feature_map, num_tokens):
+    """The state that is handed on, the gradient that comes back through it, and either alone."""
+    tensors = inputs(num_tokens)
+    _, state = model.nala_attention(
+        *(x.detach() for x in inputs(3)), causal=True, feature_map=feature_map, return_state=True
+    )
+    tensors.append(state.detach().requires_grad_())
+    options = {"causal": True, "feature_map": feature_map}
+
+    for chosen in (slice(None), slice(0, 1), slice(1, 2)):  # both, the output, the state after
+
+        def attention(q, k, v, chosen=chosen, **mode):
+            results = model.nala_attention(
+                q, k, v, state=tensors[3], return_state=True, **options, **mode
+            )
+            return tuple(results)[chosen]
+
+        got = results_and_gradients(attention, tensors)
+        want = results_and_gradients(functools.partial(attention, mode="chunked"), tensors)
+        assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def results_and_gradients(attention, tensors):
+    """As everything, with zeros for what has no gradient."""
+    results = attention(*tensors[:3])
+    loss = sum((x * torch.linspace(1, 2, x.numel()).to(x).view(x.shape)).sum() for x in results)
+    return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("shape", [(), (H, 1, 1), (B, 1, 1, 1)])
+def test_a_learned_norm_scale(model, pieces, feature_map, causal, shape):
+    scale = (2 + torch.rand(shape, dtype=torch.float64)).requires_grad_()
+
+    def gradients(**mode):
+        q, k, v = inputs(40)
+        options = {"causal": causal, "feature_map": feature_map, "norm_scale": scale}
+        torch.manual_seed(0)
+        out = model.nala_attention(q, k, v, **options, **mode)
+        reading = torch.randn(out.shape, dtype=out.dtype)
+        return torch.autograd.grad(
+            (out * reading).sum(), (q, scale), allow_unused=True, materialize_grads=True
+        )
+
+    torch.manual_seed(2)
+    got = gradients()
+    torch.manual_seed(2)
+    want = gradients(mode=READABLE[causal])
+    assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert got[1].any() == (feature_map in ("cosine", "split"))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", [{"lam": 2.0}, {"tau": 0.1}, {"alpha": 1.5}], ids=str)
+def test_every_option(model, causal, options):
+    agree(model, inputs(20), causal=causal, **options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+def test_low_precision_in_many_pieces(model, pieces, dtype, bound, causal):
+    low = [x.detach().to(dtype).requires_grad_() for x in inputs(200)]
+    high = [x.detach().double().requires_grad_() for x in low]
+    got = everything(functools.partial(model.nala_attention, causal=causal), low)
+    readable = functools.partial(model.nala_attention, mode=READABLE[causal], causal=causal)
+    for g, w in zip(got, everything(readable, high), strict=True):
+        assert g.dtype == dtype
+        assert ((g.double() - w).square().mean() / w.square().mean()).sqrt() <= bound
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_any_layout_and_shape(model, pieces, causal):
+    """Heads behind tokens, as a model has them; one row for all; one channel; M other than D."""
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(40))
+    k = k[:, :, :1].expand_as(k)
+    agree(model, [x.requires_grad_() for x in (q, k, v)], causal=causal)
+    q, k, v = inputs(40)
+    agree(model, [q[..., :1], k[..., :1], v[..., :2]], causal=causal)
+
+
+def test_without_gradients_nothing_is_different(model, pieces):
+    q, k, v = inputs(70)
+    for causal in (False, True):
+        want = model.nala_attention(q, k, v, causal=causal)
+        with torch.no_grad():
+            assert torch.equal(model.nala_attention(q, k, v, causal=causal), want)
+
+
+# --- What it costs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_memory_of_long_texts_is_that_of_inputs_and_outputs(causal):
+    """Output and three gradients; beyond them at most what KEEP says and a few segments."""
+    shape = (1, 4, 8192, 64)
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    needed = 4 * q.numel()
+    peaks = {}
+    for mode in ("auto", READABLE[causal]):
+        with measure.Recorder() as recorder:
+            out = nala_attention(q, k, v, causal=causal, mode=mode)
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        peaks[mode] = recorder.peak / 4  # float32
+    assert needed < peaks["auto"] < needed + q.numel() + fast.KEEP + 24 * fast.SEGMENT
+    assert peaks["auto"] < 0.6 * peaks[READABLE[causal]]
+
+
+def test_features_that_fit_are_not_computed_twice(monkeypatch):
+    calls = []
+    real = fast.Kernel
+
+    def kernel(query, key, **rest):
+        def counted(x):
+            calls.append(x.shape[2])
+            return query(x)
+
+        return real(counted, key, **rest)
+
+    monkeypatch.setattr(fast, "Kernel", kernel)
+    monkeypatch.setattr(fast, "SEGMENT", B * H * D * 16)
+    for causal in (False, True):
+        for keep, times in ((2**30, 3), (0, 6)):
+            monkeypatch.setattr(fast, "KEEP", keep)
+            calls.clear()
+            q, k, v = inputs(40)
+            nala_attention(q, k, v, causal=causal, chunk_size=16).sum().backward()
+            assert calls[:3] == [16, 16, 8] and len(calls) == times
+
+
+# --- Other ways to run it -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_func_takes_the_readable_form(causal):
+    q, k, v = inputs(10)
+
+    def loss(q):
+        return nala_attention(q, k, v, causal=causal).square().sum()
+
+    assert_close(torch.func.grad(loss)(q), torch.autograd.grad(loss(q), q)[0])
+    batched = torch.func.vmap(lambda q: nala_attention(q[None], k[:1], v[:1], causal=causal))(q)
+    assert_close(batched[0, 0], nala_attention(q[:1], k[:1], v[:1], causal=causal)[0])
+
+
+def test_a_second_derivative_is_refused_and_the_readable_form_has_it():
+    q, k, v = inputs(5)
+    for mode in ("auto", "chunked"):
+        out = nala_attention(q, k, v, causal=True, mode=mode)
+        (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        if mode == "chunked":
+            assert torch.autograd.grad(first.square().sum(), q)[0].isfinite().all()
+        else:
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                first.square().sum().backward()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_compiler_meets_no_break_and_few_new_graphs(causal):
+    """torch.compile sees one graph, and two serve every length: the first, and one for any N."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        functools.partial(nala_attention, causal=causal), backend=graphs, fullgraph=True
+    )
+    for num_tokens in (128, 70, 200, 333, 64, 1000):
+        q, k, v = inputs(num_tokens)
+        got = everything(compiled, [q, k, v])
+        want = everything(functools.partial(nala_attention, causal=causal), [q, k, v])
+        assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert graphs.frame_count <= 3
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_is_eager():
+    torch._dynamo.reset()
+    q, k, v = inputs(65, torch.float32)
+    compiled = torch.compile(functools.partial(nala_attention, causal=True), fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, of its insides
+        got = everything(compiled, [q, k, v])
+    want = everything(functools.partial(nala_attention, causal=True), [q, k, v])
+    assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# --- These proofs can fail ------------------------------------------------------------------------
+
+SOURCE = inspect.getsource(fast)
+MISTAKES = {
+    "the power's slope is lost": ("slope / kernel.norm_scale)", "0 * slope)"),
+    "the norm is not in the angle": ("direction, along, value=-1)", "direction, along, value=0)"),
+    "angles turn the other way": ("grad_cos, sin, value=-1)", "grad_cos, sin, value=1)"),
+    "the key's power is 1": (".mul_(kernel.lam).div_", ".mul_(1).div_"),
+    "elu has slope 1": ("phi.clamp(max=1.0)", "phi.sign()"),
+    "a key does not see its own token": (
+        "grad_scores = (grad @ v.mT).tril_()",
+        "grad_scores = (grad @ v.mT).tril_(-1)",
+    ),
+    "the state runs the wrong way": ("ones.triu_(1) if backwards", "ones.tril_(-1) if backwards"),
+    "the last chunk is not in the state": (
+        "total = before[:, last] + sums[:, last]",
+        "total = before[:, last]",
+    ),
+    "no gradient through the normaliser": ("torch.neg((grad", "torch.mul(0, (grad"),
+    "padding stays": ("segment, None], 0.0)", "segment, None], 1.0)"),
+    "a zero channel is divided by": ("x.masked_fill(x == 0, math.inf)", "x"),
+    "no mass is divided by": ("mass == 0, math.inf", "mass < 0, math.inf"),
+}
+
+
+def proofs(model):
+    """The proofs above that tell the mistakes from the code as it is."""
+    torch.manual_seed(0)
+    for causal in (True, False):
+        agree(model, inputs(70), causal=causal, chunk_size=16)
+        agree(model, inputs(70), causal=causal, feature_map="elu")
+    mask = torch.rand(B, 70) < 0.7
+    mask[1] = False
+    agree(model, inputs(70, zeros=True), causal=True, key_mask=mask)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_gradient_is_seen(model, mistake, monkeypatch):
+    old, new = MISTAKES[mistake]
+    assert old in SOURCE
+    monkeypatch.setattr(fast, "SEGMENT", B * H * D * 32)
+    proofs(model)
+    broken = load_model(SOURCE.replace(old, new), "mutant_of_fast.py")
+    broken.SEGMENT = fast.SEGMENT
+    monkeypatch.setattr(model, "fast", broken)
+    with pytest.raises(AssertionError):
+        proofs(model)
