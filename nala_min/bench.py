@@ -1,80 +1,415 @@
-"""How long attention takes as texts grow. `python -m nala_min.bench` measures it anew and writes
-its run card and picture to notebooks/results."""
+"""How fast, in how much memory? `python -m nala_min.bench` measures attention against the number of
+tokens, decoding against the context, and whole training steps, NaLa beside the fused softmax.
+
+What is compared takes turns in one run, so that a slow minute slows all of it. Timed is the call
+alone, its backward pass included where it says so. Inputs are made before, laid out as a model has
+them. In each turn a call runs twice and the second is timed, so that it finds memory and caches as
+it leaves them itself and not as another call does; on a GPU the caches are flushed. Prints tables,
+writes a run card and a picture.
+"""
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nala_min import plots, runcard
-from nala_min.model import nala_attention, softmax_attention
+from nala_min import plots, runcard, train
+from nala_min.measure import Recorder
+from nala_min.model import (
+    LMConfig,
+    NaLaLM,
+    key_features,
+    nala_attention,
+    query_features,
+    softmax_attention,
+)
+from nala_min.train import flag
 
-# name: causal attention, and the longest text it is measured on
-FORMS: dict[str, tuple[Callable[..., Tensor], int]] = {
-    "softmax": (partial(softmax_attention, causal=True), 2**14),
-    "chunked": (partial(nala_attention, causal=True), 2**14),
-    "quadratic": (partial(nala_attention, causal=True, mode="parallel"), 2**12),
-}
+Call = Callable[[], Any]
+Row = dict[str, Any]
+BATCH, HEADS, DIM = 1, 4, 64
+STEPS = {64: 12, 128: 8, 256: 8}  # characters in a window: windows in a batch
+LONGEST = {"quadratic": 2**11}  # tokens; N x N numbers, whose memory would slow down the others
+BURST = 128  # tokens to decode in a row
 
 
-def measure_time(
-    lengths: list[int], heads: int, dim: int, repeats: int
-) -> dict[str, list[float | None]]:
-    """Median seconds of a forward and a backward pass of each form at each length, float32, batch
-    1; None where a form is not measured. Forms take turns, so that a slow minute slows them all."""
-    seconds: dict[str, list[float | None]] = {name: [] for name in FORMS}
+@dataclass
+class Settings:
+    """Measure the speed and the memory of attention, of decoding and of training steps."""
+
+    quick: bool = flag(False, "up to 4,096 tokens, and fewer repetitions: under a minute")
+    peers: bool = flag(False, "instead, the causal attention of other libraries that are installed")
+    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = flag(
+        "float32", "of q, k and v", choices=["float32", "bfloat16", "float16", "float64"]
+    )
+    out: Path = flag(Path("runs/speed"), "folder for the run card and the picture")
+
+
+# --- Clock and scales -----------------------------------------------------------------------------
+
+
+def seconds_of(call: Call, device: torch.device) -> float:
+    """How long call takes; on a GPU by its own events, after its caches were flushed."""
+    if device.type != "cuda":
+        finish = torch.mps.synchronize if device.type == "mps" else lambda: None
+        finish()
+        start = time.perf_counter()
+        call()
+        finish()
+        return time.perf_counter() - start
+    torch.empty(2**28, dtype=torch.int8, device=device).zero_()  # more than any cache holds
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def peak_of(call: Call, device: torch.device, compiled: bool) -> int | None:
+    """The most bytes that tensors made by call hold at one time; None where they are not seen,
+    inside what was compiled for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    if compiled:
+        call()
+        return None
+    with Recorder() as recorder:
+        call()
+    return recorder.peak
+
+
+def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> dict[Any, Row]:
+    """Time calls in turns until budget seconds are over, but at least three times each.
+
+    Returns for each its median, lowest and highest seconds, how often it ran, and the peak of the
+    memory of one more run, the first, which is not timed. A call that alone would use up the budget
+    is timed in that run, and only there: what it leaves behind matters little then.
+    """
+    found: dict[Any, list[float]] = {name: [] for name in calls}
+    peaks = {}
+    for name, call in calls.items():
+        if compiled := "compiled" in name:
+            call()  # compiles
+        start = time.perf_counter()
+        peaks[name] = peak_of(call, device, compiled)
+        if (first := time.perf_counter() - start) > budget:
+            found[name].append(first)
+    repeated = {name: call for name, call in calls.items() if not found[name]}
+    start, turns = time.perf_counter(), 0
+    while repeated and turns < 50 and (turns < 3 or time.perf_counter() - start < budget):
+        for name, call in repeated.items():
+            call()
+            found[name].append(seconds_of(call, device))
+        turns += 1
+    return {
+        name: {
+            "median": median(taken),
+            "low": min(taken),
+            "high": max(taken),
+            "runs": len(taken),
+            "peak": peaks[name],
+        }
+        for name, taken in found.items()
+    }
+
+
+# --- Attention against the number of tokens -------------------------------------------------------
+
+
+def forms(causal: bool, compiled: bool) -> dict[str, Callable[..., Tensor]]:
+    """What is compared, each a function of q, k and v. "product" takes features for q and k: what
+    attention costs without its feature map."""
+    attention = partial(nala_attention, causal=causal)
+    found = {
+        "softmax": partial(softmax_attention, causal=causal),
+        "nala": attention,
+        "split": partial(attention, feature_map="split"),
+        "product": partial(attention, feature_map="relu"),  # of features: leaves them as they are
+    }
+    if causal:
+        found["readable"] = partial(attention, mode="chunked")
+        found["quadratic"] = partial(attention, mode="parallel")
+    else:
+        found["readable"] = partial(attention, mode="parallel")
+    if compiled:
+        torch._dynamo.reset()  # each length has a kernel of its own
+        found["compiled"] = torch.compile(attention, fullgraph=True, dynamic=False)
+    return found
+
+
+def passes(form: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Call]:
+    """The two things to time: the forward pass alone, and with the backward pass."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return form(*inputs)
+
+    reading = torch.ones_like(forward())
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(form(*inputs), inputs, reading, allow_unused=True)
+
+    return {"forward": forward, "forward + backward": both}
+
+
+def heads(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random (B, H, N, D), laid out as a model has it: all heads of one token side by side."""
+    return torch.randn(BATCH, length, HEADS, DIM, device=device, dtype=dtype).transpose(1, 2)
+
+
+def attention_rows(
+    lengths: list[int], device: torch.device, dtype: torch.dtype, budget: float, compiled: bool
+) -> Iterator[list[Row]]:
+    """For each length and direction the rows of all forms and both passes."""
     for length in lengths:
-        q, k, v = torch.randn(3, 1, heads, length, dim).requires_grad_()
-        forms = {name: form for name, (form, longest) in FORMS.items() if length <= longest}
-        taken: dict[str, list[float]] = {name: [] for name in forms}
-        for turn in range(repeats + 1):
-            for name, attention in forms.items():
-                start = time.perf_counter()
-                torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
-                if turn:  # the first is a warm-up
-                    taken[name].append(time.perf_counter() - start)
-        for name in FORMS:
-            seconds[name].append(median(taken[name]) if name in taken else None)
-    return seconds
+        inputs = [heads(length, device, dtype).requires_grad_() for _ in range(3)]
+        q, k, v = inputs
+        with torch.no_grad():
+            features = [query_features(q).to(dtype), key_features(k).to(dtype)]
+        features = [x.requires_grad_() for x in features]
+        for causal in (True, False):
+            calls = {}
+            for form, attention in forms(causal, compiled).items():
+                if length <= LONGEST.get(form, length):
+                    given = [*features, v] if form == "product" else inputs
+                    for name, call in passes(attention, given).items():
+                        calls[form, name] = call
+            about = {"length": length, "causal": causal}
+            yield [
+                {"form": form, "pass": name, **about, **row}
+                for (form, name), row in take_turns(calls, device, budget).items()
+            ]
 
 
-def crossover(lengths: list[int], slower: list[float], faster: list[float]) -> int | None:
-    """The first length from which on the second is never slower than the first, or None."""
+def crossover(rows: list[Row], form: str = "nala", **which: Any) -> int | None:
+    """The first length from which on form's median is never above softmax's, or None."""
+    times = {
+        name: {row["length"]: row["median"] for row in select(rows, form=name, **which)}
+        for name in ("softmax", form)
+    }
     found = None
-    for length, first, second in reversed(list(zip(lengths, slower, faster, strict=True))):
-        if second > first:
+    for length in sorted(times[form], reverse=True):
+        if times[form][length] > times["softmax"][length]:
             break
         found = length
     return found
 
 
+def select(rows: list[Row], **which: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[name] == value for name, value in which.items())]
+
+
+# --- Decoding, and training steps -----------------------------------------------------------------
+
+
+def decode_rows(
+    contexts: list[int], device: torch.device, dtype: torch.dtype, budget: float
+) -> list[Row]:
+    """One token more after a context, the mean of BURST in a row. "nala" has its state;
+    "softmax_grown" is softmax as our model decodes, which appends to its keys and values; "softmax"
+    attends to a cache that was laid out beforehand, so that nothing is copied."""
+    token = [heads(1, device, dtype) for _ in range(3)]
+    options = {"causal": True, "return_state": True}
+
+    def grow(attention: Callable, state: Any) -> Tensor:
+        for _ in range(BURST):
+            out, state = attention(*token, state=state, **options)
+        return out
+
+    def attend(k: Tensor, v: Tensor, context: int) -> Tensor:
+        for seen in range(context + 1, context + BURST + 1):
+            out = F.scaled_dot_product_attention(token[0], k[:, :, :seen], v[:, :, :seen])
+        return out
+
+    calls: dict[tuple[str, int], Call] = {}
+    for context in contexts:
+        q, k, v = (heads(context, device, dtype) for _ in range(3))
+        _, state = nala_attention(q, k, v, **options)
+        laid_out = [torch.cat([x] + BURST * [y], dim=2) for x, y in ((k, token[1]), (v, token[2]))]
+        calls |= {
+            ("softmax", context): partial(attend, *laid_out, context),
+            ("softmax_grown", context): partial(grow, softmax_attention, (k, v)),
+            ("nala", context): partial(grow, nala_attention, state),
+        }
+    with torch.no_grad():
+        rows = take_turns(calls, device, budget)
+    one = {
+        name: {key: row[key] / BURST for key in ("median", "low", "high")}
+        for name, row in rows.items()
+    }
+    return [
+        {"form": form, "context": context, **row, **one[form, context]}
+        for (form, context), row in rows.items()
+    ]
+
+
+def step_rows(device: torch.device, budget: float) -> list[Row]:
+    """A step of training the Shakespeare model in float32, from tokens to new weights, for each
+    attention."""
+    found = []
+    for block, batch in STEPS.items():
+        tokens = torch.randint(65, (batch, block + 1), device=device)
+        calls = {name: training_step(name, tokens, device) for name in ("softmax", "nala", "elu")}
+        for name, row in take_turns(calls, device, budget).items():
+            found.append({"form": name, "block": block, "batch": batch, **row})
+    return found
+
+
+def training_step(attention: str, tokens: Tensor, device: torch.device) -> Call:
+    """One step of a model of the default size, its optimiser's included. tokens: (B, N + 1)."""
+    torch.manual_seed(0)
+    model = NaLaLM(LMConfig(vocab_size=65, attention=attention)).to(device)
+    recipe = train.Recipe(steps=1000, learning_rate=1e-3)
+    optimizers = train.make_optimizers(model, recipe)
+
+    def step() -> None:
+        logits, _ = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        train.update(model, optimizers, loss, recipe.clip)
+
+    return step
+
+
+# --- Other libraries ------------------------------------------------------------------------------
+
+
+def peers() -> dict[str, Callable[..., Tensor]]:
+    """Causal linear attention of the libraries that are installed, as functions of features
+    phi_q, phi_k and of v, with a normaliser; and ours of the same."""
+    found = {"nala": partial(nala_attention, causal=True, feature_map="relu")}
+    if find_spec("fla"):
+        from fla.ops.linear_attn.naive import naive_chunk_linear_attn
+
+        def fla_naive_chunk(*inputs: Tensor) -> Tensor:  # tokens before heads
+            q, k, v = (x.transpose(1, 2) for x in inputs)
+            return naive_chunk_linear_attn(q, k, v, 1, normalize=True).transpose(1, 2)
+
+        found["fla_naive_chunk"] = fla_naive_chunk
+    if find_spec("fast_transformers"):
+        from fast_transformers.causal_product import causal_dot_product
+
+        def fast_transformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mass = torch.einsum("bhnf,bhnf->bhn", q, k.cumsum(dim=2))
+            return causal_dot_product(q, k, v) / mass[..., None]
+
+        found["fast_transformers"] = fast_transformers
+    if find_spec("performer_pytorch"):
+        from performer_pytorch.performer_pytorch import causal_linear_attention_noncuda
+
+        found["performer_pytorch"] = causal_linear_attention_noncuda
+    return found
+
+
+def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterator[list[Row]]:
+    """For each length the rows of all libraries, in float32, which must agree with ours. Their
+    features are laid out heads first, as all of them like it best."""
+    for length in lengths:
+        q, k, v = (heads(length, device, torch.float32).contiguous() for _ in range(3))
+        inputs = [x.requires_grad_() for x in (query_features(q), key_features(k), v)]
+        calls, want = {}, None
+        for name, attention in peers().items():
+            with torch.no_grad():
+                out = attention(*inputs)
+            want = out if want is None else want
+            torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-4)
+            for what, call in passes(attention, inputs).items():
+                calls[name, what] = call
+        yield [
+            {"form": name, "pass": what, "length": length, "causal": True, **row}
+            for (name, what), row in take_turns(calls, device, budget).items()
+        ]
+
+
+# --- Table, card, picture -------------------------------------------------------------------------
+
+
+def table(rows: list[Row], beside: str = "softmax") -> str:
+    """A line a row: what was measured, milliseconds, times as fast as beside, and memory."""
+    (along,) = (name for name in ("length", "context", "block") if name in rows[0])
+    lines = []
+    for row in rows:
+        same = {name: row[name] for name in (along, "causal", "pass") if name in row}
+        (reference,) = select(rows, form=beside, **same)
+        middle, low, high = (1000 * row[name] for name in ("median", "low", "high"))
+        lines.append(
+            f"{row[along]:7,} {row.get('pass', ''):19}{row['form']:18}{middle:10.3f} ms"
+            f" ({low:.3f} to {high:.3f}) {reference['median'] / row['median']:8.2f} x"
+            + ("" if row["peak"] is None else f" {row['peak'] / 2**20:9.2f} MiB")
+        )
+    return "\n".join(lines)
+
+
+def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """The results of a run card, printed while they come."""
+    dtype, budget = getattr(torch, settings.dtype), 0.5 if settings.quick else 4.0
+    lengths = [2**i for i in range(6, 13 if settings.quick else 17)]
+    rows: list[Row] = []
+    if settings.peers:
+        print("Linear attention of given features; the reference is ours")
+        for some in peer_rows(lengths[4:-2], device, budget):
+            rows += some
+            print(table(some, beside="nala"))
+        return {"peers": rows}
+    compiled = not settings.quick and (device.type == "cuda" or shutil.which("c++") is not None)
+    for some in attention_rows(lengths, device, dtype, budget, compiled):
+        rows += some
+        direction = "Causal" if some[0]["causal"] else "Bidirectional"
+        print(f"\n{direction} attention; the reference is PyTorch's fused softmax")
+        print(table(some))
+    places = {}
+    for direction, causal in (("causal", True), ("bidirectional", False)):
+        for name in ("forward", "forward + backward"):
+            places[f"{direction}, {name}"] = crossover(rows, causal=causal, **{"pass": name})
+    print("\nNaLa is never the slower from this many tokens on:")
+    for name, length in places.items():
+        print(f"  {name}: {length}")
+    results = {"attention": rows, "crossover": places}
+    results["decode"] = decode_rows(lengths[::2], device, dtype, budget)
+    print("\nOne token more, after N", table(results["decode"]), sep="\n")
+    results["steps"] = step_rows(device, budget)
+    print("\nOne training step, with windows of N", table(results["steps"]), sep="\n")
+    return results
+
+
 def main() -> None:
-    start = time.perf_counter()
-    config = {"seed": 1, "heads": 4, "dim": 64, "repeats": 5}
-    lengths = [2**i for i in range(6, 15)]
-    torch.manual_seed(config["seed"])
-    sizes = {key: value for key, value in config.items() if key != "seed"}
-    seconds = measure_time(lengths, **sizes)
-    results = {"lengths": lengths, "seconds": seconds}
-    results["crossover"] = crossover(lengths, seconds["softmax"], seconds["chunked"])
-    card = runcard.run_card(
-        config,
-        {"name": "standard normal queries, keys and values"},
-        torch.device("cpu"),
-        time.perf_counter() - start,
-        results,
-    )
-    card["command"] = "python -m nala_min.bench"
-    runcard.RESULTS.mkdir(parents=True, exist_ok=True)
-    runcard.write_json(runcard.RESULTS / "time_against_length.json", card)
-    plots.write(plots.time_against_length(results), runcard.RESULTS / "time_against_length.png")
-    print(f"Written: {runcard.RESULTS / 'time_against_length.json'} and .png")
+    start, settings = time.perf_counter(), train.parse_flags(Settings)
+    device = train.choose_device(settings.device)
+    torch.manual_seed(1)
+    if settings.peers and settings.dtype != "float32":
+        raise train.UsageError("--peers compares in float32: leave --dtype out")
+    config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
+    print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
+    print(f"q, k, v: ({BATCH}, {HEADS}, N, {DIM}), {settings.dtype}")
+    print(__doc__.split("\n\n")[1])
+    print("N, what, median (lowest to highest), times as fast as the reference, peak memory\n")
+    results = measure(settings, device)
+    data = {"name": "standard normal queries, keys and values"}
+    card = runcard.run_card(config, data, device, time.perf_counter() - start, results)
+    card["command"] = card["command"].replace("bench.py", "-m nala_min.bench")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    name = f"speed_{device.type}_{'peers' if settings.peers else settings.dtype}"
+    runcard.write_json(settings.out / f"{name}.json", card)
+    if not settings.peers:
+        plots.write(plots.speed(results), settings.out / f"{name}.png")
+    print(f"\nWritten to {settings.out}: {name}")
 
 
 if __name__ == "__main__":
-    main()
+    train.run_script(main)

@@ -185,6 +185,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 # --- 5. Attention forms: four ways to the same numbers -------------------------------------------
 # Each returns, for every token t, the sum over visible keys i of (phi(q_t) . phi(k_i)) values_i.
 # With values = [v 1] the last column is the normaliser of Eq. (5): one sum serves both.
+# Where nobody asks for one of them, fast.py computes the same numbers in less time and memory.
 # phi_q, phi_k: (B, H, N, F), values: (B, H, N, M + 1), state: (B, H, F, M + 1).
 
 
@@ -289,8 +290,10 @@ def nala_attention(
         Eq. (14), both causal. "auto" is for speed: recurrent for one causal token, else Eq. (13) or
         (15) as fast.py computes them, which can be differentiated once; as here with Eq. (17), in
         torch.compile, which does its own fusing, and in torch.func.
-    feature_map: one of FEATURE_MAPS; lam, tau, alpha, norm_scale: see query_features.
-    chunk_size: tokens in a chunk, any positive number; None chooses, about D.
+    feature_map: one of FEATURE_MAPS; lam, tau, alpha, norm_scale: see query_features; a norm_scale
+        may differ between heads, (H, 1, 1), not between tokens or channels.
+    chunk_size: tokens in a chunk, any positive number; None is 64, or with "auto" a number that
+        balances the two parts of Eq. (15).
     key_mask: (B, N) bool, True for a real token; a token that is False has no effect at all.
     state: (B, H, F, M + 1), returned by an earlier call: the sequence goes on from there.
     rope_positions: (N, A), see rotary_angles: rotates the numerator only, Eq. (17), after which
@@ -301,12 +304,14 @@ def nala_attention(
     gradient 0. Raises ValueError for shapes, names and combinations other than these.
     """
     _check_arguments(q, k, v, causal, mode, feature_map, chunk_size, key_mask, state, return_state)
+    if isinstance(norm_scale, Tensor) and any(size != 1 for size in norm_scale.shape[-2:]):
+        raise ValueError(f"norm_scale must be (..., 1, 1): {tuple(norm_scale.shape)}")
     options = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
     query = partial(query_features, tau=tau, norm_scale=norm_scale, **options)
     key = partial(key_features, **options)
     with torch.autocast(q.device.type, enabled=False):  # a bfloat16 sum of ones stops at 256
         one_step = causal and q.shape[2] == 1
-        if mode == "auto" and rope_positions is None and not one_step and fast.applies():
+        if mode == "auto" and rope_positions is None and not one_step and fast.applies(q):
             kernel = fast.Kernel(query, key, tau=tau, norm_scale=norm_scale, **options)
             out, after = fast.attention(q, k, v, kernel, causal, key_mask, state, chunk_size)
             return (out, after) if return_state else out

@@ -207,27 +207,47 @@ def health(
 
 
 @_styled
-def time_against_length(results: dict[str, Any]) -> Figure:
-    """Milliseconds against the number of tokens, a line a form, and where the chunked form
-    overtakes softmax. results: those of a card of nala_min.bench."""
+def speed(results: dict[str, Any]) -> Figure:
+    """Time and memory of a forward and a backward pass against the number of tokens, and time of
+    one token more against the context. results: those of a card of nala_min.bench."""
     looks = {
         "softmax": LOOKS["softmax"] | {"label": "softmax, fused kernel"},
-        "chunked": LOOKS["cosine"] | {"label": "NaLa, chunked (15)"},
+        "nala": LOOKS["cosine"],
+        "compiled": LOOKS["cosine"] | {"label": "NaLa, compiled", "linestyle": (0, (3, 1, 1, 1))},
+        "readable": {"label": "NaLa, chunked as in model.py", "color": BLUE, "linestyle": "-."},
         "quadratic": {"label": "NaLa, quadratic (13c)", "color": PURPLE, "linestyle": ":"},
+        "softmax_grown": {"label": "softmax, cache appended to", "color": GREEN, "linestyle": ":"},
     }
-    picture, axes = figure(height=4)
-    for name, seconds in results["seconds"].items():
-        milliseconds = [None if s is None else 1000 * s for s in seconds]
-        axes.plot(results["lengths"], milliseconds, marker="o", markersize=4, **looks[name])
-    if results["crossover"] is not None:
-        axes.axvline(results["crossover"], color=YELLOW, linewidth=1.5)
-        place = {"transform": axes.get_xaxis_transform()}  # a twentieth of the height up
-        axes.text(results["crossover"], 0.05, f" from {results['crossover']:,} tokens on", **place)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(results["lengths"], [f"{length:,}" for length in results["lengths"]])
-    axes.set(xlabel="number of tokens", ylabel="forward + backward (ms)")
-    axes.legend()
+    picture, panels = figure(1, 3, width=11.5, height=4.2)
+    causal = [r for r in results["attention"] if r["causal"] and r["pass"] == "forward + backward"]
+    drawn = (
+        (panels[0], causal, "length", "median", 1e3),
+        (panels[1], causal, "length", "peak", 2**-20),
+        (panels[2], results["decode"], "context", "median", 1e3),
+    )
+    for axes, rows, along, what, unit in drawn:
+        for form, look in looks.items():
+            points = [
+                (row[along], unit * row[what])
+                for row in rows
+                if row["form"] == form and row[what] is not None
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **look)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({row[along] for row in rows})[::2]
+        axes.set_xticks(ticks, [f"{n:,}" if n < 2**10 else f"{n // 2**10}k" for n in ticks])
+    panels[0].set(xlabel="number of tokens", ylabel="forward + backward (ms)", title="time")
+    panels[1].set(xlabel="number of tokens", ylabel="beyond q, k, v (MiB)", title="peak memory")
+    panels[2].set(xlabel="tokens before", ylabel="one token more (ms)", title="decoding")
+    if (place := results["crossover"]["causal, forward + backward"]) is not None:
+        panels[0].axvline(place, ymax=0.65, color=YELLOW, linewidth=1.5)  # below the legend
+        panels[0].annotate(
+            f" from {place:,} tokens on", (place, 0.04), xycoords=("data", "axes fraction")
+        )
+    panels[0].legend(loc="upper left", fontsize="small")
+    panels[2].legend(loc="upper left", fontsize="small")
     return picture
 
 

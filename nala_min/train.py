@@ -309,6 +309,17 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     return optimizers
 
 
+def update(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, clip: float
+) -> None:
+    """One step downhill: gradients of loss, at most of norm clip, and every optimiser's move."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def fit(
     model: nn.Module,
     recipe: Recipe,
@@ -377,11 +388,7 @@ def fit(
             inputs, targets = (x.to(device, non_blocking=True) for x in batch(step))
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
                 value = loss(model, inputs, targets)
-            model.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            for optimizer in optimizers:
-                optimizer.step()
+            update(model, optimizers, value, recipe.clip)
             losses.append(value.detach())
             bar.update()
             if step % 20 == 0:  # reading a loss makes a GPU wait

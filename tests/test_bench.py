@@ -1,97 +1,193 @@
 """What nala_min/bench.py measures; that a second is a second is not tested here."""
 
+import itertools
+import sys
 import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-from nala_min import bench, measure, plots, runcard
+from nala_min import bench, key_features, measure, nala_attention, plots, query_features, runcard
 
-CARD = runcard.read_json(runcard.RESULTS / "time_against_length.json")
+CPU = torch.device("cpu")
+CARDS = {
+    name: runcard.read_json(runcard.RESULTS / f"speed_cpu_{name}.json")
+    for name in ("float32", "peers")
+}
+RESULTS = CARDS["float32"]["results"]
 
 
-def test_every_form_is_causal_attention_and_those_of_nala_are_equal():
+# --- What is compared -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_forms_are_one_attention(causal):
+    """Softmax, too, sees what NaLa sees; the product is given features and is the same again."""
+    forms = bench.forms(causal, compiled=False)
     q, k, v = torch.randn(3, 1, 2, 70, 8, dtype=torch.float64)
-    outs = {name: form(q, k, v) for name, (form, _) in bench.FORMS.items()}
-    assert_close(outs["chunked"], outs["quadratic"])
-    v[:, :, -1] += 1
-    for name, (form, _) in bench.FORMS.items():
-        assert_close(form(q, k, v)[:, :, :-1], outs[name][:, :, :-1])
-        assert not torch.equal(form(q, k, v)[:, :, -1], outs[name][:, :, -1])
+    want = nala_attention(q, k, v, causal=causal, mode="parallel")
+    for name in {"nala", "readable", "quadratic"} & forms.keys():
+        assert_close(forms[name](q, k, v), want)
+    assert_close(forms["product"](query_features(q), key_features(k), v), want)
+    split = nala_attention(q, k, v, causal=causal, mode="parallel", feature_map="split")
+    assert_close(forms["split"](q, k, v), split)
+    assert_close(
+        forms["softmax"](q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    )
+    assert ("quadratic" in forms) == causal and "compiled" not in forms
 
 
 def test_only_the_quadratic_form_holds_n_squared_numbers():
     peaks = {}
-    for name in ("chunked", "quadratic"):
+    for name in ("nala", "readable", "quadratic"):
         with measure.Recorder() as recorder:
-            bench.FORMS[name][0](*torch.randn(3, 1, 1, 512, 8))
+            bench.forms(True, compiled=False)[name](*torch.randn(3, 1, 1, 512, 8))
         peaks[name] = recorder.peak
-    assert peaks["chunked"] < 4 * 512**2 <= peaks["quadratic"]
+    assert peaks["nala"] <= peaks["readable"] < 4 * 512**2 <= peaks["quadratic"]
 
 
-def test_measure_time_is_the_median_of_forward_and_backward_passes(monkeypatch):
-    """By a clock that stands still but in forms: it ticks in both passes, long in the first."""
-    calls, now = [], [0.0]
+def test_the_two_passes():
+    """Forward without a gradient; or all gradients, also of what the form does not use."""
+    inputs = [torch.randn(2, 3, requires_grad=True) for _ in range(3)]
+    seen = []
 
-    def form(name, *durations):
+    def form(q, k, v):
+        seen.append(torch.is_grad_enabled())
+        return 2 * q + k.detach() + v
+
+    passes = bench.passes(form, inputs)
+    seen.clear()
+    assert not passes["forward"]().requires_grad
+    q, k, v = passes["forward + backward"]()
+    assert seen == [False, True]
+    assert k is None and torch.equal(q, torch.full((2, 3), 2.0)) and torch.equal(v, q / 2)
+
+
+def test_decoding_attends_to_the_same_context(monkeypatch):
+    """All three see the whole context and the tokens decoded so far; times are those of one."""
+    found = {}
+
+    def take_turns(calls, device, budget):
+        found.update({name: call() for name, call in calls.items()})
+        return {name: {"median": 8.0, "low": 4.0, "high": 16.0, "runs": 3} for name in calls}
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    monkeypatch.setattr(bench, "BURST", 4)
+    contexts = (5, 9)
+    asked = []
+    for name in ("nala_attention", "softmax_attention"):
+        real = getattr(bench, name)
+
+        def attention(*qkv, real=real, **options):
+            asked.append((qkv, options.get("state")))
+            return real(*qkv, **options)
+
+        monkeypatch.setattr(bench, name, attention)
+    rows = bench.decode_rows(contexts, CPU, torch.float64, 0)
+    forms = ("softmax", "softmax_grown", "nala")
+    assert {(row["form"], row["context"]) for row in rows} == set(
+        itertools.product(forms, contexts)
+    )
+    assert all((row["median"], row["low"], row["high"]) == (2, 1, 4) for row in rows)
+    for context in contexts:
+        assert_close(found["softmax", context], found["softmax_grown", context])
+    (first, nothing), *_ = asked  # the context that NaLa's state is made of
+    assert nothing is None and first[0].shape[2] == contexts[0]
+    token = next(qkv for qkv, state in asked if state is not None)
+    whole = [torch.cat([x, *4 * [y]], dim=2) for x, y in zip(first, token, strict=True)]
+    want = nala_attention(*whole, causal=True)[:, :, -1:]
+    assert_close(found["nala", contexts[0]], want)
+
+
+def test_a_training_step_trains():
+    tokens = torch.arange(18).view(2, 9) % 7
+    for name in ("softmax", "nala"):
+        step = bench.training_step(name, tokens, CPU)
+        model = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))["model"]
+        model = model.cell_contents
+        assert model.config.attention == name and model.config.dim == 128
+
+        def loss(model=model):
+            logits, _ = model(tokens[:, :-1])
+            return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+        before = loss()
+        for _ in range(3):
+            step()
+        assert loss() < before
+
+
+# --- How it is measured ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is pushed."""
+    now = [0.0]
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def push(seconds):
+        now[0] += seconds
+
+    return push
+
+
+def test_calls_take_turns_until_the_budget_is_used_up(clock):
+    calls = []
+
+    def call(name, *durations):
         steps = iter(durations)
 
-        def attention(q, k, v):
-            step = next(steps)
+        def run():
+            calls.append(name)
+            clock(next(steps))
 
-            def backward(gradient):
-                calls.append(f"{name} backward")
-                now[0] += step
+        return run
 
-            assert q.dtype == k.dtype == v.dtype == torch.float32
-            calls.append((name, q.shape))
-            now[0] += 10 * step
-            out = q * k * v
-            out.register_hook(backward)
-            return out
-
-        return attention
-
-    ticks = (64.0, 1.0, 8.0, 2.0)  # to warm up, and three to take the median of
-    forms = {"a": (form("a", *ticks, *ticks), 8), "b": (form("b", 64.0, 4.0, 5.0, 9.0), 4)}
-    monkeypatch.setattr(bench, "FORMS", forms)
-    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    seconds = bench.measure_time([4, 8], heads=2, dim=3, repeats=3)
-    assert seconds == {"a": [22.0, 22.0], "b": [55.0, None]}
-    turn = [("a", (1, 2, 4, 3)), "a backward", ("b", (1, 2, 4, 3)), "b backward"]
-    assert calls == 4 * turn + 4 * [("a", (1, 2, 8, 3)), "a backward"]
+    found = bench.take_turns(
+        {
+            "a": call("a", 3, *(0, 1), *(0, 4), *(0, 2), *(0, 1)),
+            "b": call("b", 2, *(0, 2), *(0, 2), *(0, 5), *(0, 9)),
+            "c": call("c", 60),
+        },
+        CPU,
+        budget=20,
+    )
+    assert "".join(calls) == "abc" + 4 * "aabb"  # to warm up, where c uses up all; then in turns
+    assert found["a"] == {"median": 1.5, "low": 1, "high": 4, "runs": 4, "peak": 0}
+    assert found["b"] == {"median": 3.5, "low": 2, "high": 9, "runs": 4, "peak": 0}
+    assert found["c"] == {"median": 60, "low": 60, "high": 60, "runs": 1, "peak": 0}
 
 
-def test_main_writes_what_it_measured(monkeypatch, tmp_path):
-    """With the settings of the committed card; softmax is overtaken at the third length."""
-    asked = []
+def test_three_turns_are_taken_at_least_and_fifty_at_most(clock):
+    assert bench.take_turns({"a": lambda: clock(8)}, CPU, budget=9)["a"]["runs"] == 3
+    assert bench.take_turns({"a": lambda: None}, CPU, budget=9)["a"]["runs"] == 50
 
-    def measure_time(lengths, **sizes):
-        asked.append((lengths, sizes | {"seed": torch.initial_seed()}))
-        return {
-            "softmax": [0.001 * i for i, _ in enumerate(lengths, start=1)],
-            "chunked": [0.0025] * len(lengths),
-            "quadratic": [0.01] * (len(lengths) - 1) + [None],
-        }
 
-    monkeypatch.setattr(bench, "measure_time", measure_time)
-    monkeypatch.setattr(runcard, "RESULTS", tmp_path / "new")
-    bench.main()
-    ((lengths, sizes),) = asked
-    card = runcard.read_json(tmp_path / "new" / "time_against_length.json")
-    assert card.keys() == CARD.keys()
-    for name in ("command", "config", "data"):
-        assert card[name] == CARD[name]
-    assert (lengths, sizes) == (CARD["results"]["lengths"], CARD["config"])
-    seconds = measure_time(lengths)
-    assert card["results"] == {"lengths": lengths, "seconds": seconds, "crossover": lengths[2]}
-    assert 0 <= card["seconds"] < 60
-    assert (tmp_path / "new" / "time_against_length.png").read_bytes().startswith(b"\x89PNG")
+def test_compiling_is_not_timed(clock):
+    durations = iter([99.0, *(8 * [1.0])])
+    rows = bench.take_turns({("compiled", "forward"): lambda: clock(next(durations))}, CPU, 2)
+    assert rows["compiled", "forward"]["high"] == 1
+    assert rows["compiled", "forward"]["peak"] is None
+
+
+def test_the_peak_is_what_tensors_hold_at_one_time():
+    def call():
+        first = torch.ones(1000)
+        del first
+        return torch.ones(500) + torch.ones(500)
+
+    assert bench.peak_of(call, CPU, compiled=False) == 6000
+
+
+def row(form, length, median, **rest):
+    return {"form": form, "length": length, "median": median, "causal": True, **rest}
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "length"),
+    ("softmax", "nala", "length"),
     [
         ([1, 2, 4], [2, 2, 2], 20),
         ([1, 2, 4], [0, 0, 0], 10),
@@ -99,35 +195,154 @@ def test_main_writes_what_it_measured(monkeypatch, tmp_path):
         ([3, 1, 4], [2, 2, 2], 40),  # for good, not for once
     ],
 )
-def test_crossover_is_where_the_second_stays_the_faster(first, second, length):
-    assert bench.crossover([10, 20, 40], first, second) == length
+def test_crossover_is_where_nala_stays_the_faster(softmax, nala, length):
+    rows = [row("softmax", *pair) for pair in zip([10, 20, 40], softmax, strict=True)]
+    rows += [row("nala", *pair) for pair in zip([10, 20, 40], nala, strict=True)]
+    rows += [row("nala", 10, 99, causal=False), row("softmax", 10, 1, causal=False)]
+    assert bench.crossover(rows, causal=True) == length
 
 
-def test_the_committed_card_is_consistent():
-    results = CARD["results"]
-    assert CARD["command"] == "python -m nala_min.bench"
-    assert set(results["seconds"]) == set(bench.FORMS)
-    for name, (_, longest) in bench.FORMS.items():
-        measured = zip(results["lengths"], results["seconds"][name], strict=True)
-        assert all((length > longest) == (s is None) for length, s in measured)
-    times = results["seconds"]["softmax"], results["seconds"]["chunked"]
-    assert results["crossover"] == bench.crossover(results["lengths"], *times)
+def test_the_table_says_how_many_times_as_fast():
+    rows = [row("softmax", 10, 0.004, low=0.003, high=0.009, peak=2**20)]
+    rows += [row("compiled", 10, 0.001, low=0.001, high=0.002, peak=None)]
+    first, second = bench.table(rows).splitlines()
+    assert first.split() == "10 softmax 4.000 ms (3.000 to 9.000) 1.00 x 1.00 MiB".split()
+    assert second.split() == "10 compiled 1.000 ms (1.000 to 2.000) 4.00 x".split()
 
 
-def test_the_picture_marks_the_crossover():
-    axes = plots.time_against_length(CARD["results"]).axes[0]
-    labels = [line.get_label() for line in axes.get_lines()]
-    assert labels[:3] == ["softmax, fused kernel", "NaLa, chunked (15)", "NaLa, quadratic (13c)"]
-    (note,) = [text.get_text() for text in axes.texts]
-    assert f"{CARD['results']['crossover']:,}" in note
-    colours = [line.get_color() for line in axes.get_lines()[:3]]
-    assert colours == [plots.BLACK, plots.ORANGE, plots.PURPLE]  # those of softmax and NaLa
-    assert [line.get_linestyle() for line in axes.get_lines()[:3]] == ["--", "-", ":"]
-    assert axes.get_xscale() == axes.get_yscale() == "log"
-    assert list(axes.get_lines()[3].get_xdata()) == [CARD["results"]["crossover"]] * 2
-    assert axes.texts[0].get_position()[0] == CARD["results"]["crossover"]
-    assert list(axes.get_lines()[1].get_xdata()) == CARD["results"]["lengths"]
-    shown = axes.get_lines()[0].get_ydata()
-    assert list(shown) == pytest.approx([1000 * s for s in CARD["results"]["seconds"]["softmax"]])
-    nowhere = plots.time_against_length(CARD["results"] | {"crossover": None}).axes[0]
-    assert not nowhere.texts
+# --- Other libraries ------------------------------------------------------------------------------
+
+
+def prefix_sums(q, k, v):
+    """Unnormalised causal linear attention, (B, H, N, .)."""
+    return (q @ k.mT).tril() @ v
+
+
+def install(monkeypatch, **functions):
+    """Modules that keep what the libraries promise of their functions, or a broken one."""
+
+    def naive_chunk_linear_attn(q, k, v, scale=None, normalize=False):  # (B, N, H, .)
+        assert scale == 1 and normalize
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return (prefix_sums(q, k, v) / prefix_sums(q, k, v[..., :1] ** 0)).transpose(1, 2)
+
+    def causal_linear_attention_noncuda(q, k, v):
+        return prefix_sums(q, k, v) / prefix_sums(q, k, v[..., :1] ** 0)
+
+    places = {
+        "fla.ops.linear_attn.naive": naive_chunk_linear_attn,
+        "fast_transformers.causal_product": prefix_sums,
+        "performer_pytorch.performer_pytorch": causal_linear_attention_noncuda,
+    }
+    for path, function in places.items():
+        names = path.split(".")
+        for i in range(len(names)):
+            module = types.ModuleType(".".join(names[: i + 1]))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        name = "causal_dot_product" if names[0] == "fast_transformers" else function.__name__
+        setattr(module, name, functions.get(names[0], function))
+    monkeypatch.setattr(bench, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench, "DIM", 4)
+
+
+def test_peers_are_given_features_and_must_agree_with_ours(monkeypatch):
+    install(monkeypatch)
+    ((*rows,),) = bench.peer_rows([16], CPU, 0)
+    assert [r["form"] for r in rows[::2]] == list(bench.peers())
+    assert list(bench.peers()) == [
+        "nala",
+        "fla_naive_chunk",
+        "fast_transformers",
+        "performer_pytorch",
+    ]
+    for name in ("fla", "fast_transformers", "performer_pytorch"):
+        install(monkeypatch, **{name: lambda q, k, v, *rest, **options: v})
+        with pytest.raises(AssertionError):
+            list(bench.peer_rows([16], CPU, 0))
+
+
+def test_without_other_libraries_there_is_ours(monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert list(bench.peers()) == ["nala"]
+
+
+# --- The whole ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [["--quick"], ["--quick", "--peers"]])
+def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
+    """Quick, with times that are made up: a card like the committed one."""
+
+    def take_turns(calls, device, budget):
+        return {
+            name: {"median": 0.1, "low": 0.1, "high": 0.2, "runs": 1, "peak": 2**20}
+            for name in calls
+        }
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "HEADS", 1)
+    monkeypatch.setattr(bench, "DIM", 8)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags, "--device", "cpu"])
+    monkeypatch.chdir(tmp_path)
+    bench.main()
+    name = "peers" if "--peers" in flags else "float32"
+    card = runcard.read_json(tmp_path / "runs" / "speed" / f"speed_cpu_{name}.json")
+    assert card["command"] == f"python -m nala_min.bench {' '.join(flags)} --device cpu"
+    assert (
+        card.keys() == CARDS[name].keys() and card["config"].keys() == CARDS[name]["config"].keys()
+    )
+    assert card["results"].keys() == CARDS[name]["results"].keys()
+    picture = tmp_path / "runs" / "speed" / "speed_cpu_float32.png"
+    assert picture.exists() == ("--peers" not in flags)
+    said = capsys.readouterr().out
+    assert "reference is" in said and "speed_cpu_" in said
+
+
+def test_the_committed_cards_are_whole_and_consistent():
+    lengths = [2**i for i in range(6, 17)]
+    rows = RESULTS["attention"]
+    for causal, direction in ((True, "causal"), (False, "bidirectional")):
+        forms = [*bench.forms(causal, compiled=False), "compiled"]
+        for what in ("forward", "forward + backward"):
+            for form in forms:
+                found = bench.select(rows, form=form, causal=causal, **{"pass": what})
+                longest = bench.LONGEST.get(form, lengths[-1])
+                assert [r["length"] for r in found] == [n for n in lengths if n <= longest], form
+                assert all(0 < r["low"] <= r["median"] <= r["high"] for r in found)
+            place = bench.crossover(rows, causal=causal, **{"pass": what})
+            assert RESULTS["crossover"][f"{direction}, {what}"] == place
+    assert CARDS["float32"]["command"].startswith("python -m nala_min.bench --out")
+    assert CARDS["peers"]["command"].startswith("python -m nala_min.bench --peers")
+    assert {r["form"] for r in CARDS["peers"]["results"]["peers"]} == {
+        "nala",
+        "fla_naive_chunk",
+        "fast_transformers",
+        "performer_pytorch",
+    }
+    assert {(r["form"], r["block"]) for r in RESULTS["steps"]} == set(
+        itertools.product(("softmax", "nala", "elu"), bench.STEPS)
+    )
+
+
+def test_the_picture_is_the_card():
+    figure = plots.speed(RESULTS)
+    time, memory, decode = figure.axes
+    lines = {line.get_label(): line for line in time.get_lines()}
+    assert {"softmax, fused kernel", "NaLa", "NaLa, compiled"} < lines.keys()
+    which = {"causal": True, "pass": "forward + backward"}
+    for label, form in {"softmax, fused kernel": "softmax", "NaLa": "nala"}.items():
+        rows = bench.select(RESULTS["attention"], form=form, **which)
+        assert list(lines[label].get_xdata()) == [r["length"] for r in rows]
+        assert list(lines[label].get_ydata()) == pytest.approx([1000 * r["median"] for r in rows])
+        (drawn,) = (line for line in memory.get_lines() if line.get_label() == label)
+        assert list(drawn.get_ydata()) == pytest.approx([r["peak"] / 2**20 for r in rows])
+        rows = bench.select(RESULTS["decode"], form=form)
+        (drawn,) = (line for line in decode.get_lines() if line.get_label() == label)
+        assert list(drawn.get_ydata()) == pytest.approx([1000 * r["median"] for r in rows])
+    place = RESULTS["crossover"]["causal, forward + backward"]
+    (note,) = time.texts
+    assert f"{place:,}" in note.get_text() and note.xy[0] == place
+    assert all(axes.get_xscale() == axes.get_yscale() == "log" for axes in figure.axes)
+    nowhere = RESULTS | {"crossover": dict.fromkeys(RESULTS["crossover"])}
+    assert not plots.speed(nowhere).axes[0].texts

@@ -687,6 +687,7 @@ def test_heads_and_batches_do_not_mix(model, mode):
         ({"k": torch.zeros(B, H, 6, D)}, "q and k must be"),
         ({"v": torch.zeros(B, H, 6, M)}, "v \\(B, H, N, M\\)"),
         ({"q": torch.zeros(7, D)}, "q and k must be"),
+        ({"norm_scale": torch.ones(D)}, "norm_scale must be \\(..., 1, 1\\): \\(4,\\)"),
         ({"rope_positions": torch.zeros(7, 3)}, "not divisible by 2 x 3 axes"),
         ({"k": torch.zeros(B, H, 7, D, dtype=torch.int64)}, "must be floating: .* torch.int64,"),
     ],

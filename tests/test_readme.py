@@ -1,12 +1,13 @@
 """The README: its commands, its code and every number of its tables."""
 
 import re
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
-from nala_min import runcard
+from nala_min import bench, runcard
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,3 +109,90 @@ def test_every_linked_file_is_there():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert len(links) > 8
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+SPEED = runcard.read_json(runcard.RESULTS / "speed_cpu_float32.json")["results"]
+PEERS = runcard.read_json(runcard.RESULTS / "speed_cpu_peers.json")["results"]["peers"]
+BOTH = {"pass": "forward + backward"}
+
+
+def ratio(rows, slow, fast, **which):
+    """How many times as long slow takes as fast: two forms, or two contexts of one form."""
+    times = [bench.select(rows, **which, **one)[0]["median"] for one in (slow, fast)]
+    return times[0] / times[1]
+
+
+def against_softmax(length, form="nala", causal=True):
+    pair = {"form": "softmax"}, {"form": form}
+    return ratio(SPEED["attention"], *pair, length=length, causal=causal, **BOTH)
+
+
+def short(number):
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}"
+
+
+def test_how_many_times_as_long_softmax_takes_is_the_run_card():
+    (table,) = re.findall(
+        r"^\| softmax's time ÷ NaLa's \|.+?\n\n", README, re.MULTILINE | re.DOTALL
+    )
+    heading, _, *rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+    lengths = [int(cell.replace(",", "")) for cell in heading[1:]]
+    forms = {
+        "causal": ("nala", True),
+        "causal, sign split": ("split", True),
+        "causal, compiled": ("compiled", True),
+        "bidirectional": ("nala", False),
+        "bidirectional, compiled": ("compiled", False),
+    }
+    assert [row[0] for row in rows] == list(forms)
+    for name, *cells in rows:
+        assert cells == [short(against_softmax(n, *forms[name])) for n in lengths], name
+
+
+def test_aims_of_speed_and_what_came_out_are_the_run_cards():
+    rows = dict(re.findall(r"^\| (.+?) \| [≥≤>] \S+ \| (.+?) \|$", README, re.MULTILINE))
+    step = partial(ratio, SPEED["steps"], {"form": "nala"}, {"form": "softmax"})
+    decode = partial(ratio, SPEED["decode"])
+    peaks = [
+        bench.select(SPEED["attention"], form=form, length=16384, causal=True, **BOTH)[0]["peak"]
+        for form in ("nala", "softmax")
+    ]
+    place = SPEED["crossover"]["causal, forward + backward"]
+    compiled = bench.crossover(SPEED["attention"], form="compiled", causal=True, **BOTH)
+    want = {
+        "causal, 4,096 tokens: softmax's": f"{short(against_softmax(4096))}; compiled"
+        f" {short(against_softmax(4096, 'compiled'))}",
+        "the same at 16,384": f"{short(against_softmax(16384))}; compiled"
+        f" {short(against_softmax(16384, 'compiled'))}",
+        "NaLa is never the slower": f"{place:,}; compiled {compiled:,}",
+        "peak memory at 16,384": f"{peaks[0] / peaks[1]:.2f}",
+        "a step of training": f"{step(block=256):.2f}",
+        "the same with windows": f"{step(block=64):.2f}",
+        "decoding": f"{decode({'context': 16384}, {'context': 64}, form='nala'):.2f}",
+    }
+    for form, name in (("softmax_grown", "after 16,384"), ("softmax", "the same, its cache")):
+        want[name] = f"{decode({'form': form}, {'form': 'nala'}, context=16384):.1f}"
+    for form, name in (
+        ("fla_naive_chunk", "flash-linear-attention"),
+        ("fast_transformers", "pytorch-fast-transformers"),
+        ("performer_pytorch", "performer-pytorch"),
+    ):
+        found = [
+            ratio(PEERS, {"form": form}, {"form": "nala"}, length=2**i, **BOTH)
+            for i in range(10, 15)
+        ]
+        want[name] = f"{min(found):.1f} to {max(found):.1f}"
+    pair = {"form": "product"}, {"form": "nala"}
+    share = ratio(SPEED["attention"], *pair, length=4096, causal=True, **BOTH)
+    assert f"alone takes {share:.0%}".replace("%", " %") in " ".join(README.split())
+    assert f"For fewer than {place:,} tokens softmax is the faster" in README
+    assert len(rows) == len(want)
+    for name, value in want.items():
+        (said,) = (
+            cell
+            for label, cell in rows.items()
+            if label.startswith(name) or f" of {name} " in label
+        )
+        assert said == value, name
