@@ -288,8 +288,8 @@ def nala_attention(
     causal: token t sees tokens 0 ... t only.
     mode: "parallel" is Eq. (13), or Eq. (13c) if causal; "chunked" is Eq. (15) and "recurrent"
         Eq. (14), both causal. "auto" is for speed: recurrent for one causal token, else Eq. (13) or
-        (15) as fast.py computes them, which can be differentiated once; as here with Eq. (17), in
-        torch.compile, which does its own fusing, and in torch.func.
+        (15) as fast.py computes them, which can be differentiated once. With Eq. (17), and inside
+        torch.compile and torch.func, it takes the forms of this file.
     feature_map: one of FEATURE_MAPS; lam, tau, alpha, norm_scale: see query_features; a norm_scale
         may differ between heads, (H, 1, 1), not between tokens or channels.
     chunk_size: tokens in a chunk, any positive number; None is 64, or with "auto" a number that
