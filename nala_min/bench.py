@@ -318,8 +318,8 @@ def peers() -> dict[str, Callable[..., Tensor]]:
 
 
 def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterator[list[Row]]:
-    """For each length the rows of all libraries, in float32, which must agree with ours. Their
-    features are laid out heads first, as all of them like it best."""
+    """For each length the rows of all libraries, in float32, which must agree with ours. All
+    tensors are laid out heads first."""
     for length in lengths:
         q, k, v = (heads(length, device, torch.float32).contiguous() for _ in range(3))
         inputs = [x.requires_grad_() for x in (query_features(q), key_features(k), v)]

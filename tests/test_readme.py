@@ -168,8 +168,8 @@ def test_aims_of_speed_and_what_came_out_are_the_run_cards():
         f" {short(against_softmax(16384, 'compiled'))}",
         "NaLa is never the slower": f"{place:,}; compiled {compiled:,}",
         "peak memory at 16,384": f"{peaks[0] / peaks[1]:.2f}",
-        "a step of training": f"{step(block=256):.2f}",
-        "the same with windows": f"{step(block=64):.2f}",
+        "a step of training": f"{step(block=256):.3f}",
+        "the same with windows": f"{step(block=64):.3f}",
         "decoding": f"{decode({'context': 16384}, {'context': 64}, form='nala'):.2f}",
     }
     for form, name in (("softmax_grown", "after 16,384"), ("softmax", "the same, its cache")):
@@ -183,10 +183,16 @@ def test_aims_of_speed_and_what_came_out_are_the_run_cards():
             ratio(PEERS, {"form": form}, {"form": "nala"}, length=2**i, **BOTH)
             for i in range(10, 15)
         ]
-        want[name] = f"{min(found):.1f} to {max(found):.1f}"
+        want[name] = f"{min(found):.3f} to {max(found):.3f}"
     pair = {"form": "product"}, {"form": "nala"}
     share = ratio(SPEED["attention"], *pair, length=4096, causal=True, **BOTH)
     assert f"alone takes {share:.0%}".replace("%", " %") in " ".join(README.split())
+    elu = partial(ratio, SPEED["steps"], {"form": "elu"}, {"form": "softmax"})
+    said = f"it takes {elu(block=256):.3f} and {elu(block=64):.3f} of softmax's time"
+    assert said in " ".join(README.split())
+    pair, alone = ({"form": "fast_transformers"}, {"form": "nala"}), {"pass": "forward"}
+    said = f"forward pass alone takes {ratio(PEERS, *pair, length=16384, **alone):.3f} of our time"
+    assert said in " ".join(README.split())
     assert f"For fewer than {place:,} tokens softmax is the faster" in README
     assert len(rows) == len(want)
     for name, value in want.items():
