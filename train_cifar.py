@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nala_min import NaLaViT, ViTConfig, data, measure, plots, runcard, train
-from nala_min.train import UsageError, flag
+from nala_min import NaLaViT, ViTConfig, data, distributed, measure, plots, runcard, train
+from nala_min.flags import UsageError, flag, parse_flags, run_script
 
 # fmt: off
 PRESETS = {
@@ -82,7 +82,8 @@ def load_model(out: Path, device: torch.device) -> tuple[NaLaViT, dict[str, Any]
 def load_images(settings: Settings) -> data.Images:
     """The images that the flags ask for."""
     try:
-        return data.load_images(settings.data, settings.data_dir, settings.url)
+        with distributed.first_alone():
+            return data.load_images(settings.data, settings.data_dir, settings.url)
     except (OSError, ValueError) as error:
         raise UsageError(f"{'--data-dir' if settings.data_dir else '--url'}: {error}") from error
 
@@ -123,7 +124,7 @@ def draw(model: NaLaViT, images: data.Images, results: dict[str, Any], title: st
 
 
 def main() -> None:
-    settings = train.parse_flags(Settings)
+    settings = parse_flags(Settings)
     device = train.choose_device(settings.device)
     if settings.predict is not None:
         return predict(*load_model(settings.out, device), settings.predict)
@@ -164,6 +165,8 @@ def main() -> None:
         extra=settings.config() | {"data": about, "classes": list(images.classes)},
         resume=settings.resume,
     )
+    if distributed.rank() > 0:  # the first process has the results
+        return
     results = test(model, images) | {"parameters": parameters, "history": history}
     results["health"] = measure.health(model, images.test[0][:100])
     card = runcard.run_card(settings.config(), about, device, seconds, results)
@@ -173,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    run_script(main)

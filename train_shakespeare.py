@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nala_min import LMConfig, NaLaLM, data, measure, plots, runcard, train
-from nala_min.train import UsageError, flag
+from nala_min import LMConfig, NaLaLM, data, distributed, measure, plots, runcard, train
+from nala_min.flags import UsageError, flag, parse_flags, run_script
 
 PRESETS = {  # gpu: nanoGPT's character recipe
     "cpu": dict(layers=4, heads=4, dim=128, block=128, batch=8, steps=2400, lr=3e-3, dropout=0.0),
@@ -93,13 +93,14 @@ def sample(settings: Settings, device: torch.device) -> None:
 
 
 def main() -> None:
-    settings = train.parse_flags(Settings)
+    settings = parse_flags(Settings)
     device = train.choose_device(settings.device)
     if settings.sample is not None:
         return sample(settings, device)
 
     try:
-        text = data.load_text(settings.data)
+        with distributed.first_alone():
+            text = data.load_text(settings.data)
         vocabulary, training, validation = data.split_text(text.text, settings.block)
     except (OSError, ValueError) as error:
         raise UsageError(f"--data {settings.data or ''}: {error}") from error
@@ -128,6 +129,8 @@ def main() -> None:
         extra=settings.config() | {"data": about, "characters": vocabulary.characters},
         resume=settings.resume,
     )
+    if distributed.rank() > 0:  # the first process has the results
+        return
     loss = validation_loss(model, validation, settings.block)
     inputs, _ = next(data.all_windows(validation, settings.block, 64))
     results = {"validation_loss": loss, "parameters": parameters, "history": history}
@@ -144,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    run_script(main)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nala_min import plots, runcard, train
+from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import Recorder
 from nala_min.model import (
     LMConfig,
@@ -34,7 +35,6 @@ from nala_min.model import (
     query_features,
     softmax_attention,
 )
-from nala_min.train import flag
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -389,11 +389,11 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    start, settings = time.perf_counter(), train.parse_flags(Settings)
+    start, settings = time.perf_counter(), parse_flags(Settings)
     device = train.choose_device(settings.device)
     torch.manual_seed(1)
     if settings.peers and settings.dtype != "float32":
-        raise train.UsageError("--peers compares in float32: leave --dtype out")
+        raise UsageError("--peers compares in float32: leave --dtype out")
     config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
     print(f"q, k, v: ({BATCH}, {HEADS}, N, {DIM}), {settings.dtype}")
@@ -412,4 +412,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    run_script(main)

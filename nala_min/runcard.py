@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from nala_min import distributed
+
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"  # the committed run cards
 
 
@@ -30,18 +32,30 @@ def run_card(
     config: what decides the result; data: its name and checksum; seconds: how long it took.
     """
     return {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*_launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": config,
         "data": data,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "numpy")},
         },
-        "hardware": {"device": _device_name(device), "threads": torch.get_num_threads()},
+        "hardware": {
+            "device": _device_name(device),
+            "threads": torch.get_num_threads(),  # of each process
+            "processes": distributed.world_size(),
+        },
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds, 1),
         "results": results,
     }
+
+
+def _launcher() -> list[str]:
+    if distributed.world_size() == 1:
+        return ["python"]
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = distributed.world_size() // local
+    return ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={local}"]
 
 
 def _device_name(device: torch.device) -> str:

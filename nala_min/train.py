@@ -1,48 +1,29 @@
-"""The training loop that both scripts share, with its flags, optimisers and checkpoints."""
+"""The training loop that both scripts share, with its settings, optimisers and checkpoints."""
 
 from __future__ import annotations
 
-import argparse
+import io
 import math
-import sys
+import random
+import signal
+import threading
 import time
-import types
-import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from nala_min import distributed
+from nala_min.flags import UsageError, flag
 from nala_min.model import BlockConfig
 from nala_min.runcard import write_whole
 
-
-class UsageError(ValueError):
-    """A user's mistake: its message names the flag and the mend."""
-
-
-# --- Flags from a dataclass ----------------------------------------------------------------------
-
-
-def flag(
-    default: Any,
-    help: str,
-    choices: Sequence[str] | None = None,
-    *,
-    decides: bool = True,
-    zero: bool = False,
-) -> Any:
-    """A dataclass field that parse_flags turns into a command-line flag.
-
-    decides: whether the result depends on it, or it only says where and how to run; zero: whether a
-    number of PRESETS may be 0.
-    """
-    about = {"help": help, "choices": choices, "decides": decides, "zero": zero}
-    return field(default=default, metadata=about)
+# --- What every script is told --------------------------------------------------------------------
 
 
 @dataclass
@@ -64,7 +45,7 @@ class Settings:
     )
     seed: int = flag(1, "of initial weights, data order and dropout")
     out: Path | None = flag(
-        None, "folder of the run (default: runs/NAME_PRESET_ATTENTION_seedN)", decides=False
+        None, "folder of the run (default: named after the flags, below runs/)", decides=False
     )
     device: str = flag(
         "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"], decides=False
@@ -85,9 +66,12 @@ class Settings:
             if getattr(self, name) is None:
                 setattr(self, name, default)
             value = getattr(self, name)
-            if not (0 < value < math.inf or (value == 0 and name in zero)):
+            if not (0 < value < 2**31 or (value == 0 and name in zero)):
                 wanted = "0 or more" if name in zero else "positive"
-                raise UsageError(f"--{name} {value} is not {wanted} and finite")
+                raise UsageError(f"--{name} {value} is not {wanted} and below 2^31")
+        if self.batch % distributed.world_size():
+            processes = distributed.world_size()
+            raise UsageError(f"--batch {self.batch} cannot be shared by {processes} processes")
         if self.dropout >= 1:
             raise UsageError(f"--dropout {self.dropout} is not a share from 0 to less than 1")
         try:
@@ -98,6 +82,9 @@ class Settings:
             raise UsageError(f"--seed {self.seed} is not a number from 0 to 2^63 - 1")
         attention = self.attention.replace(",", "-")  # there may be one for each block
         run = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
+        for name, default in self.PRESETS[self.preset].items():  # other flags, another folder
+            if getattr(self, name) != default:
+                run += f"_{name}{getattr(self, name):g}"
         self.out = self.out or Path("runs") / run
 
     def config(self) -> dict[str, Any]:
@@ -107,7 +94,7 @@ class Settings:
     def recipe(self, device: torch.device) -> Recipe:
         """How to train: ten points on the curve, and on a CUDA card in bfloat16."""
         every, half = max(1, self.steps // 10), device.type == "cuda"
-        return Recipe(self.steps, self.lr, eval_every=every, bfloat16=half)
+        return Recipe(self.steps, self.lr, eval_every=every, bfloat16=half, seed=self.seed)
 
 
 def block_options(config: dict[str, Any]) -> dict[str, Any]:
@@ -122,80 +109,29 @@ def block_options(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
-    """Read argv (the command line by default) into the dataclass settings, a flag a field.
-
-    Its docstring is the description; PRESETS, if it has them, stand in the help of what they set.
-    Prints one line and exits with code 2 on a flag that is unknown or does not parse.
-    """
-    parser = _Parser(
-        description=settings.__doc__,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
-    )
-    hints = typing.get_type_hints(settings)
-    for item in fields(settings):
-        kind = hints[item.name]
-        if isinstance(kind, types.UnionType):  # X | None
-            kind = kind.__args__[0]
-        presets = getattr(settings, "PRESETS", {})
-        options: dict[str, Any] = {"help": item.metadata["help"], "default": item.default}
-        if item.default:
-            options["help"] += " (default: %(default)s)"
-        elif any(item.name in preset for preset in presets.values()):
-            values = (f"{name}: {preset[item.name]}" for name, preset in presets.items())
-            options["help"] += f" ({', '.join(values)})"
-        if kind is bool:
-            options["action"] = "store_true"
-        else:
-            options |= {"type": kind, "choices": item.metadata["choices"]}
-            options["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
-        parser.add_argument("--" + item.name.replace("_", "-"), **options)
-    return settings(**vars(parser.parse_args(argv)))
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a user's mistake is one line on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may not know every character of a text
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(_fail(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    return code
-
-
 def choose_device(name: str) -> torch.device:
-    """The device called name; "auto" is the first of cuda, mps, cpu that is there.
+    """The device called name; "auto" is the first of cuda, mps, cpu that is there. Of several
+    processes on a machine, each takes a CUDA card of its own.
 
     Raises UsageError for one that is not there.
     """
+    several, place = distributed.world_size() > 1, distributed.local_rank()
     there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available() and torch.cuda.device_count() > place,
+        "mps": torch.backends.mps.is_available() and not several,
         "cpu": True,
     }
     if name == "auto":
         name = next(kind for kind, is_there in there.items() if is_there)
     if not there[name]:
-        raise UsageError(f"--device {name} is not available here: use --device auto")
-    return torch.device(name)
-
-
-FORMAT = 2  # of a checkpoint: counted up when what fit saves changes
+        processes = f" for process {place} of this machine" if several else ""
+        raise UsageError(f"--device {name} is not available here{processes}: use --device auto")
+    return torch.device(name, place) if several and name == "cuda" else torch.device(name)
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
+
+FORMAT = 3  # of a checkpoint: counted up when what fit saves changes
 
 
 def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
@@ -211,19 +147,13 @@ def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
             raise ValueError("another format")
     except Exception as error:  # torch raises many kinds for a damaged file, in many lines
         kind = type(error).__name__
-        raise UsageError(f"{path} is no checkpoint of this version ({kind}): train anew") from error
+        raise UsageError(
+            f"{path} is no checkpoint of this version ({kind}): delete it, or name another folder"
+            " with --out"
+        ) from error
     if not set(names) <= saved.get("extra", {}).keys():
         raise UsageError(f"{path} is a run of another script: name another folder with --out")
     return saved
-
-
-def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
-            raise UsageError(
-                f"--resume: {path} was trained with {name} = {saved.get(name)!r}, not"
-                f" {wanted.get(name)!r}: give the same flags, or another folder with --out"
-            )
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -242,6 +172,7 @@ class Recipe:
     clip: float = 1.0
     eval_every: int = 500  # steps between two points of the curve, and two checkpoints
     bfloat16: bool = False
+    seed: int = 1  # of dropout
 
     def learning_rate_at(self, step: int, highest: float) -> float:
         """Learning rate of step 0, 1, ..., steps - 1, which rises to highest and falls."""
@@ -334,85 +265,195 @@ def fit(
     """Train model in place, on the device it is on.
 
     batch(step) gives inputs and targets and must depend on step alone; loss(model, inputs, targets)
-    a scalar; evaluate(model) numbers by name, as validation_loss. Every recipe.eval_every steps
-    and at the end, checkpoint is written: model, optimiser, random state, history and extra, a dict
-    of plain values that must be the same when the run is resumed.
+    a scalar; evaluate(model) numbers by name, as validation_loss. At the start, every
+    recipe.eval_every steps, at the end and on Ctrl-C, checkpoint is written: model, optimiser,
+    history and extra, a dict of plain values that must be the same when the run is resumed. All
+    that is random is a function of recipe.seed and the step, so a resumed run is the same run.
+
+    Of several processes each computes the gradient of its share of a batch; the first evaluates
+    and writes.
 
     Returns the history, a dict of step, train_loss and what evaluate gave a point, and the seconds
     spent.
-    Raises UsageError if the checkpoint's folder cannot be made, or if it is to be resumed from and
-    is not of this run.
+    Raises UsageError if checkpoint cannot be written, is to be resumed from and is not of this run,
+    or is of another run that would be overwritten. KeyboardInterrupt says how to go on.
     """
     device = next(model.parameters()).device
-    optimizers = make_optimizers(model, recipe)
-    first, history, spent = 0, [], 0.0
+    run = _Run(model, recipe, checkpoint, extra)
     if resume:
-        saved = load_checkpoint(checkpoint)
-        _check_same_run(saved["extra"], extra, checkpoint)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        first, history, spent = saved["step"], saved["history"], saved["seconds"]
-        torch.set_rng_state(saved["random"]["cpu"])
-        if device.type == "cuda" and "cuda" in saved["random"]:
-            torch.cuda.set_rng_state(saved["random"]["cuda"], device)
-    try:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {checkpoint.parent} cannot be made: {error}") from error
-    start = time.perf_counter() - spent
+        run.load()
+    elif distributed.rank() == 0:
+        run.begin()
+    if not distributed.is_same([extra, recipe, run.step]):
+        raise UsageError("the processes of this job differ in flags, data or checkpoint")
+    parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
+    model.train()
+    with _progress(run.step, recipe.steps) as bar, _Stop() as stop:
+        try:
+            while run.step < recipe.steps:
+                torch.manual_seed(_mixed(recipe.seed, run.step, distributed.rank()))
+                for group in run.groups():
+                    group["lr"] = recipe.learning_rate_at(run.step, group["initial_lr"])
+                part = (distributed.share(x) for x in batch(run.step))
+                inputs, targets = (x.to(device, non_blocking=True) for x in part)
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+                    value = loss(parallel, inputs, targets)
+                update(parallel, run.optimizers, value, recipe.clip)
+                run.losses.append(value.detach())
+                run.step += 1
+                bar.update()
+                if run.step % 20 == 1:  # reading a loss makes a GPU wait
+                    bar.set_postfix(loss=f"{value.item():.3f}")
+                if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
+                    run.add_point(evaluate, bar)
+                    run.save()
+                if distributed.any_of(stop.asked):
+                    run.save()
+                    distributed.wait()
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"interrupted at step {run.step}: --resume goes on from step {run.saved}"
+            ) from error
+    return run.history, run.seconds()
 
-    def save(step: int) -> None:
-        random = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(device)
+
+class _Run:
+    """A run so far: what its checkpoint holds."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, path: Path, extra: dict[str, Any]):
+        self.model, self.optimizers = model, make_optimizers(model, recipe)
+        self.path, self.extra, self.steps = path, extra, recipe.steps
+        self.step = self.saved = 0  # steps made, and those that are in the checkpoint
+        self.losses: list[Tensor] = []  # since the last point of the curve
+        self.history: list[dict[str, float]] = []
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters with a learning rate of their own."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def load(self) -> None:
+        """Go on from the checkpoint."""
+        saved = load_checkpoint(self.path)
+        if different := self.difference(saved):
+            raise UsageError(
+                f"--resume: {different}: give the same flags, or another folder with --out"
+            )
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.step = self.saved = saved["step"]
+        self.losses, self.history = list(saved["losses"]), saved["history"]
+        self.start -= saved["seconds"]
+
+    def begin(self) -> None:
+        """Write the first checkpoint, at step 0: better to learn now than after an hour that it
+        cannot be written. Never in the place of a run that is another, or not finished."""
+        if self.path.exists():
+            saved = load_checkpoint(self.path)
+            if different := self.difference(saved):
+                raise UsageError(f"{different}: delete it, or name another folder with --out")
+            if saved["step"] < self.steps:
+                raise UsageError(
+                    f"{self.path} has come to step {saved['step']} of {self.steps}: --resume goes"
+                    " on with it; delete it to begin anew"
+                )
+        self.save(first=True)
+
+    def difference(self, saved: dict[str, Any]) -> str | None:
+        """How the run that was saved differs from this one, if it does."""
+        before = saved["extra"]
+        for name in sorted(before.keys() | self.extra.keys()):
+            if before.get(name) != self.extra.get(name):
+                return (
+                    f"{self.path} was trained with {name} = {before.get(name)!r}, not"
+                    f" {self.extra.get(name)!r}"
+                )
+        return None
+
+    def add_point(self, evaluate: Callable[[nn.Module], dict[str, float]], bar: tqdm) -> None:
+        """Add a point to the curve, and write it above the bar."""
+        train_loss = distributed.mean(torch.stack(self.losses).mean().item())
+        self.losses.clear()
+        if distributed.rank() > 0:
+            return
+        point = {"step": self.step, "train_loss": train_loss, **evaluate(self.model)}
+        self.model.train()
+        self.check_finite(point.values())
+        self.history.append(point)
+        numbers = (f"{name.replace('_', ' ')} {point[name]:.3f}" for name in list(point)[1:])
+        bar.write(f"step {self.step:5d}   {'   '.join(numbers)}")
+
+    def check_finite(self, numbers: Iterable[float]) -> None:
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
+
+    def save(self, first: bool = False) -> None:
+        """Write the checkpoint, if there is something new, and sound."""
+        if distributed.rank() > 0 or (self.step == self.saved and not first):
+            return
+        self.check_finite(losses := [value.item() for value in self.losses])
         state = {
             "format": FORMAT,
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-            "history": history,
-            "seconds": time.perf_counter() - start,
-            "random": random,
-            "extra": extra,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "losses": torch.tensor(losses),
+            "history": self.history,
+            "seconds": self.seconds(),
+            "extra": self.extra,
         }
-        write_whole(checkpoint, lambda file: torch.save(state, file))
+        torch.save(state, content := io.BytesIO())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, lambda file: file.write(content.getbuffer()))
+        except OSError as error:
+            mend = f"mend that, and --resume goes on from step {self.saved}"
+            if first:
+                mend = "mend that, or name another folder with --out"
+            raise UsageError(
+                f"--out {self.path.parent} cannot be written ({error}): {mend}"
+            ) from error
+        self.saved = self.step
 
-    model.train()
-    losses: list[Tensor] = []
-    bar = tqdm(total=recipe.steps, initial=first, desc="training", unit="step", dynamic_ncols=True)
-    try:
-        for step in range(first, recipe.steps):
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = recipe.learning_rate_at(step, group["initial_lr"])
-            inputs, targets = (x.to(device, non_blocking=True) for x in batch(step))
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-                value = loss(model, inputs, targets)
-            update(model, optimizers, value, recipe.clip)
-            losses.append(value.detach())
-            bar.update()
-            if step % 20 == 0:  # reading a loss makes a GPU wait
-                bar.set_postfix(loss=f"{value.item():.3f}")
-            if (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.steps:
-                point = {
-                    "step": step + 1,
-                    "train_loss": torch.stack(losses).mean().item(),
-                    **evaluate(model),
-                }
-                if not all(map(math.isfinite, point.values())):
-                    raise UsageError(f"the loss is not finite at step {step + 1}: lower --lr")
-                model.train()
-                losses.clear()
-                history.append(point)
-                numbers = (
-                    f"{name.replace('_', ' ')} {point[name]:.3f}" for name in list(point)[1:]
-                )
-                bar.write(f"step {step + 1:5d}   {'   '.join(numbers)}")
-                save(step + 1)
-    except KeyboardInterrupt:
-        if checkpoint.exists():
-            bar.write(f"Interrupted at step {step}: --resume goes on from the last checkpoint.")
-        raise
-    finally:
-        bar.close()
-    return history, time.perf_counter() - start
+
+class _Stop:
+    """Whether someone has asked for an end, by Ctrl-C or as clusters do by SIGTERM. The step at
+    hand is finished first; a second Ctrl-C does not wait for it."""
+
+    def __enter__(self) -> _Stop:
+        self.asked, self._handlers = False, {}
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT and distributed.world_size() == 1:
+            raise KeyboardInterrupt
+        self.asked = True  # torchrun sends it again to all of its processes
+
+
+def _progress(first: int, steps: int) -> tqdm:
+    """One bar, however many processes there are."""
+    return tqdm(
+        total=steps,
+        initial=first,
+        desc="training",
+        unit="step",
+        dynamic_ncols=True,
+        disable=distributed.rank() > 0,
+    )
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed that depends on all of numbers."""
+    return random.Random(repr(numbers)).getrandbits(63)

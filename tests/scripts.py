@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import matplotlib
 import pytest
 
-from nala_min import train
+from nala_min.flags import run_script
 
 FONTS = matplotlib.get_cachedir()  # found before XDG_CACHE_HOME changes: indexing fonts is slow
 HERE = ["--preset", "cpu", "--device", "cpu"]
@@ -56,7 +56,7 @@ def run_here(script, folder, *flags):
             patch.setenv(name, value)
         urllib.request.install_opener(None)  # it remembers the proxies of its first use
         try:
-            train.run_script(script.main)
+            run_script(script.main)
         except SystemExit as exit:
             code = exit.code
         finally:

@@ -1,9 +1,12 @@
 import argparse
 import datetime
+import errno
 import io
 import itertools
 import json
 import math
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +18,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, runcard, train
-from nala_min.train import Recipe, UsageError, fit, flag
+from nala_min.flags import UsageError, flag, parse_flags, run_script
+from nala_min.train import Recipe, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +39,7 @@ class Flags:
 
 
 def test_without_flags_every_field_has_its_default():
-    assert train.parse_flags(Flags, []) == Flags("word", 3, None, None, False)
+    assert parse_flags(Flags, []) == Flags("word", 3, None, None, False)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +54,7 @@ def test_without_flags_every_field_has_its_default():
     ],
 )
 def test_a_flag_sets_its_field_with_the_field_s_type(argv, field, value):
-    flags = train.parse_flags(Flags, argv)
+    flags = parse_flags(Flags, argv)
     assert getattr(flags, field) == value
     assert type(getattr(flags, field)) is type(value)
     setattr(flags, field, getattr(Flags(), field))
@@ -59,7 +63,7 @@ def test_a_flag_sets_its_field_with_the_field_s_type(argv, field, value):
 
 def test_flags_are_read_from_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script.py", "--size", "4"])
-    assert train.parse_flags(Flags).size == 4
+    assert parse_flags(Flags).size == 4
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_flags_are_read_from_the_command_line(monkeypatch):
 )
 def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, named, capsys):
     with pytest.raises(SystemExit) as exit:
-        train.parse_flags(Flags, argv)
+        parse_flags(Flags, argv)
     assert exit.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -87,7 +91,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, named, capsys):
 
 def test_help_has_the_description_every_flag_and_the_defaults(capsys):
     with pytest.raises(SystemExit) as exit:
-        train.parse_flags(Flags, ["--help"])
+        parse_flags(Flags, ["--help"])
     assert exit.value.code == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -118,16 +122,17 @@ class Run(train.Settings):
 
 
 def test_a_preset_gives_what_the_flags_do_not():
-    run = train.parse_flags(Run, ["--preset", "gpu", "--steps", "3", "--dropout", "0"])
+    run = parse_flags(Run, ["--preset", "gpu", "--steps", "3", "--dropout", "0"])
     assert (run.steps, run.batch, run.lr, run.dropout, run.width) == (3, 4, 0.25, 0.0, 16)
     assert (run.layers, run.heads, run.dim, run.shift) == (4, 3, 12, 2)
-    assert run.out == Path("runs") / "toy_gpu_nala_seed1"
-    assert train.parse_flags(Run, ["--out", "here"]).out == Path("here")
+    assert parse_flags(Run, ["--preset", "gpu"]).out == Path("runs") / "toy_gpu_nala_seed1"
+    assert run.out == Path("runs") / "toy_gpu_nala_seed1_steps3_dropout0"  # nothing overwritten
+    assert parse_flags(Run, ["--out", "here"]).out == Path("here")
 
 
 def test_attentions_of_several_blocks_make_one_folder_without_commas():
     flags = ["--preset", "cpu", "--attention", "nala,softmax"]
-    assert train.parse_flags(Run, flags).out == Path("runs") / "toy_cpu_nala-softmax_seed1"
+    assert parse_flags(Run, flags).out == Path("runs") / "toy_cpu_nala-softmax_seed1"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +141,7 @@ def test_attentions_of_several_blocks_make_one_folder_without_commas():
 )
 def test_block_options_are_what_both_configs_take(attention, names):
     flags = ["--preset", "cpu", "--attention", attention, "--dropout", "0.25"]
-    options = train.block_options(train.parse_flags(Run, flags).config())
+    options = train.block_options(parse_flags(Run, flags).config())
     for config in (LMConfig(vocab_size=5, **options), ViTConfig(**options)):
         sizes = (config.num_layers, config.num_heads, config.dim, config.dropout)
         assert sizes == (2, 2, 8, 0.25)
@@ -146,19 +151,19 @@ def test_block_options_are_what_both_configs_take(attention, names):
 @pytest.mark.parametrize(("cuda", "preset", "steps"), [(True, "gpu", 70), (False, "cpu", 50)])
 def test_the_preset_is_chosen_by_whether_there_is_cuda(cuda, preset, steps, machine):
     machine(cuda, False)
-    run = train.parse_flags(Run, [])
+    run = parse_flags(Run, [])
     assert (run.preset, run.steps) == (preset, steps)
 
 
 def test_the_help_of_a_preset_flag_has_both_values(capsys):
     with pytest.raises(SystemExit):
-        train.parse_flags(Run, ["--help"])
+        parse_flags(Run, ["--help"])
     assert "how wide it is (cpu: 8, gpu: 16)" in capsys.readouterr().out
 
 
 def test_the_config_is_what_decides_the_result():
     flags = ["--preset", "cpu", "--words", "hi", "--out", "o", "--device", "cpu", "--resume"]
-    assert train.parse_flags(Run, [*flags, "--seed", "3", "--attention", "elu"]).config() == {
+    assert parse_flags(Run, [*flags, "--seed", "3", "--attention", "elu"]).config() == {
         "preset": "cpu",
         "attention": "elu",
         "seed": 3,
@@ -177,9 +182,7 @@ def test_the_config_is_what_decides_the_result():
 @pytest.mark.parametrize(("steps", "every"), [("1", 1), ("9", 1), ("50", 5), ("59", 5)])
 @pytest.mark.parametrize(("device", "bfloat16"), [("cpu", False), ("cuda", True), ("mps", False)])
 def test_the_recipe_of_settings(steps, every, device, bfloat16):
-    recipe = train.parse_flags(Run, ["--preset", "cpu", "--steps", steps]).recipe(
-        torch.device(device)
-    )
+    recipe = parse_flags(Run, ["--preset", "cpu", "--steps", steps]).recipe(torch.device(device))
     assert recipe == Recipe(int(steps), 0.5, eval_every=every, bfloat16=bfloat16)
 
 
@@ -213,16 +216,16 @@ def test_the_recipe_of_settings(steps, every, device, bfloat16):
 )
 def test_settings_that_no_run_can_have_are_a_mistake_that_names_the_flag(argv):
     with pytest.raises(UsageError, match=argv[0]):
-        train.parse_flags(Run, ["--preset", "cpu", *argv])
+        parse_flags(Run, ["--preset", "cpu", *argv])
 
 
 @pytest.mark.parametrize("name", ["dropout", "shift"])
 def test_only_what_may_be_zero_may_be_zero(name):
-    assert getattr(train.parse_flags(Run, [f"--{name}", "0"]), name) == 0
-    with pytest.raises(UsageError, match=f"--{name} -1.* is not 0 or more and finite"):
-        train.parse_flags(Run, [f"--{name}", "-1"])
-    with pytest.raises(UsageError, match="--width 0 is not positive and finite"):
-        train.parse_flags(Run, ["--width", "0"])
+    assert getattr(parse_flags(Run, [f"--{name}", "0"]), name) == 0
+    with pytest.raises(UsageError, match=f"--{name} -1.* is not 0 or more and below"):
+        parse_flags(Run, [f"--{name}", "-1"])
+    with pytest.raises(UsageError, match="--width 0 is not positive and below"):
+        parse_flags(Run, ["--width", "0"])
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_only_what_may_be_zero_may_be_zero(name):
 )
 def test_blocks_that_do_not_fit_together_say_why(argv, reason):
     with pytest.raises(UsageError, match=reason):
-        train.parse_flags(Run, ["--preset", "cpu", *argv])
+        parse_flags(Run, ["--preset", "cpu", *argv])
 
 
 # --- Exit codes and devices ----------------------------------------------------------------------
@@ -245,7 +248,19 @@ def test_blocks_that_do_not_fit_together_say_why(argv, reason):
     ("error", "code", "line"),
     [
         (UsageError("--size 0 is too small"), 2, "script.py: error: --size 0 is too small\n"),
-        (KeyboardInterrupt(), 130, "script.py: error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "script.py: interrupted\n"),
+        (KeyboardInterrupt("interrupted, saved"), 130, "script.py: interrupted, saved\n"),
+        (
+            OSError(28, "No space left", "card.json"),
+            1,
+            "error: [Errno 28] No space left: 'card.json'\n",
+        ),
+        (MemoryError(), 1, "script.py: error: out of memory: make the batch, the model or the"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
+            1,
+            "script.py: error: out of memory",
+        ),
     ],
 )
 def test_a_script_turns_a_mistake_into_one_line_and_an_exit_code(
@@ -256,23 +271,32 @@ def test_a_script_turns_a_mistake_into_one_line_and_an_exit_code(
 
     monkeypatch.setattr("sys.argv", ["/somewhere/script.py"])
     with pytest.raises(SystemExit) as exit:
-        train.run_script(main)
+        run_script(main)
     assert exit.value.code == code
-    assert capsys.readouterr() == ("", line)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert line in err and err.startswith("script.py: ")
 
 
-def test_a_script_s_bug_is_not_called_a_mistake_of_the_user():
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_script_s_bug_is_not_called_a_mistake_of_the_user(kind):
     def main():
-        raise ValueError("a bug")
+        raise kind("a bug")
 
-    with pytest.raises(ValueError, match="a bug"):
-        train.run_script(main)
+    with pytest.raises(kind, match="a bug"):
+        run_script(main)
+
+
+def test_a_model_too_large_for_the_machine_is_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_script(lambda: torch.empty(2**50))
+    assert "error: out of memory" in capsys.readouterr().err
 
 
 def test_a_script_prints_to_a_console_that_lacks_the_characters(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", console)
-    train.run_script(lambda: print("5 €"))
+    run_script(lambda: print("5 €"))
     console.flush()
     assert console.buffer.getvalue() == b"5 ?\n"
 
@@ -283,6 +307,7 @@ def machine(monkeypatch):
 
     def machine(cuda, mps):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
     return machine
@@ -554,12 +579,13 @@ def train_small(model, path, recipe=None, **options):
     return fit(model, recipe, checkpoint=path, **options)
 
 
-def until(stop):
-    """A batch function that is interrupted at step stop."""
+def until(stop, number=signal.SIGINT, times=1):
+    """A batch function in whose step stop the signal comes."""
 
     def interrupted(step):
         if step == stop:
-            raise KeyboardInterrupt
+            for _ in range(times):
+                signal.raise_signal(number)
         return batch(step)
 
     return interrupted
@@ -578,33 +604,101 @@ def tensors_of(value, name=""):
     }
 
 
-@pytest.mark.parametrize(("stop", "muon"), [(3, None), (5, None), (6, None), (5, 0.02)])
-def test_an_interrupted_run_goes_on_to_the_very_same_bits(stop, muon, tmp_path, capsys):
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def assert_same_run(one, other):
+    """Two checkpoints hold the same, but for the time that it took, to the last bit."""
+    saved, again = train.load_checkpoint(one), train.load_checkpoint(other)
+    assert saved.keys() == again.keys()
+    for name in ("format", "step", "history", "extra"):
+        assert saved[name] == again[name]
+    saved, again = tensors_of(saved), tensors_of(again)
+    assert saved.keys() == again.keys()
+    assert any("exp_avg_sq" in name for name in saved)
+    for name in saved:
+        assert torch.equal(saved[name], again[name]), name
+
+
+@pytest.mark.parametrize(
+    ("stop", "number", "muon"),
+    [
+        (0, *SIGNALS[:1], None),
+        (3, *SIGNALS[1:], None),
+        (5, *SIGNALS[:1], 0.02),
+        (6, *SIGNALS[1:], None),
+    ],
+)
+def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, muon, tmp_path):
     recipe = Recipe(steps=7, learning_rate=0.01, muon=muon, warmup=2, eval_every=3)
     whole = small_model(seed=1, dropout=0.2)
     history, _ = train_small(whole, tmp_path / "whole.pt", recipe)
 
-    broken = small_model(seed=1, dropout=0.2)
-    with pytest.raises(KeyboardInterrupt):
-        train_small(broken, tmp_path / "broken.pt", recipe, batch=until(stop))
-    assert f"step {stop}" in (out := capsys.readouterr().out) and "--resume" in out
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    stopped = small_model(seed=1, dropout=0.2)
+    with pytest.raises(KeyboardInterrupt, match=f"goes on from step {stop + 1}$"):
+        train_small(stopped, tmp_path / "parts.pt", recipe, batch=until(stop, number))
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    assert train.load_checkpoint(tmp_path / "parts.pt")["step"] == stop + 1
 
-    resumed = small_model(seed=2, dropout=0.2)  # other weights, other random state
-    resumed_history, _ = train_small(resumed, tmp_path / "broken.pt", recipe, resume=True)
-
+    torch.manual_seed(17)  # another random state
+    resumed, seen = small_model(seed=2, dropout=0.2), []
+    resumed_history, _ = train_small(
+        resumed,
+        tmp_path / "parts.pt",
+        recipe,
+        batch=lambda step: (seen.append(step), batch(step))[1],
+        resume=True,
+    )
+    assert seen == list(range(stop + 1, 7))
     assert [point["step"] for point in history] == [3, 6, 7]
     assert resumed_history == history
-    for (name, parameter), other in zip(
-        whole.named_parameters(), resumed.parameters(), strict=True
-    ):
-        assert torch.equal(parameter, other), name
-    saved = tensors_of(train.load_checkpoint(tmp_path / "whole.pt"))
-    saved_resumed = tensors_of(train.load_checkpoint(tmp_path / "broken.pt"))
-    assert saved.keys() == saved_resumed.keys()
-    assert any("exp_avg_sq" in name for name in saved)
-    assert any("momentum" in name for name in saved) == (muon is not None)
-    for name in saved:
-        assert torch.equal(saved[name], saved_resumed[name]), name
+    assert_same_run(tmp_path / "whole.pt", tmp_path / "parts.pt")
+    weights = (model.state_dict().values() for model in (whole, resumed))
+    assert all(map(torch.equal, *weights))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="at step 4: --resume goes on from step 3"):
+        train_small(small_model(), tmp_path / "parts.pt", batch=until(4, times=2))
+    train_small(small_model(), tmp_path / "whole.pt")
+    train_small(small_model(seed=2), tmp_path / "parts.pt", resume=True)
+    assert_same_run(tmp_path / "whole.pt", tmp_path / "parts.pt")
+
+
+def test_a_second_sigterm_waits(tmp_path):
+    """Launchers send it to a process and to its parent, which hands it on."""
+    with pytest.raises(KeyboardInterrupt, match="goes on from step 5"):
+        train_small(small_model(), tmp_path / "parts.pt", batch=until(4, signal.SIGTERM, times=2))
+
+
+def test_training_in_another_thread_leaves_signals_alone(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        history, _ = pool.submit(train_small, small_model(), tmp_path / "checkpoint.pt").result()
+    assert [point["step"] for point in history] == [3, 6, 7]
+
+
+def test_each_step_and_process_draws_its_own_random_numbers(tmp_path, monkeypatch):
+    """Dropout depends on recipe.seed, step and process, not on what was drawn before."""
+    drawn = []
+
+    def drawing(model, inputs, targets):
+        drawn.append(torch.rand(()).item())
+        return loss(model, inputs, targets)
+
+    def draws(seed, rank):
+        recipe = Recipe(steps=3, learning_rate=0.01, seed=seed)
+        drawn.clear()
+        monkeypatch.setattr(train.distributed, "rank", lambda: rank)
+        monkeypatch.setattr(train.distributed, "share", lambda batch: batch)
+        train_small(small_model(), tmp_path / f"{seed}{rank}.pt", recipe, loss=drawing)
+        return list(drawn)
+
+    first = draws(1, 0)
+    torch.rand(5)
+    assert draws(1, 0) == first
+    others = [first, draws(2, 0), draws(1, 1)]
+    assert len({number for some in others for number in some}) == sum(map(len, others))
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
@@ -651,7 +745,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
     recipe = Recipe(steps=9, learning_rate=1e30, warmup=2, eval_every=3)
     with pytest.raises(UsageError, match="not finite at step 3: lower --lr"):
         train_small(small_model(), tmp_path / "checkpoint.pt", recipe)
-    assert list(tmp_path.iterdir()) == []
+    assert train.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -659,13 +753,74 @@ def test_an_evaluation_that_is_not_finite_ends_the_run_too(broken, tmp_path):
     numbers = {"test_accuracy": 0.5, "test_loss": broken}
     with pytest.raises(UsageError, match="not finite at step 3: lower --lr"):
         train_small(small_model(), tmp_path / "checkpoint.pt", evaluate=lambda model: dict(numbers))
-    assert list(tmp_path.iterdir()) == []
+    assert train.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
 
 
-def test_an_interruption_before_the_first_checkpoint_promises_nothing(tmp_path, capsys):
+def test_a_stop_after_a_loss_that_is_not_finite_saves_nothing(tmp_path):
+    recipe = Recipe(steps=9, learning_rate=1e30, warmup=2, eval_every=9)
+    with pytest.raises(UsageError, match="not finite at step 5: lower --lr"):
+        train_small(small_model(), tmp_path / "checkpoint.pt", recipe, batch=until(4))
+    assert train.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
+
+
+def test_a_run_that_is_not_finished_is_not_overwritten(tmp_path):
+    path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
-        train_small(small_model(), tmp_path / "checkpoint.pt", batch=until(1))
-    assert "--resume" not in capsys.readouterr().out
+        train_small(small_model(), path, batch=until(3))
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="has come to step 4 of 7: --resume goes on with it"):
+        train_small(small_model(), path)
+    assert path.read_bytes() == before
+
+
+def test_another_run_is_not_overwritten_but_the_same_one_is_made_again(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    history, _ = train_small(small_model(), path)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="trained with dim = 16, not 32: delete it, or name"):
+        train_small(small_model(), path, extra=EXTRA | {"dim": 32})
+    path.with_name("other.pt").write_bytes(b"something else")
+    with pytest.raises(UsageError, match=r"no checkpoint of this version .* delete it, or name"):
+        train_small(small_model(), path.with_name("other.pt"))
+    assert path.read_bytes() == before
+    assert train_small(small_model(), path)[0] == history
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_checkpoint(
+    stop, tmp_path, monkeypatch
+):
+    """In the first checkpoint or a later one, half of which is written."""
+    write, count = train.write_whole, itertools.count()
+
+    def full(path, fill):
+        def half(file):
+            fill(file)
+            if next(count) == stop:
+                file.truncate(file.tell() // 2)
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        write(path, half)
+
+    monkeypatch.setattr(train, "write_whole", full)
+    path = tmp_path / "run" / "checkpoint.pt"
+    mend = ["mend that, or name another folder with --out", "", "--resume goes on from step 3"]
+    with pytest.raises(
+        UsageError, match=f"cannot be written .*No space left.*{mend[stop]}"
+    ) as error:
+        train_small(small_model(), path)
+    assert "\n" not in str(error.value)
+    train_small(small_model(), path, resume=stop > 0)
+    train_small(small_model(), tmp_path / "whole.pt")
+    assert_same_run(tmp_path / "whole.pt", path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_is_a_file_is_one_line_before_any_training(tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"cannot be written .*name another folder with --out"):
+        train_small(small_model(), tmp_path / "file" / "checkpoint.pt", batch=None)
+    assert (tmp_path / "file").read_bytes() == b"mine"
 
 
 def test_the_checkpoint_is_written_at_every_evaluation(tmp_path):

@@ -1,0 +1,160 @@
+"""Several processes, which torchrun starts on one machine or on many: how they train one model
+together, and how they attend to one sequence that is too long for one of them.
+
+Training is data parallel: each process has the whole model and takes its share of every batch.
+Without torchrun everything here does nothing, and costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from nala_min.model import key_features, nala_attention
+
+PATIENCE = timedelta(hours=2)  # for a process that downloads while the others wait
+
+
+@contextmanager
+def job() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, until the block ends."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is: 0 is the one that reports and writes."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of those on its machine this one is."""
+    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Let the first process of each machine run the block before the others: they find what it
+    downloaded."""
+    if local_rank() > 0:
+        wait()
+    yield
+    if local_rank() == 0:
+        wait()
+
+
+def wait() -> None:
+    """Until every process is here."""
+    any_of(False)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether flag is true in at least one process."""
+    return bool(_reduced(torch.tensor(float(flag)), "MAX"))
+
+
+def mean(number: float) -> float:
+    """The mean of number over all processes."""
+    return _reduced(torch.tensor(number, dtype=torch.float64), "SUM").item() / world_size()
+
+
+def is_same(value: object) -> bool:
+    """Whether every process has the same value, by what repr makes of it."""
+    digest = torch.tensor(list(hashlib.sha256(repr(value).encode("utf-8")).digest()))
+    return torch.equal(_reduced(digest.clone(), "MIN"), _reduced(digest, "MAX"))
+
+
+def _reduced(tensor: Tensor, operation: str) -> Tensor:
+    if world_size() > 1:
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+def share(batch: Tensor) -> Tensor:
+    """The part of a batch that is this process's, an equal number of examples each."""
+    return batch.chunk(world_size())[rank()]
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether error means that another process of the job is gone."""
+    lost = ("closed by peer", "reset by peer", "Broken pipe")
+    return world_size() > 1 and (
+        isinstance(error, dist.DistError) or any(words in str(error) for words in lost)
+    )
+
+
+# --- One sequence over all processes --------------------------------------------------------------
+
+
+def sequence_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str = "cosine",
+    lam: float = 3.0,
+    tau: float = 0.5,
+    alpha: float = 20.0,
+    norm_scale: float | Tensor = 1.0,
+    key_mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Causal nala_attention over a sequence that lies in pieces on the processes of group.
+
+    Arguments as there, but of this process's tokens only, which follow those of the process before
+    it. Returns their output. All that travels is the state of Eq. (14), F x (M + 1) numbers a head
+    however long the pieces are, and on the way back its gradient. Every process must make the call,
+    and go backwards, as often as the others.
+    """
+    kernel = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
+    with torch.autocast(q.device.type, enabled=False):
+        phi_k = key_features(k, **kernel)  # (B, H, N, F)
+        if key_mask is not None:
+            phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
+        values = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0)  # (B, H, N, M + 1)
+        state = _SumBefore.apply(phi_k.mT @ values, group)  # (B, H, F, M + 1)
+    kernel |= {"tau": tau, "norm_scale": norm_scale}
+    return nala_attention(q, k, v, causal=True, key_mask=key_mask, state=state, **kernel)
+
+
+class _SumBefore(Function):
+    """The sum of what the processes before this one have; so its gradient is the sum of the
+    gradients of those after it."""
+
+    @staticmethod
+    def forward(ctx, state, group):
+        ctx.group = group
+        return _gather(state, group)[: dist.get_rank(group)].sum(dim=0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather(grad, ctx.group)[dist.get_rank(ctx.group) + 1 :].sum(dim=0), None
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """tensor of every process, stacked."""
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return torch.stack(parts)
