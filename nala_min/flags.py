@@ -90,6 +90,8 @@ def run_script(main: Callable[[], None]) -> None:
         except UsageError as error:
             _exit(f"error: {error}", 2)
         except KeyboardInterrupt as error:
+            if distributed.rank():  # the first process tells
+                sys.exit(130)
             _exit(str(error) or "interrupted", 130)
         except (MemoryError, RuntimeError) as error:
             if distributed.is_lost_peer(error):

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -142,6 +143,8 @@ def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"no checkpoint at {path}: train first, or name its folder with --out")
     try:
+        if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # torch checks no checksum
+            raise ValueError(damaged)
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError("another format")
@@ -394,7 +397,10 @@ class _Run:
 
     def save(self, first: bool = False) -> None:
         """Write the checkpoint, if there is something new, and sound."""
-        if distributed.rank() > 0 or (self.step == self.saved and not first):
+        if self.step == self.saved and not first:
+            return
+        if distributed.rank() > 0:  # the first process writes
+            self.saved = self.step
             return
         self.check_finite(losses := [value.item() for value in self.losses])
         state = {

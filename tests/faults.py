@@ -1,0 +1,395 @@
+"""Break the training scripts in every way that happens to people, and see what is lost.
+
+`python tests/faults.py` does all of it (half an hour on two cores) and writes the run card of the
+README's table, notebooks/results/faults.json; `--times 2` is quick; `--out` names another folder.
+Moments are random; `--seed` fixes them as far as a clock can. test_faults.py calls the same
+functions. "Lost" is what of a run that was broken and resumed differs from one that was not.
+"""
+
+import argparse
+import os
+import pydoc_data.topics
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nala_min import data, runcard, train  # noqa: E402
+from nala_min.flags import run_script  # noqa: E402
+
+SCRIPTS = ("train_shakespeare", "train_cifar")
+PHASES = ("training", "evaluation", "writing")
+COUNT = 200  # images in a file, in place of 10,000
+SIZES = "--preset cpu --device cpu --layers 1 --heads 2 --dim 32 --steps 60 --dropout 0.1".split()
+FLAGS = {
+    "train_shakespeare": [*SIZES, *"--batch 4 --block 32 --data text.txt".split()],
+    "train_cifar": [*SIZES, *"--batch 20 --shift 1 --data-dir images".split()],
+}
+
+
+# --- What a script is run on, and how -------------------------------------------------------------
+
+
+def prepare(folder):
+    """Write a text, and images of noise, for the scripts to train on."""
+    text = "".join(pydoc_data.topics.topics.values())[:100_000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    (folder / "images").mkdir()
+    noise = np.random.default_rng(1)
+    for name in data.BATCHES:
+        records = noise.integers(256, size=(COUNT, data.RECORD), dtype=np.uint8)
+        records[:, 0] %= 10
+        (folder / "images" / name).write_bytes(records.tobytes())
+
+
+def child(script, phase, flags):
+    """Run script in this process; the byte in the file phase says what it is doing just now."""
+    module = __import__(script)
+    data.BATCH = COUNT
+    place = os.open(phase, os.O_RDWR | os.O_CREAT) if phase else None
+
+    def during(name, function):
+        def noting(*args, **options):
+            before = os.pread(place, 1, 0)
+            os.pwrite(place, name[:1].encode(), 0)
+            try:
+                return function(*args, **options)
+            finally:
+                os.pwrite(place, before, 0)
+
+        return noting
+
+    if phase:
+        fit, point, write = train.fit, train._Run.add_point, train.write_whole
+        train.fit = during("training", fit)
+        train._Run.add_point = during("evaluation", point)
+        train.write_whole = during("writing", write)
+        os.pwrite(place, b"-", 0)
+    sys.argv = [f"{script}.py", *flags]
+    run_script(module.main)
+
+
+class Job:
+    """A script that trains in folder, in one process or, by torchrun, in several."""
+
+    def __init__(self, script, folder, *flags, processes=1):
+        self.folder, self.script = folder, script
+        self.phase_file = folder / f"phase{random.getrandbits(48)}" if processes == 1 else None
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc_per_node={processes}"]
+        self.log = (folder / "log.txt").open("w+", encoding="utf-8")
+        command = [*launcher, __file__, "--child", script, str(self.phase_file or "")]
+        self.process = subprocess.Popen(
+            [*command, *FLAGS[script], *map(str, flags)],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def phase(self):
+        """One of PHASES, or None before, between and after."""
+        letter = self.phase_file.read_bytes()[:1].decode() if self.phase_file.exists() else ""
+        return next((name for name in PHASES if letter and name.startswith(letter)), None)
+
+    def wait(self):
+        """Its exit code, and all it printed."""
+        code = self.process.wait(timeout=600)
+        self.log.seek(0)
+        text = self.log.read()
+        self.log.close()
+        if self.phase_file:
+            self.phase_file.unlink(missing_ok=True)
+        return code, text
+
+    def until(self, ready):
+        """Wait until ready() is true. Returns whether the job is still running."""
+        while self.process.poll() is None:
+            if ready():
+                return True
+            time.sleep(0.0005)
+        return False
+
+
+def run(script, folder, *flags, processes=1):
+    """Exit code and output of a run to its end."""
+    return Job(script, folder, *flags, processes=processes).wait()
+
+
+def has_checkpoint(folder, name):
+    return (folder / name / "checkpoint.pt").exists()
+
+
+def resume_flag(folder, name):
+    return ["--resume"] if has_checkpoint(folder, name) else []
+
+
+# --- What was lost --------------------------------------------------------------------------------
+
+
+def tensors_of(value, name=""):
+    """Every tensor in nested dicts and lists, by the path to it."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {
+        path: tensor
+        for key, item in items
+        if isinstance(item, torch.Tensor | dict | list)
+        for path, tensor in tensors_of(item, f"{name}/{key}").items()
+    }
+
+
+def differences(folder, one, other):
+    """What of two finished runs is not the same to the last bit: model, optimisers, history, the
+    results on the card. Time is not compared."""
+    saved = [train.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
+    found = [name for name in saved[0] if name != "seconds" and name not in saved[1]]
+    first, second = (tensors_of(each) for each in saved)
+    found += [name for name in first.keys() ^ second.keys()]
+    found += [name for name in first.keys() & second.keys() if not first[name].equal(second[name])]
+    found += [n for n in ("step", "history", "extra") if saved[0][n] != saved[1][n]]
+    cards = [runcard.read_json(folder / name / "card.json") for name in (one, other)]
+    found += ["card"] * (cards[0]["results"] != cards[1]["results"])
+    return found
+
+
+def furthest(folder, one, other):
+    """The largest difference between two curves of finished runs."""
+    curves = [runcard.read_json(folder / name / "card.json")["results"] for name in (one, other)]
+    points = zip(*(curve["history"] for curve in curves), strict=True)
+    return max(abs(a[key] - b[key]) for a, b in points for key in a)
+
+
+# --- The faults -----------------------------------------------------------------------------------
+
+
+def kills(script, folder, times, dice):
+    """kill -9 at random moments, each followed by --resume, and every few kills a run to its end.
+
+    Returns how often each phase was hit, and what the finished runs lost.
+    """
+    hit, lost, chains = dict.fromkeys(PHASES, 0), [], 0
+    run(script, folder, "--out", "whole")
+    while sum(hit.values()) < times:
+        name, chains = f"chain{chains}", chains + 1
+        for _ in range(4):
+            least = min(hit.values())
+            wanted = dice.choice([phase for phase in PHASES if hit[phase] == least])
+            job = Job(script, folder, "--out", name, *resume_flag(folder, name))
+            pause = dice.uniform(0, 0.25)
+            moment = [None]
+
+            def ready(job=job, wanted=wanted, pause=pause, moment=moment):
+                if job.phase() is None and moment[0] is None:
+                    return False
+                moment[0] = moment[0] or time.perf_counter() + pause
+                return time.perf_counter() >= moment[0] and job.phase() == wanted
+
+            running = job.until(ready)
+            if running:
+                time.sleep(dice.uniform(0, 0.003))
+                job.process.kill()
+            phase = job.phase()
+            job.wait()
+            if running and phase:
+                hit[phase] += 1
+            if not running:  # it was faster
+                break
+        code, text = run(script, folder, "--out", name, *resume_flag(folder, name))
+        lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
+        left = sorted(path.name for path in (folder / name).iterdir())
+        lost += [name for name in left if name.endswith(".part")]
+    return hit, lost
+
+
+def stops(script, folder, times, dice):
+    """Ctrl-C and SIGTERM at random moments. Returns how often, and what was lost."""
+    lost = []
+    if not (folder / "whole").exists():
+        run(script, folder, "--out", "whole")
+    for i in range(times):
+        name, number = f"stop{i}", (signal.SIGINT, signal.SIGTERM)[i % 2]
+        job = Job(script, folder, "--out", name)
+        if job.until(lambda name=name: has_checkpoint(folder, name)):
+            time.sleep(dice.uniform(0.01, 0.5))
+            job.process.send_signal(number)
+        code, text = job.wait()
+        last = text.rstrip().rsplit("\n", 1)[-1]
+        if code != 130 or not last.split(": ")[-1].startswith("--resume goes on from step"):
+            lost.append(f"no word on how to go on: {last[-200:]}")
+        code, text = run(script, folder, "--out", name, "--resume")
+        lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
+    return times, lost
+
+
+def full_disk(script, folder, times, dice):
+    """No room for a checkpoint, from the device that is always full: the first or a later one."""
+    lost = []
+    for i in range(times):
+        name = f"full{i}"
+        part = folder / name / "checkpoint.pt.part"
+        if i % 2:
+            job = Job(script, folder, "--out", name)
+            job.until(lambda name=name: has_checkpoint(folder, name))
+            part.unlink(missing_ok=True)
+            part.symlink_to("/dev/full")
+            code, text = job.wait()
+        else:
+            part.parent.mkdir()
+            part.symlink_to("/dev/full")
+            code, text = run(script, folder, "--out", name)
+        if code == 0:  # the link came between a checkpoint's opening and its renaming
+            continue
+        lost += [] if one_line(code, text, "No space left on device") else [text[-300:]]
+        code, text = run(script, folder, "--out", name, *resume_flag(folder, name))
+        lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
+    return times, lost
+
+
+def one_line(code, text, words):
+    """Whether a run failed with one line that has words in it, and no traceback."""
+    return code == 2 and "Traceback" not in text and words in text.rstrip().rsplit("\n", 1)[-1]
+
+
+def other_format(path):
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"format": 1}, path)
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(random.Random(1).randbytes(5000)),
+    "one bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "code in a pickle": lambda path: torch.save({"model": argparse.Namespace()}, path),
+    "another version": other_format,
+}
+
+
+def flipped(content):
+    """One bit is another in the middle of a tensor: the archive's checksum is wrong."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def bad_checkpoints(script, folder, times, dice):
+    """A checkpoint that is damaged, of another version or of other flags. Returns how many kinds,
+    and which were not refused in one line, or were overwritten."""
+    lost = []
+    for name, damage in DAMAGES.items():
+        shutil.copytree(folder / "whole", folder / name)
+        damage(folder / name / "checkpoint.pt")
+        before = (folder / name / "checkpoint.pt").read_bytes()
+        for flags in ([], ["--resume"]):
+            code, text = run(script, folder, "--out", name, *flags)
+            if not one_line(code, text, "is no checkpoint of this version"):
+                lost.append(f"{name}: {text[-200:]}")
+        if (folder / name / "checkpoint.pt").read_bytes() != before:
+            lost.append(f"{name} was overwritten")
+    code, text = run(script, folder, "--out", "whole", "--resume", "--lr", "0.5")
+    if not one_line(code, text, "was trained with lr = "):
+        lost.append(f"another config: {text[-200:]}")
+    return len(DAMAGES) + 1, lost
+
+
+def unwritable(script, folder, times, dice):
+    """A folder that cannot be made."""
+    code, text = run(script, folder, "--out", "/dev/null/run")
+    return 1, [] if one_line(code, text, "cannot be written") else [text[-300:]]
+
+
+def processes(script, folder, times, dice):
+    """The curve of two processes against one, no dropout. Returns the largest difference."""
+    same = ["--dropout", 0]
+    run(script, folder, "--out", "one", *same)
+    code, text = run(script, folder, "--out", "two", *same, processes=2)
+    return furthest(folder, "one", "two") if code == 0 else text[-300:]
+
+
+def killed_workers(script, folder, times, dice):
+    """kill -9 of one of two processes, then --resume with 2 processes or another number."""
+    lost, far, same = [], [], ["--dropout", 0]
+    for i in range(times):
+        name = f"worker{i}"
+        job = Job(script, folder, "--out", name, *same, processes=2)
+        if job.until(lambda name=name: has_checkpoint(folder, name)):
+            time.sleep(dice.uniform(0, 1))
+            workers = children(job.process.pid)
+            if len(workers) == 2:
+                os.kill(workers[dice.randrange(2)], signal.SIGKILL)
+        code, text = job.wait()
+        if code and "SIGKILL" not in text:
+            lost.append(f"no clear message: {text[-300:]}")
+        several = (2, 1, 4)[i % 3]
+        code, text = run(
+            script, folder, "--out", name, *same, *resume_flag(folder, name), processes=several
+        )
+        if code:
+            lost.append(text[-300:])
+        elif several == 2:
+            lost += differences(folder, "two", name)
+        else:
+            far.append(furthest(folder, "one", name))
+    return lost, max(far, default=0.0)
+
+
+def children(pid):
+    """Process numbers of pid's children, on Linux."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    return [int(number) for number in listed.split()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--times", type=int, default=24, help="of each script and fault")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=runcard.RESULTS)
+    settings = parser.parse_args()
+    start, dice, results = time.perf_counter(), random.Random(settings.seed), {}
+    for script in SCRIPTS:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(folder := Path(folder))
+            about = results[script] = {}
+
+            def tried(name, count, lost, about=about, script=script, **more):
+                about[name] = {"times": count, "lost": lost} | more
+                print(f"{script}, {name}: {count} times, lost: {lost or 'nothing'} {more or ''}")
+
+            few = max(2, settings.times // 4)
+            hit, lost = kills(script, folder, settings.times, dice)
+            tried("kill -9", sum(hit.values()), lost, phases=hit)
+            tried("stop", *stops(script, folder, few, dice))
+            tried("full disk", *full_disk(script, folder, few, dice))
+            tried("bad checkpoint", *bad_checkpoints(script, folder, few, dice))
+            tried("unwritable folder", *unwritable(script, folder, few, dice))
+            far = processes(script, folder, few, dice)
+            tried("two processes", 1, [] if isinstance(far, float) else [far], difference=far)
+            lost, far = killed_workers(script, folder, few, dice)
+            tried("killed worker", few, lost, difference=far)
+    config = {"times": settings.times, "seed": settings.seed, "flags": FLAGS}
+    about = {"name": "Python manual, and images of noise"}
+    seconds = time.perf_counter() - start
+    card = runcard.run_card(config, about, torch.device("cpu"), seconds, results)
+    card["command"] = "python tests/faults.py"
+    settings.out.mkdir(parents=True, exist_ok=True)
+    runcard.write_json(settings.out / "faults.json", card)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:4], sys.argv[4:])
+    else:
+        main()

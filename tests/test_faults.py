@@ -1,0 +1,52 @@
+"""What tests/faults.py does at length, a few times: nothing is lost."""
+
+import random
+
+import faults
+import pytest
+
+
+@pytest.fixture(scope="module", params=faults.SCRIPTS)
+def broken(request, tmp_path_factory):
+    """A script and its folder, in which it has trained once without a fault."""
+    folder = tmp_path_factory.mktemp(request.param)
+    faults.prepare(folder)
+    code, text = faults.run(request.param, folder, "--out", "whole")
+    assert code == 0, text
+    return request.param, folder
+
+
+@pytest.fixture
+def dice(request):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # shown if the test fails
+    return random.Random(seed)
+
+
+def test_kill_9_loses_nothing(broken, dice):
+    hit, lost = faults.kills(*broken, 3, dice)
+    assert sum(hit.values()) >= 3
+    assert lost == []
+
+
+def test_ctrl_c_loses_nothing(broken, dice):
+    assert faults.stops(*broken, 1, dice) == (1, [])
+
+
+def test_a_full_disk_loses_nothing(broken, dice):
+    assert faults.full_disk(*broken, 1, dice) == (1, [])
+
+
+def test_two_processes_are_as_good_as_one_and_may_be_killed(broken, dice):
+    assert faults.processes(*broken, 1, dice) < 1e-5
+    lost, _ = faults.killed_workers(*broken, 1, dice)
+    assert lost == []
+
+
+def test_what_differs_is_seen(broken):
+    """The comparison can fail: another seed is another run."""
+    script, folder = broken
+    assert faults.run(script, folder, "--out", "seed2", "--seed", 2)[0] == 0
+    found = faults.differences(folder, "whole", "seed2")
+    assert {"history", "extra", "card", "/model/head.weight"} <= set(found)
+    assert faults.furthest(folder, "whole", "seed2") > 1e-3
