@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from nala_min.model import key_features, nala_attention
+from nala_min.arguments import checked
+from nala_min.model import FEATURE_MAPS, key_features, nala_attention
 
 PATIENCE = timedelta(hours=2)  # for a process that downloads while the others wait
 
@@ -107,6 +108,15 @@ def is_lost_peer(error: BaseException) -> bool:
 # --- One sequence over all processes --------------------------------------------------------------
 
 
+@checked(
+    q="B H N D",
+    k="B H N D",
+    v="B H N M",
+    feature_map=FEATURE_MAPS,
+    norm_scale="... 1 1",
+    key_mask="B N bool",
+    group=object,
+)
 def sequence_parallel_attention(
     q: Tensor,
     k: Tensor,

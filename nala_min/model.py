@@ -24,7 +24,8 @@ Glossary. The numbers (1) ... (17) are used in every comment, test and notebook 
 
 Contents: 1 decomposition (2), 2 kernel (7, 8, 12), 3 cosine mapping (9, 10, 11), 4 features,
 5 attention forms (5, 13, 13c, 14, 15, 17), 6 softmax (1), weights and entropy (3), 7 gated block
-(16), 8 language model, 9 image model, 10 argument checks.
+(16), 8 language model, 9 image model. `@checked` names the shapes of a function's arguments, and
+refuses others: see arguments.py.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nala_min import fast
+from nala_min.arguments import check, checked
 
 FEATURE_MAPS = ("cosine", "split", "elu", "relu")
 MODES = ("auto", "parallel", "chunked", "recurrent")
@@ -47,6 +49,7 @@ MODES = ("auto", "parallel", "chunked", "recurrent")
 # --- 1. Decomposition: norm x direction ----------------------------------------------------------
 
 
+@checked(x="... D")
 def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
     """Split vectors into norm and direction, Eq. (2): x = norm * direction.
 
@@ -61,6 +64,7 @@ def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
 # --- 2. Kernel: the query norm becomes an exponent -----------------------------------------------
 
 
+@checked(norm="... 1", norm_scale="... 1")
 def query_power(
     norm: Tensor, lam: float = 3.0, tau: float = 0.5, norm_scale: float | Tensor = 1.0
 ) -> Tensor:
@@ -73,6 +77,7 @@ def query_power(
     return lam * (tau + torch.tanh(norm / norm_scale))  # (..., 1)
 
 
+@checked(direction="... D", power="... 1")
 def query_magnitude(direction: Tensor, power: Tensor) -> Tensor:
     """Magnitude |d|^p of a query's channels, Eq. (7), the largest scaled to 1, Eq. (12).
 
@@ -87,6 +92,7 @@ def query_magnitude(direction: Tensor, power: Tensor) -> Tensor:
     return torch.exp2(power * torch.log2(ratio.clamp_min(tiny)))  # ratio^p, finite slope at 0
 
 
+@checked(k="... D")
 def key_magnitude(k: Tensor, lam: float = 3.0) -> Tensor:
     """Magnitude |k|^lam of a key's channels, Eq. (8): the key keeps its norm.
 
@@ -98,6 +104,7 @@ def key_magnitude(k: Tensor, lam: float = 3.0) -> Tensor:
 # --- 3. Cosine mapping: non-negative without clipping --------------------------------------------
 
 
+@checked(magnitude="... D", direction="... D")
 def cosine_map(magnitude: Tensor, direction: Tensor, alpha: float = 20.0) -> Tensor:
     """Put each channel's sign into an angle, Eq. (9): [a cos(theta); a sin(theta)].
 
@@ -116,6 +123,7 @@ def cosine_map(magnitude: Tensor, direction: Tensor, alpha: float = 20.0) -> Ten
     return (magnitude.unsqueeze(-2) * angles.sin()).flatten(-2)  # (..., F)
 
 
+@checked(magnitude="... D", direction="... D")
 def sign_split(magnitude: Tensor, direction: Tensor) -> Tensor:
     """The limit of cosine_map as alpha grows, Eq. (11): one half a sign. Same inner products.
 
@@ -127,6 +135,7 @@ def sign_split(magnitude: Tensor, direction: Tensor) -> Tensor:
 # --- 4. Features: the three steps composed, and the baselines by name ----------------------------
 
 
+@checked(q="... D", feature_map=FEATURE_MAPS, norm_scale="... 1")
 def query_features(
     q: Tensor,
     feature_map: str = "cosine",
@@ -138,8 +147,9 @@ def query_features(
 ) -> Tensor:
     """phi(q), Eqs. (2) -> (7) -> (9) or (11), up to one positive factor a query, Eq. (12).
 
-    q: (..., D); float16 and bfloat16 are computed in float32. Returns (..., F) with F = 2D for
-    "cosine" and "split", F = D for "elu" and "relu". Raises ValueError for another feature_map.
+    q: (..., D); float16 and bfloat16 are computed in float32, which is safe for norms of about
+    1e-20 to 1e18. Returns (..., F) with F = 2D for "cosine" and "split", F = D for "elu" and
+    "relu". Raises ValueError for another feature_map.
     """
     q = _at_least_float32(q)
     if feature_map in ("elu", "relu"):
@@ -149,13 +159,14 @@ def query_features(
     return _signed_features(magnitude, direction, feature_map, alpha)
 
 
+@checked(k="... D", feature_map=FEATURE_MAPS)
 def key_features(
     k: Tensor, feature_map: str = "cosine", *, lam: float = 3.0, alpha: float = 20.0
 ) -> Tensor:
     """phi(k), Eqs. (2) -> (8) -> (9) or (11). Shapes, dtypes and errors as for query_features.
 
-    No key is scaled by another, so no future key can leak into the past. The cube of a float32 key
-    is safe for entries of about 1e-12 to 1e12.
+    No key is scaled by another, so no future key can leak into the past. In float32 its cube, times
+    a value of about 1, is safe for entries of about 1e-12 to 1e12: below, a key counts as zero.
     """
     k = _at_least_float32(k)
     if feature_map in ("elu", "relu"):
@@ -239,6 +250,7 @@ def _attend(phi_q, phi_k, values, state, causal, mode, chunk_size):
     return _chunked(phi_q, phi_k, values, state, chunk_size or 64)
 
 
+@checked(positions="N A real")
 def rotary_angles(positions: Tensor, num_features: int) -> Tensor:
     """Angles that grow with position, for Eq. (17).
 
@@ -254,6 +266,7 @@ def rotary_angles(positions: Tensor, num_features: int) -> Tensor:
     return (positions[:, :, None] * frequencies).flatten(1)
 
 
+@checked(features="... N F", angles="N F/2")
 def rotate(features: Tensor, angles: Tensor) -> Tensor:
     """Rotate the pairs (j, j + F/2) of features, for Eq. (17): theta of (9) grows by angles.
 
@@ -264,6 +277,27 @@ def rotate(features: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def _check_combination(q, causal, mode, feature_map, state, return_state):
+    if mode in ("chunked", "recurrent") and not causal:
+        raise ValueError(f"mode={mode!r} is causal: pass causal=True")
+    if (state is not None or return_state) and (mode == "parallel" or not causal):
+        raise ValueError("a state needs causal=True and a mode other than 'parallel'")
+    num_features = q.shape[3] * (2 if feature_map in ("cosine", "split") else 1)
+    if state is not None and state.shape[2] != num_features:
+        raise ValueError(f"state must have F = {num_features} features: {tuple(state.shape)}")
+
+
+@checked(
+    q="B H N D",
+    k="B H N D",
+    v="B H N M",
+    mode=MODES,
+    feature_map=FEATURE_MAPS,
+    key_mask="B N bool",
+    state="B H F M+1",
+    norm_scale="... 1 1",
+    rope_positions="N A real",
+)
 def nala_attention(
     q: Tensor,
     k: Tensor,
@@ -294,18 +328,18 @@ def nala_attention(
         may differ between heads, (H, 1, 1), not between tokens or channels.
     chunk_size: tokens in a chunk, any positive number; None is 64, or with "auto" a number that
         balances the two parts of Eq. (15).
-    key_mask: (B, N) bool, True for a real token; a token that is False has no effect at all.
+    key_mask: (B, N) bool, True for a real token; one that is False has no effect, if finite.
     state: (B, H, F, M + 1), returned by an earlier call: the sequence goes on from there.
     rope_positions: (N, A), see rotary_angles: rotates the numerator only, Eq. (17), after which
         weights may be negative and need not sum to 1.
 
     Returns (B, H, N, M) in v's dtype, and with return_state also the state after the last token.
     A row without mass, its query or all its visible keys zero or masked, gives output 0 and
-    gradient 0. Raises ValueError for shapes, names and combinations other than these.
+    gradient 0. Infinity and NaN stay within their head and example, where they spread at least to
+    their own token, but even to earlier ones. Raises TypeError and ValueError for arguments other
+    than these.
     """
-    _check_arguments(q, k, v, causal, mode, feature_map, chunk_size, key_mask, state, return_state)
-    if isinstance(norm_scale, Tensor) and any(size != 1 for size in norm_scale.shape[-2:]):
-        raise ValueError(f"norm_scale must be (..., 1, 1): {tuple(norm_scale.shape)}")
+    _check_combination(q, causal, mode, feature_map, state, return_state)
     options = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
     query = partial(query_features, tau=tau, norm_scale=norm_scale, **options)
     key = partial(key_features, **options)
@@ -339,6 +373,7 @@ def nala_attention(
 # --- 6. Softmax attention, and what is read off an attention --------------------------------------
 
 
+@checked(q="B H N D", k="B H N D", v="B H N M", key_mask="B N bool", state=tuple)
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -353,6 +388,8 @@ def softmax_attention(
 
     Its state is every key and value so far, (B, H, N, D) and (B, H, N, M): it grows with N.
     """
+    if state is not None and key_mask is not None:
+        raise ValueError("key_mask must be None with a state: it knows nothing of earlier keys")
     if state is not None:
         k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
     mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
@@ -364,6 +401,7 @@ def softmax_attention(
     return (out, (k, v)) if return_state else out
 
 
+@checked(q="B H N D", k="B H N D", feature_map=(*FEATURE_MAPS, "softmax"), key_mask="B N bool")
 def attention_weights(
     q: Tensor,
     k: Tensor,
@@ -390,6 +428,7 @@ def attention_weights(
     )
 
 
+@checked(weights="... N")
 def entropy(weights: Tensor) -> Tensor:
     """Positive sequence entropy, Eq. (3), in nats: the log of how many keys share the attention.
 
@@ -421,6 +460,7 @@ class BlockConfig:
     norm_scale: float | None = 1.0  # of query_power; None: learned by each head, from sqrt(D)
 
     def __post_init__(self) -> None:
+        check({n: x for n, x in vars(self).items() if (n, x) != ("norm_scale", None)})
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide dim={self.dim}")
         if len(self.attentions) != self.num_layers:
@@ -430,8 +470,6 @@ class BlockConfig:
             )
         if unknown := set(self.attentions) - ATTENTIONS.keys():
             raise ValueError(f"attention={unknown.pop()!r} is not one of {tuple(ATTENTIONS)}")
-        if self.conv_size < 1:
-            raise ValueError(f"conv_size={self.conv_size} is not positive")
         if self.rope not in (None, "numerator"):
             raise ValueError(f"rope={self.rope!r} is neither None nor 'numerator'")
         if self.rope and "softmax" in self.attentions:
@@ -469,7 +507,7 @@ class ViTConfig(BlockConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size < 1 or self.patch_size & (self.patch_size - 1):
+        if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size={self.patch_size} is not a power of 2")
         if self.dim % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide dim={self.dim}")
@@ -616,6 +654,7 @@ class NaLaLM(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         _initialise(self)
 
+    @checked(tokens="B N token", state=Sequence)
     def forward(
         self, tokens: Tensor, state: Sequence[BlockState] | None = None
     ) -> tuple[Tensor, list[BlockState]]:
@@ -623,11 +662,14 @@ class NaLaLM(nn.Module):
         characters and the new state, one for each block: a sequence may be cut anywhere."""
         x = self.dropout(self.embed(tokens))  # (B, N, E)
         states = list(state) if state is not None else [BlockState()] * len(self.blocks)
+        if len(states) != len(self.blocks):
+            raise ValueError(f"state must be of {len(self.blocks)} blocks: {len(states)}")
         for i, block in enumerate(self.blocks):
             x, states[i] = block(x, states[i])
         return self.head(self.norm(x)), states
 
     @torch.no_grad()
+    @checked(tokens="B N token")
     def generate(
         self,
         tokens: Tensor,
@@ -687,6 +729,7 @@ class NaLaViT(nn.Module):
         self.head = nn.Linear(config.dim, config.num_classes)
         _initialise(self)
 
+    @checked(images="B 3 R S")
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, height, width), of about zero mean and unit variance. Returns logits
         (B, Y) over the Y classes."""
@@ -695,35 +738,3 @@ class NaLaViT(nn.Module):
         for block in self.blocks:
             x, _ = block(x, BlockState())  # (B, R, S, E)
         return self.head(self.norm(x).mean(dim=(1, 2)))  # (B, Y)
-
-
-# --- 10. Errors that name the argument ------------------------------------------------------------
-
-
-def _check_arguments(q, k, v, causal, mode, feature_map, chunk_size, key_mask, state, return_state):
-    if q.ndim != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
-        shapes = ", ".join(
-            f"{name} {tuple(x.shape)}" for name, x in zip("qkv", (q, k, v), strict=True)
-        )
-        raise ValueError(f"q and k must be (B, H, N, D) and v (B, H, N, M): {shapes}")
-    if not all(x.is_floating_point() for x in (q, k, v)):
-        raise ValueError(f"q, k and v must be floating: {q.dtype}, {k.dtype}, {v.dtype}")
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is not one of {MODES}")
-    if mode in ("chunked", "recurrent") and not causal:
-        raise ValueError(f"mode={mode!r} is causal: pass causal=True")
-    if (state is not None or return_state) and (mode == "parallel" or not causal):
-        raise ValueError("a state needs causal=True and a mode other than 'parallel'")
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map={feature_map!r} is not one of {FEATURE_MAPS}")
-    num_features = q.shape[3] * (2 if feature_map in ("cosine", "split") else 1)
-    shape = (*q.shape[:2], num_features, v.shape[3] + 1)
-    if state is not None and state.shape != shape:
-        raise ValueError(f"state must be (B, H, F, M + 1) = {shape}: {tuple(state.shape)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} is not a positive number of tokens")
-    if key_mask is not None and (key_mask.shape != q.shape[::2] or key_mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_mask must be bool (B, N) = {tuple(q.shape[::2])}:"
-            f" {key_mask.dtype} {tuple(key_mask.shape)}"
-        )

@@ -2,6 +2,7 @@
 statement says what the statement makes; here the code runs, and what was made is measured."""
 
 import ast
+import inspect
 import io
 import math
 import re
@@ -84,7 +85,9 @@ def measure(module, run, sizes, comments):
 
     def trace_call(frame, event, _):
         code = frame.f_code
-        if code.co_filename != module.cosine_map.__code__.co_filename or code.co_name[0] == "<":
+        if code.co_filename != inspect.unwrap(module.cosine_map).__code__.co_filename or (
+            code.co_name[0] == "<"
+        ):
             return None  # another file, or a generator within a statement
         pending = None  # the statement that runs
 

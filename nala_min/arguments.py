@@ -1,0 +1,208 @@
+"""Checks of arguments, so that model.py need not make them: each error names the argument, what it
+must be and what it is.
+
+`@checked(q="B H N D", k="B H N D")` above a function gives the shapes of its tensors, in letters of
+model.py's glossary: a letter is the same size wherever it stands, "..." any sizes that go together.
+All that is not a tensor is checked by its name, which means the same everywhere: see RULES. What
+has neither is refused when the function is defined, so that no argument can be forgotten. Calls
+from within a checked function, and those that torch.compile traces, are not checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import reprlib
+import threading
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DOUBLE = torch.float64  # is not mixed with less
+Rule = Callable[[str, Any], None]  # takes name and value, raises TypeError or ValueError
+
+
+def checked(**specs: str | Sequence[str] | type) -> Callable[[Callable], Callable]:
+    """Decorator that checks a function's arguments before it runs.
+
+    specs: for an argument its shape, as "B H N D" or "B N bool" (floating, if none of KINDS is
+    named), the words it may be, or its type. Raises TypeError for an argument
+    without spec or rule.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        parameters = inspect.signature(function).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names = [p.name for p in parameters if p.kind in kinds]
+        optional = {p.name for p in parameters if p.default is None}
+        if missing := [n for n in names if n != "self" and n not in specs and n not in RULES]:
+            raise TypeError(f"{function.__name__}: no spec for {missing}")
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or _here.inside:
+                return function(*args, **kwargs)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            check({n: x for n, x in given.items() if x is not None or n not in optional}, specs)
+            _here.inside = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _here.inside = False
+
+        call.specs = specs
+        return call
+
+    return decorate
+
+
+class _Here(threading.local):
+    inside = False  # a checked function
+
+
+_here = _Here()
+
+
+def check(given: dict[str, Any], specs: dict[str, Any] | None = None) -> None:
+    """Check named values by specs, as for checked, or else by RULES.
+
+    Raises TypeError or ValueError, which name the first that is wrong.
+    """
+    specs = specs or {}
+    sizes: dict[str, tuple[int, str]] = {}  # letter: its size, and the tensor that it is from
+    first: tuple[str, Tensor] | None = None
+    for name, value in given.items():
+        spec = specs.get(name)
+        if isinstance(spec, str) and (isinstance(value, Tensor) or name not in RULES):
+            _check_tensor(name, value, spec, sizes)
+            if spec.endswith("token"):
+                _check_tokens(name, value, given["self"].config.vocab_size)
+            first = first or (name, value)
+            if value.device != first[1].device:
+                raise ValueError(
+                    f"{name} must be on {first[1].device}, as {first[0]} is: {value.device}"
+                )
+            if name in ("k", "v") and (value.dtype == DOUBLE) != (first[1].dtype == DOUBLE):
+                raise TypeError(f"{name} must be {first[1].dtype}, as q is: {_got(value)}")
+        elif isinstance(spec, tuple | list):
+            _check_word(name, value, spec)
+        elif isinstance(spec, type):
+            if not isinstance(value, spec):
+                raise TypeError(f"{name} must be a {spec.__name__.lower()}: {_got(value)}")
+        elif name in RULES:
+            RULES[name](name, value)
+
+
+def _check_tensor(name: str, value: Any, spec: str, sizes: dict[str, tuple[int, str]]) -> None:
+    *letters, last = spec.split()
+    kind = last if last in KINDS else "floating"
+    letters += [] if last in KINDS else [last]
+    shape = f"{kind} ({', '.join(letters)})"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, {shape}: {_got(value)}")
+    if not KINDS[kind](value):
+        raise TypeError(f"{name} must be {shape}: {_got(value)}")
+    sides = list(value.shape)
+    if letters[0] == "...":
+        letters = letters[1:]
+        if set(letters) == {"1"}:  # sizes of 1 may be left out
+            sides = [1] * (len(letters) - len(sides)) + sides
+        before = sides[: len(sides) - len(letters)]
+        sides = sides[len(sides) - len(letters) :] if len(sides) >= len(letters) else []
+        _check_leading(name, value, before, sizes)
+    if len(sides) != len(letters):
+        raise ValueError(f"{name} must be {shape}: {_got(value)}")
+    for letter, side in zip(letters, sides, strict=True):
+        size, source = sizes.setdefault(letter, (side, name))
+        if letter.isdigit():
+            size, source = int(letter), ""
+        if letter.endswith("+1") and letter[:-2] in sizes:
+            size, source = sizes[letter[:-2]][0] + 1, sizes[letter[:-2]][1]
+        if side != size:
+            where = f" with {letter} = {size}, as in {source}" if source else ""
+            raise ValueError(f"{name} must be {shape}{where}: {_got(value)}")
+        if side == 0 and letter not in ("B", "M"):
+            raise ValueError(f"{name} must be {shape} with {letter} > 0: {_got(value)}")
+
+
+def _check_tokens(name: str, tokens: Tensor, size: int) -> None:
+    """On a CPU only: on another device a look at them would wait for it."""
+    if not tokens.is_cpu or torch._C._are_functorch_transforms_active() or not tokens.numel():
+        return
+    least, most = (x.item() for x in tokens.aminmax())
+    if least < 0 or most >= size:
+        raise ValueError(f"{name} must be from 0 to {size - 1}: {least} to {most}")
+
+
+def _check_leading(name: str, value: Tensor, before: list[int], sizes: dict) -> None:
+    known, source = sizes.get("...", ((), ""))
+    try:
+        sizes["..."] = tuple(torch.broadcast_shapes(known, before)), source or name
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must go with the leading sizes {tuple(known)} of {source}: {_got(value)}"
+        ) from None
+
+
+KINDS: dict[str, Callable[[Tensor], bool]] = {
+    "floating": Tensor.is_floating_point,
+    "bool": lambda x: x.dtype == torch.bool,
+    "token": lambda x: x.dtype in (torch.int64, torch.int32),
+    "real": lambda x: not x.is_complex() and x.dtype != torch.bool,
+}
+
+
+def _check_word(name: str, value: Any, words: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {tuple(words)}: {_got(value)}")
+    if value not in words:
+        raise ValueError(f"{name}={value!r} is not one of {tuple(words)}")
+
+
+def _number(wanted: str, right: Callable[[Any], bool], whole: bool = False) -> Rule:
+    def rule(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+            raise TypeError(f"{name} must be {wanted}: {_got(value)}")
+        if not right(value):
+            raise ValueError(f"{name} must be {wanted}: {_got(value)}")
+
+    return rule
+
+
+def _truth(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False: {_got(value)}")
+
+
+def _names(name: str, value: Any) -> None:
+    several = isinstance(value, tuple | list)
+    if not isinstance(value, str) and not (several and all(isinstance(x, str) for x in value)):
+        raise TypeError(f"{name} must be a name, or a list of names: {_got(value)}")
+
+
+def _got(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"{reprlib.repr(value)}, {type(value).__name__}"
+
+
+_POSITIVE = _number("a positive finite number", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE = _number("a finite number, not negative", lambda x: 0 <= x < math.inf)
+_COUNT = _number("a positive whole number", lambda x: 0 < x < 2**63, whole=True)
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("lam", "alpha", "norm_scale"), _POSITIVE),
+    **dict.fromkeys(("tau", "temperature"), _NOT_NEGATIVE),
+    **dict.fromkeys(("num_layers", "num_heads", "dim", "conv_size", "patch_size"), _COUNT),
+    **dict.fromkeys(("vocab_size", "num_classes", "num_features"), _COUNT),
+    **dict.fromkeys(("chunk_size", "top_k"), _COUNT),
+    "dropout": _number("a share from 0 to less than 1", lambda x: 0 <= x < 1),
+    "num_tokens": _number("a whole number, not negative", lambda x: 0 <= x < 2**63, whole=True),
+    "seed": _number("a whole number from 0", lambda x: 0 <= x < 2**63, whole=True),
+    **dict.fromkeys(("causal", "return_state"), _truth),
+    "attention": _names,
+}

@@ -1,0 +1,226 @@
+"""Wrong arguments of every public function, made from its signature: each error names the argument,
+what it must be and what it is."""
+
+import dataclasses
+import inspect
+import math
+import re
+
+import pytest
+import torch
+
+import nala_min
+from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, arguments, distributed
+from nala_min.arguments import check, checked
+
+B, H, N, D, M = 2, 3, 6, 4, 5
+LM = NaLaLM(LMConfig(vocab_size=7, num_layers=2, num_heads=2, dim=8))
+VIT = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=8))
+FUNCTIONS = {
+    name: value
+    for name, value in vars(nala_min).items()
+    if name in nala_min.__all__ and inspect.isfunction(value)
+} | {
+    "sequence_parallel_attention": distributed.sequence_parallel_attention,
+    "rotary_angles": nala_min.model.rotary_angles,
+    "rotate": nala_min.model.rotate,
+    "NaLaLM": LM.forward,
+    "generate": LM.generate,
+    "NaLaViT": VIT.forward,
+}
+CONFIGS = {"LMConfig": {"vocab_size": 7}, "ViTConfig": {}}
+
+q, k, x = torch.randn(3, B, H, N, D)
+RIGHT = {  # an example for each name; where a function wants another, it stands below
+    **{"q": q, "k": k, "x": x, "v": torch.randn(B, H, N, M)},
+    **{"norm": q.norm(dim=-1, keepdim=True), "direction": q, "magnitude": q.abs()},
+    **{"power": torch.ones(B, H, N, 1), "weights": torch.rand(B, H, N, N), "features": q},
+    **{"angles": torch.rand(N, D // 2), "positions": torch.arange(N)[:, None].float()},
+    **{"key_mask": torch.ones(B, N, dtype=torch.bool), "rope_positions": torch.rand(N, 2)},
+    **{"state": torch.zeros(B, H, 2 * D, M + 1), "norm_scale": torch.ones(H, 1, 1)},
+    **{"tokens": torch.zeros(B, N, dtype=torch.long), "images": torch.randn(B, 3, 8, 8)},
+    **{"lam": 2.0, "tau": 0.5, "alpha": 3, "num_features": 4, "chunk_size": 4, "seed": 1},
+    **{"num_tokens": 2, "temperature": 1.0, "top_k": 3, "causal": True, "return_state": False},
+    **{"feature_map": "split", "mode": "auto", "group": None},
+}
+LM_STATE = LM(torch.zeros(B, 1, dtype=torch.long))[1]
+OTHER = {
+    ("softmax_attention", "state"): (torch.zeros(B, H, 2, D), torch.zeros(B, H, 2, M)),
+    ("NaLaLM", "state"): LM_STATE,
+}
+NUMBERS = {
+    arguments._POSITIVE: [math.nan, math.inf, -1.0, 0.0, "3", True, 1j, [1.0]],
+    arguments._NOT_NEGATIVE: [math.nan, math.inf, -1.0, "3", True, 1j, [1.0]],
+    arguments._COUNT: [0, -1, 1.5, math.nan, "3", True, 2**70, [1]],
+    arguments._truth: [0, 1, "yes", torch.tensor(True)],
+    arguments._names: [5, ["nala", 5], b"nala"],
+    arguments.RULES["dropout"]: [math.nan, 1.0, -0.1, "0.1", True],
+    arguments.RULES["num_tokens"]: [-1, 1.5, "3", True, 2**70],
+    arguments.RULES["seed"]: [-1, 1.5, "3", True, 2**70],
+}
+OTHER_WRONG = {
+    ("softmax_attention", "state"): ["3", torch.zeros(2)],
+    ("NaLaLM", "state"): [3, LM_STATE[:1]],
+    ("sequence_parallel_attention", "group"): [],
+}
+
+
+def right(function):
+    """Arguments that FUNCTIONS[function] takes; those that may be None are."""
+    parameters = inspect.signature(FUNCTIONS[function]).parameters.values()
+    return {
+        p.name: OTHER.get((function, p.name), RIGHT[p.name])
+        for p in parameters
+        if p.kind is not p.VAR_KEYWORD and p.default is not None
+    }
+
+
+def wrong_tensors(spec, tensor, known):
+    """Tensors that are not spec. known: letters that other arguments bind."""
+    *letters, last = spec.split()
+    letters += [] if last in arguments.KINDS else [last]
+    kinds = [torch.float32, torch.int64, torch.bool, torch.complex64]
+    right = arguments.KINDS[last if last in arguments.KINDS else "floating"]
+    for dtype in kinds:
+        if not right(torch.zeros(1, dtype=dtype)):
+            yield torch.zeros(tensor.shape, dtype=dtype)
+    yield from ([1.0], "tensor", 3j)
+    yield tensor.flatten()[0] if letters[0] == "..." else tensor[0]
+    for i, letter in enumerate(reversed(letters)):
+        if letter == "...":
+            continue
+        shape = list(tensor.shape)
+        if letter in known or letter.isdigit() or "+" in letter:
+            shape[-1 - i] += 1
+            yield torch.zeros(shape, dtype=tensor.dtype)
+        if letter in "DNRSF":
+            shape[-1 - i] = 0
+            yield torch.zeros(shape, dtype=tensor.dtype)
+    if known:
+        yield tensor.to("meta")
+
+
+def wrong(function):
+    """(argument, value) for everything that FUNCTIONS[function] must refuse."""
+    call = FUNCTIONS[function]
+    specs, known = call.specs, set()
+    for p in inspect.signature(call).parameters.values():
+        name, spec = p.name, specs.get(p.name)
+        if p.kind is p.VAR_KEYWORD:
+            names = ["lam", "tau", "alpha", "norm_scale"]
+            yield from ((n, value) for n in names for value in NUMBERS[arguments.RULES[n]])
+            continue
+        if p.default is not None:
+            yield name, None
+        if (function, name) in OTHER_WRONG:
+            yield from ((name, value) for value in OTHER_WRONG[function, name])
+        elif isinstance(spec, str):
+            example = RIGHT[name]
+            for value in wrong_tensors(spec, example, known):
+                if isinstance(value, torch.Tensor) or name not in arguments.RULES:
+                    yield name, value
+            known |= set(spec.split())
+        elif spec is not None:
+            yield from ((name, value) for value in ("nope", 5, b"split"))
+        if name in arguments.RULES:
+            yield from ((name, value) for value in NUMBERS[arguments.RULES[name]])
+
+
+def assert_named(error, name, value):
+    """The message begins with the argument, and says what it got."""
+    message = str(error.value)
+    assert "\n" not in message
+    assert re.match(rf"{name}\b", message), message
+    if isinstance(value, torch.Tensor) and value.device.type != "meta":
+        tokens = name == "tokens" and "must be from" in message
+        assert tokens or str(value.dtype).removeprefix("torch.") in message, message
+        assert tokens or str(tuple(value.shape)) in message, message
+    assert " must be " in message or " is not one of " in message or "must go with" in message
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_right_arguments_are_taken(function):
+    if function != "sequence_parallel_attention":  # it needs other processes
+        FUNCTIONS[function](**right(function))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_wrong_argument_is_named(function):
+    cases = list(wrong(function))
+    assert {name for name, _ in cases} >= set(right(function)) - {"group"}
+    for name, value in cases:
+        with pytest.raises((TypeError, ValueError)) as error:
+            FUNCTIONS[function](**right(function) | {name: value})
+            pytest.fail(f"{function} took {name}={value}")
+        assert_named(error, name, value)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_wrong_size_in_a_config_is_named(config):
+    kind = getattr(nala_min, config)
+    for item in dataclasses.fields(kind):
+        values = ["both", 5] if item.name == "rope" else NUMBERS[arguments.RULES[item.name]]
+        if item.name != "norm_scale":
+            values = values + [None] * (item.name != "rope")
+        for value in values:
+            with pytest.raises((TypeError, ValueError)) as error:
+                kind(**CONFIGS[config] | {item.name: value})
+                pytest.fail(f"{config} took {item.name}={value}")
+            assert re.match(rf"{item.name}\b", str(error.value)), error.value
+
+
+def test_tokens_that_the_model_does_not_know_are_named():
+    for wrong in (-1, 7):
+        with pytest.raises(ValueError, match=r"tokens must be from 0 to 6: "):
+            LM(torch.tensor([[0, wrong]]))
+
+
+def test_sizes_that_do_not_go_together_are_named():
+    with pytest.raises(
+        ValueError, match=r"direction must go with the leading sizes \(2, 3, 6\) of"
+    ):
+        nala_min.cosine_map(q.abs(), torch.randn(5, D))
+    assert nala_min.cosine_map(q.abs(), torch.randn(N, D)).shape == (B, H, N, 2 * D)
+
+
+def test_a_mask_with_a_softmax_state_is_refused():
+    """It would say nothing of the keys that are in the state."""
+    state = OTHER["softmax_attention", "state"]
+    with pytest.raises(ValueError, match="key_mask must be None with a state"):
+        nala_min.softmax_attention(q, k, RIGHT["v"], state=state, key_mask=RIGHT["key_mask"])
+
+
+def test_an_argument_without_a_rule_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"forgetful: no spec for \['forgotten'\]"):
+
+        @checked(q="... D")
+        def forgetful(q, forgotten, lam=1.0):
+            pass
+
+
+def test_a_call_within_a_checked_function_is_not_checked_again():
+    calls = []
+
+    @checked(q="... D")
+    def inner(q):
+        calls.append(q)
+
+    @checked(q="... D")
+    def outer(q):
+        inner("anything")
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        outer(q)
+    assert calls == ["anything"]
+    with pytest.raises(TypeError, match="q must be a tensor"):  # nothing stays behind
+        inner("anything")
+
+
+def test_numbers_of_numpy_are_numbers():
+    check({"lam": torch.ones(1).numpy()[0], "chunk_size": torch.ones(1).long().numpy()[0]})
+
+
+def test_checked_functions_keep_their_names_and_their_source():
+    assert nala_min.decompose.__name__ == "decompose"
+    assert "vector_norm" in inspect.getsource(nala_min.decompose)
