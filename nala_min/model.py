@@ -186,7 +186,8 @@ def _signed_features(magnitude: Tensor, direction: Tensor, name: str, alpha: flo
 def _baseline_features(x: Tensor, name: str) -> Tensor:
     if name == "relu":
         return F.relu(x)
-    return F.relu(x) + torch.exp(x.clamp(max=0))  # elu(x) + 1, without rounding to 0 at x = -17
+    below = x.masked_fill(x > 0, 0.0)
+    return F.relu(x) + torch.exp(below)  # elu(x) + 1, without rounding to 0 at x = -17
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -401,7 +402,14 @@ def softmax_attention(
     return (out, (k, v)) if return_state else out
 
 
-@checked(q="B H N D", k="B H N D", feature_map=(*FEATURE_MAPS, "softmax"), key_mask="B N bool")
+@checked(
+    q="B H N D",
+    k="B H N D",
+    feature_map=(*FEATURE_MAPS, "softmax"),
+    key_mask="B N bool",
+    norm_scale="... 1 1",
+    rope_positions="N A real",
+)
 def attention_weights(
     q: Tensor,
     k: Tensor,

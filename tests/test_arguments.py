@@ -85,7 +85,8 @@ def wrong_tensors(spec, tensor, known):
         if not right(torch.zeros(1, dtype=dtype)):
             yield torch.zeros(tensor.shape, dtype=dtype)
     yield from ([1.0], "tensor", 3j)
-    yield tensor.flatten()[0] if letters[0] == "..." else tensor[0]
+    if set(letters) - {"...", "1"}:  # sizes of 1 may be left out
+        yield tensor.flatten()[0] if letters[0] == "..." else tensor[0]
     for i, letter in enumerate(reversed(letters)):
         if letter == "...":
             continue
@@ -167,6 +168,12 @@ def test_a_wrong_size_in_a_config_is_named(config):
                 kind(**CONFIGS[config] | {item.name: value})
                 pytest.fail(f"{config} took {item.name}={value}")
             assert re.match(rf"{item.name}\b", str(error.value)), error.value
+
+
+def test_float64_is_not_mixed_with_less():
+    for name in ("k", "v"):
+        with pytest.raises(TypeError, match=f"{name} must be torch.float32, as q is: float64"):
+            nala_min.nala_attention(**right("nala_attention") | {name: RIGHT[name].double()})
 
 
 def test_tokens_that_the_model_does_not_know_are_named():

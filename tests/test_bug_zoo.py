@@ -120,7 +120,7 @@ ZOO = {
     ),
     # flash-linear-attention #1261
     "elu + 1 is rounded to 0": (
-        "return F.relu(x) + torch.exp(x.clamp(max=0))",
+        "return F.relu(x) + torch.exp(below)",
         "return F.elu(x) + 1",
         proofs.test_elu_survives_very_negative_bfloat16,
         {},

@@ -27,7 +27,8 @@ def test_begin_fixes_random_numbers_style_and_decimals():
         lesson.begin(3)
         drawn = torch.rand(2)
         assert matplotlib.rcParams["axes.grid"] is True
-        assert repr(torch.tensor([math.pi, 1e-4])) == "tensor([3.142, 0.000])"
+        shown = repr(torch.tensor([math.pi, 1e-4]))
+        assert shown.replace(" ", "") == "tensor([3.142,0.000])"  # torch 2.7 pads
         torch.manual_seed(3)
         assert torch.equal(drawn, torch.rand(2))
     torch.set_printoptions(profile="default")

@@ -334,7 +334,7 @@ def test_a_learned_norm_scale_is_in_the_power():
 
 def test_asking_leaves_no_hook_behind_even_after_an_error():
     model = small_vit().float()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="images must be"):
         measure.asked(model, bytes_of()[:, :2])
     measure.asked(model, bytes_of())
     assert all(not block.attention._forward_pre_hooks for block in model.blocks)
