@@ -38,7 +38,7 @@ def checked(**specs: str | Sequence[str] | type) -> Callable[[Callable], Callabl
         parameters = inspect.signature(function).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         names = [p.name for p in parameters if p.kind in kinds]
-        optional = {p.name for p in parameters if p.default is None}
+        needed = {p.name for p in parameters if p.default is not None}
         if missing := [n for n in names if n != "self" and n not in specs and n not in RULES]:
             raise TypeError(f"{function.__name__}: no spec for {missing}")
 
@@ -47,7 +47,7 @@ def checked(**specs: str | Sequence[str] | type) -> Callable[[Callable], Callabl
             if torch.compiler.is_compiling() or _here.inside:
                 return function(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
-            check({n: x for n, x in given.items() if x is not None or n not in optional}, specs)
+            check({n: x for n, x in given.items() if x is not None or n in needed}, specs)
             _here.inside = True
             try:
                 return function(*args, **kwargs)

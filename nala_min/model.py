@@ -64,7 +64,7 @@ def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
 # --- 2. Kernel: the query norm becomes an exponent -----------------------------------------------
 
 
-@checked(norm="... 1", norm_scale="... 1")
+@checked(norm="...", norm_scale="...")
 def query_power(
     norm: Tensor, lam: float = 3.0, tau: float = 0.5, norm_scale: float | Tensor = 1.0
 ) -> Tensor:
@@ -374,7 +374,7 @@ def nala_attention(
 # --- 6. Softmax attention, and what is read off an attention --------------------------------------
 
 
-@checked(q="B H N D", k="B H N D", v="B H N M", key_mask="B N bool", state=tuple)
+@checked(q="B H N D", k="B H K D", v="B H K M", key_mask="B K bool", state=tuple)
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -387,7 +387,8 @@ def softmax_attention(
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Softmax attention, Eq. (1), by PyTorch's fused kernel; arguments as in nala_attention.
 
-    Its state is every key and value so far, (B, H, N, D) and (B, H, N, M): it grows with N.
+    There may be another number K of keys than of queries. Its state is every key and value so far,
+    (B, H, N, D) and (B, H, N, M): it grows with N.
     """
     if state is not None and key_mask is not None:
         raise ValueError("key_mask must be None with a state: it knows nothing of earlier keys")

@@ -94,7 +94,7 @@ def wrong_tensors(spec, tensor, known):
         if letter in known or letter.isdigit() or "+" in letter:
             shape[-1 - i] += 1
             yield torch.zeros(shape, dtype=tensor.dtype)
-        if letter in "DNRSF":
+        if letter in "DNKRSF":
             shape[-1 - i] = 0
             yield torch.zeros(shape, dtype=tensor.dtype)
     if known:
