@@ -37,33 +37,28 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 MODEL = "nala_min/model.py"
-# Those that catch most and soonest come first: pytest stops at the first failure.
-TESTS = ["tests/test_model.py"]
+# What catches most and soonest comes first: pytest stops at the first failure.
+TESTS = [
+    "tests/test_model.py",
+    "tests/test_measure.py",
+    "tests/test_train.py",
+    "tests/test_fast.py",
+]
 SECONDS = 60  # for one test: several times what the slowest takes
+MEMORY = 4 * 2**30  # bytes: a loop without end may also collect without end
+LAST = "last_test.txt"
 
-# Operators and functions, and what they turn into. Those swapped for each other bind equally tight.
-OPERATORS = {
-    "+": "-",
-    "-": "+",
-    "*": "/",
-    "/": "*",
-    "//": "*",
-    "%": "//",
-    "**": "*",
-    "&": "|",
-    "|": "&",
-}
-OPERATORS |= {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not"}
-OPERATORS |= {"is not": "is", "in": "not in", "not in": "in", "and": "or", "or": "and"}
-PAIRS = (
-    "tril triu cos sin clamp_min clamp_max min max amin amax argmin argmax sum mean all any zeros"
-)
-PAIRS += " ones new_zeros new_ones cumsum cumprod exp exp2 log log2 tanh sigmoid train eval"
+# What turns into what. An operator is replaced by one that binds as tightly, or nearly.
+OPERATORS = dict(["+-", "-+", "*/", "/*", "&|", "|&"])
+OPERATORS |= {"//": "*", "%": "//", "**": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">"}
+OPERATORS |= {"==": "!=", "!=": "==", "is": "is not", "is not": "is", "and": "or", "or": "and"}
+OPERATORS |= {"in": "not in", "not in": "in"}
+PAIRS = """tril triu  cos sin  clamp_min clamp_max  min max  amin amax  argmin argmax  sum mean
+    all any  zeros ones  new_zeros new_ones  cumsum cumprod  exp exp2  log log2  tanh sigmoid
+    train eval"""
 NAMES = dict(zip(PAIRS.split()[::2], PAIRS.split()[1::2], strict=True))
 NAMES |= {new: old for old, new in NAMES.items()}
 
-MEMORY = 4 * 2**30  # bytes
-LAST = "last_test.txt"
 # Mutants that do what model.py does: the key of each, as printed for a survivor, and the reason.
 EQUIVALENT: dict[str, str] = {}
 
@@ -142,7 +137,7 @@ class Source:
             case ast.Constant(value=float(value)):
                 yield self.replace(node, str(2 * value or 1.0))
             case ast.Constant(value=str(value)):
-                yield self.replace(node, json.dumps("XX" + value))
+                yield self.replace(node, json.dumps("XX" + value, ensure_ascii=False))
             case ast.Call():
                 yield from self.call(node, is_statement=isinstance(above[-1], ast.Expr))
             case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
@@ -157,7 +152,9 @@ class Source:
     def operator(self, left: ast.AST, right: ast.AST) -> Iterator[Edit]:
         """Another operator between two operands, which may stand in brackets."""
         start = self.end(left)
-        between = re.sub(r"#.*", lambda x: " " * len(x[0]), self.text(start, self.start(right)))
+        between = re.sub(
+            r"#.*", lambda x: " " * len(x[0].encode()), self.text(start, self.start(right))
+        )
         found = re.search(r"is not|not in|[a-z]+|[^\s\w()]+", between)
         old = found[0] if found[0] in OPERATORS else found[0].removesuffix("=")  # + of +=
         if old in OPERATORS:
@@ -181,7 +178,10 @@ class Source:
         if name in NAMES:
             yield Edit(self.end(function) - len(name), self.end(function), NAMES[name])
         owner = getattr(function, "value", None)
-        is_method = owner is not None and ast.unparse(owner).split(".")[0] not in self.modules
+        root = owner
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        is_method = owner is not None and getattr(root, "id", None) not in self.modules
         if is_method and getattr(owner, "id", "") != "self" and not is_statement:
             yield self.replace(node, owner)  # x.method(...) -> x
         elif len(arguments) == len(node.args) == 1 and name.islower() and not is_statement:
@@ -208,15 +208,26 @@ class Source:
         ]
         return {x.id for x in sets} <= seen
 
+    def stays_python(self, outermost: ast.stmt, edit: Edit) -> bool:
+        """Whether a statement of the module can still be parsed: far faster than the whole."""
+        first = min(x.lineno for x in [outermost, *getattr(outermost, "decorator_list", [])])
+        before = self.text(self.lines[first - 1], edit.start)
+        try:
+            ast.parse(before + edit.new + self.text(edit.end, self.end(outermost)))
+        except SyntaxError:
+            return False
+        return True
+
     def key(self, nodes: tuple[ast.AST, ...], edit: Edit) -> str:
         """What edit does to the smallest piece of code that its function has only once."""
         scopes = [x for x in nodes if isinstance(x, ast.FunctionDef | ast.ClassDef)]
         scope = self.text(self.start(scopes[-1]), self.end(scopes[-1])) if scopes else ""
         start, end = edit.start, edit.end
         for node in reversed(nodes):
-            if not isinstance(node, ast.expr | ast.keyword | ast.stmt) or hasattr(node, "body"):
-                continue  # has no place in the text, or a large one
-            if self.start(node) <= edit.start and edit.end <= self.end(node):
+            if isinstance(node, ast.stmt) and hasattr(node, "body"):
+                break  # too much of the function
+            has_place = isinstance(node, ast.expr | ast.keyword | ast.stmt)
+            if has_place and self.start(node) <= edit.start and edit.end <= self.end(node):
                 start, end = self.start(node), self.end(node)
                 if scope.count(self.text(start, end)) == 1:
                     break
@@ -231,21 +242,12 @@ def make_mutants(text: str) -> list[Mutant]:
     for nodes in source.walk(source.tree):
         for edit in source.edits(nodes[-1], nodes[:-1]):
             mutated = source.text(0, edit.start) + edit.new + source.text(edit.end, None)
-            if mutated in found or not _is_python(mutated):
-                continue
-            key = source.key(nodes, edit)
-            times[key] += 1
-            key += f" ({times[key]})" if times[key] > 1 else ""
-            found[mutated] = Mutant(key, source.text(0, edit.start).count("\n") + 1, mutated)
+            if mutated not in found and source.stays_python(nodes[1], edit):
+                key = source.key(nodes, edit)
+                times[key] += 1
+                key += f" ({times[key]})" if times[key] > 1 else ""
+                found[mutated] = Mutant(key, source.text(0, edit.start).count("\n") + 1, mutated)
     return sorted(found.values(), key=lambda mutant: mutant.line)
-
-
-def _is_python(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
 
 
 # --- Running the tests ----------------------------------------------------------------------------
