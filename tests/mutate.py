@@ -8,8 +8,8 @@ to runs/mutation, from where an interrupted run goes on, until model.py or the t
 A mutant has to be caught by what it does. So test_bug_zoo.py, test_ledger.py, test_lesson.py,
 test_shape_comments.py and the notebooks' tests do not take part: they read model.py's text, or
 what was computed with it. Left as they are: docstrings, annotations, the words of errors, matrix
-products and returned values. Nor do tests take part that are slow and caught nothing more in samples
-of mutants: test_fast.py, test_bench.py, test_plots.py and those of the two scripts.
+products and returned values. Tests that are slow and caught nothing more in samples of mutants
+take no part either: test_fast.py, test_bench.py, test_plots.py and those of the two scripts.
 """
 
 from __future__ import annotations
