@@ -1,0 +1,417 @@
+"""Mutation testing: do the tests notice every small fault in nala_min/model.py?
+
+`python tests/mutate.py` makes mutants of model.py, copies with one change each, and runs the tests
+against each. A mutant is caught if a test fails, or is kept busy for too long. One that passes them
+all shows behaviour that no test pins down, unless it is equivalent: EQUIVALENT says why. Results go
+to runs/mutation, from where an interrupted run goes on, until model.py or the tests change.
+
+A mutant has to be caught by what it does. So test_bug_zoo.py, test_ledger.py, test_lesson.py,
+test_shape_comments.py and the notebooks' tests do not take part: they read model.py's text, or
+what was computed with it. Left as they are: docstrings, annotations, the words of errors, matrix
+products and returned values. Tests that are slow and caught nothing more in samples of mutants
+take no part either: test_fast.py, test_bench.py, test_plots.py and those of the two scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain, pairwise
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+MODEL = "nala_min/model.py"
+# What catches most and soonest comes first: pytest stops at the first failure.
+TESTS = ["tests/test_model.py", "tests/test_measure.py", "tests/test_train.py"]
+SECONDS = 60  # for one test: several times what the slowest takes
+MEMORY = 4 * 2**30  # bytes: a loop without end may also collect without end
+LAST = "last_test.txt"
+
+# What turns into what. An operator is replaced by one that binds as tightly, or nearly.
+OPERATORS = dict(["+-", "-+", "*/", "/*", "&|", "|&"])
+OPERATORS |= {"//": "*", "%": "//", "**": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">"}
+OPERATORS |= {"==": "!=", "!=": "==", "is": "is not", "is not": "is", "and": "or", "or": "and"}
+OPERATORS |= {"in": "not in", "not in": "in"}
+PAIRS = """tril triu  cos sin  clamp_min clamp_max  min max  amin amax  argmin argmax  sum mean
+    all any  zeros ones  new_zeros new_ones  cumsum cumprod  exp exp2  log log2  tanh sigmoid
+    train eval"""
+NAMES = dict(zip(PAIRS.split()[::2], PAIRS.split()[1::2], strict=True))
+NAMES |= {new: old for old, new in NAMES.items()}
+
+# Mutants that do what model.py does: the key of each, as printed for a survivor, and the reason.
+EQUIVALENT: dict[str, str] = {}
+
+
+class Mutant(NamedTuple):
+    key: str  # "function: `old` -> `new`"
+    line: int
+    text: str  # of the whole file
+
+
+class Edit(NamedTuple):
+    """Put new in the place of the bytes from start to end."""
+
+    start: int
+    end: int
+    new: str
+
+
+class Source:
+    """A module's text and its syntax tree, and every edit that makes a mutant."""
+
+    def __init__(self, text: str) -> None:
+        self.bytes = text.encode("utf-8")  # ast counts columns in bytes
+        self.tree = ast.parse(text)
+        self.lines = [0]  # where each begins
+        for line in self.bytes.splitlines(keepends=True):
+            self.lines.append(self.lines[-1] + len(line))
+        imports = [x for x in ast.walk(self.tree) if isinstance(x, ast.Import | ast.ImportFrom)]
+        self.modules = {alias.asname or alias.name for x in imports for alias in x.names}
+
+    def start(self, node: ast.AST) -> int:
+        return self.lines[node.lineno - 1] + node.col_offset
+
+    def end(self, node: ast.AST) -> int:
+        return self.lines[node.end_lineno - 1] + node.end_col_offset
+
+    def text(self, start: int, end: int) -> str:
+        return self.bytes[start:end].decode("utf-8")
+
+    def replace(self, node: ast.AST, new: str | ast.AST) -> Edit:
+        new = new if isinstance(new, str) else self.text(self.start(new), self.end(new))
+        return Edit(self.start(node), self.end(node), new)
+
+    def walk(self, *nodes: ast.AST) -> Iterator[tuple[ast.AST, ...]]:
+        """Every node that acts, as the chain of nodes that lead to it from the module."""
+        yield nodes
+        if isinstance(nodes[-1], ast.Raise | ast.JoinedStr):
+            return
+        for field, value in ast.iter_fields(nodes[-1]):
+            children = value if isinstance(value, list) else [value]
+            if children and isinstance(children[-1], ast.Raise):
+                children = children[-1:]  # what comes before it makes its words
+            for child in children:
+                is_docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+                acts = field not in ("annotation", "returns") and not is_docstring
+                if isinstance(child, ast.AST) and acts:
+                    yield from self.walk(*nodes, child)
+
+    def edits(self, node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[Edit]:
+        """The changes to node, which stands in the nodes above."""
+        match node:
+            case ast.BinOp(left=left, right=right) | ast.AugAssign(target=left, value=right):
+                yield from self.operator(left, right)
+            case ast.BoolOp(values=operands):
+                for left, right in pairwise(operands):
+                    yield from self.operator(left, right)
+            case ast.Compare(left=first, comparators=others):
+                for left, right in pairwise([first, *others]):
+                    yield from self.operator(left, right)
+            case ast.UnaryOp(operand=operand):
+                yield self.replace(node, operand)
+            case ast.Constant(value=bool(value)):
+                yield self.replace(node, str(not value))
+            case ast.Constant(value=int(value)):
+                yield self.replace(node, str(value + 1))
+            case ast.Constant(value=float(value)):
+                yield self.replace(node, str(2 * value or 1.0))
+            case ast.Constant(value=str(value)):
+                yield self.replace(node, json.dumps("XX" + value, ensure_ascii=False))
+            case ast.Call():
+                yield from self.call(node, is_statement=isinstance(above[-1], ast.Expr))
+            case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
+                yield from self.negation(test)
+            case ast.comprehension(ifs=tests):
+                yield from chain.from_iterable(map(self.negation, tests))
+            case ast.FunctionDef(decorator_list=names) | ast.ClassDef(decorator_list=names):
+                yield from (Edit(self.start(name) - 1, self.end(name), "") for name in names)
+        if isinstance(node, ast.stmt) and self.may_go(node, above):
+            yield self.replace(node, "pass")
+
+    def operator(self, left: ast.AST, right: ast.AST) -> Iterator[Edit]:
+        """Another operator between two operands, which may stand in brackets."""
+        start = self.end(left)
+        between = re.sub(
+            r"#.*", lambda x: " " * len(x[0].encode()), self.text(start, self.start(right))
+        )
+        found = re.search(r"is not|not in|[a-z]+|[^\s\w()]+", between)
+        old = found[0] if found[0] in OPERATORS else found[0].removesuffix("=")  # + of +=
+        if old in OPERATORS:
+            start += found.start()
+            yield Edit(start, start + len(old), OPERATORS[old])
+
+    def negation(self, test: ast.AST) -> Iterator[Edit]:
+        """The condition turned round, unless a change of its operator does just that."""
+        exact = ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn
+        match test:
+            case ast.UnaryOp(op=ast.Not()):
+                return
+            case ast.Compare(ops=[op]) if isinstance(op, exact):
+                return
+        yield self.replace(test, f"(not ({self.text(self.start(test), self.end(test))}))")
+
+    def call(self, node: ast.Call, is_statement: bool) -> Iterator[Edit]:
+        """A call of another function, of none, or with a keyword less."""
+        function, arguments = node.func, [*node.args, *node.keywords]
+        name = getattr(function, "attr", getattr(function, "id", ""))
+        if name in NAMES:
+            yield Edit(self.end(function) - len(name), self.end(function), NAMES[name])
+        owner = getattr(function, "value", None)
+        root = owner
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        is_method = owner is not None and getattr(root, "id", None) not in self.modules
+        if is_method and getattr(owner, "id", "") != "self" and not is_statement:
+            yield self.replace(node, owner)  # x.method(...) -> x
+        elif len(arguments) == len(node.args) == 1 and name.islower() and not is_statement:
+            yield self.replace(node, node.args[0])  # function(x) -> x
+        for before, keyword in pairwise([None, *arguments]):
+            value = getattr(getattr(keyword, "value", None), "value", None)
+            if isinstance(keyword, ast.keyword) and not isinstance(value, bool):  # not the default
+                start = self.end(before) if before else self.start(keyword)
+                end = (
+                    self.start(arguments[1]) if arguments[1:] and not before else self.end(keyword)
+                )
+                yield Edit(start, end, "")
+
+    def may_go(self, node: ast.stmt, above: tuple[ast.AST, ...]) -> bool:
+        """Whether node can be deleted and leave no name undefined."""
+        functions = [x for x in above if isinstance(x, ast.FunctionDef)]
+        if not functions or not isinstance(node, ast.Raise | ast.Expr | ast.Assign | ast.AugAssign):
+            return False
+        seen = {x.arg for x in ast.walk(functions[-1]) if isinstance(x, ast.arg)}
+        names = [x for x in ast.walk(functions[-1]) if isinstance(x, ast.Name)]
+        seen |= {x.id for x in names if self.start(x) < self.start(node)}
+        sets = [
+            x for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+        ]
+        return {x.id for x in sets} <= seen
+
+    def stays_python(self, outermost: ast.stmt, edit: Edit) -> bool:
+        """Whether a statement of the module can still be parsed: far faster than the whole."""
+        first = min(x.lineno for x in [outermost, *getattr(outermost, "decorator_list", [])])
+        before = self.text(self.lines[first - 1], edit.start)
+        try:
+            ast.parse(before + edit.new + self.text(edit.end, self.end(outermost)))
+        except SyntaxError:
+            return False
+        return True
+
+    def key(self, nodes: tuple[ast.AST, ...], edit: Edit) -> str:
+        """What edit does to the smallest piece of code that its function has only once."""
+        scopes = [x for x in nodes if isinstance(x, ast.FunctionDef | ast.ClassDef)]
+        scope = self.text(self.start(scopes[-1]), self.end(scopes[-1])) if scopes else ""
+        start, end = edit.start, edit.end
+        for node in reversed(nodes):
+            if isinstance(node, ast.stmt) and hasattr(node, "body"):
+                break  # too much of the function
+            has_place = isinstance(node, ast.expr | ast.keyword | ast.stmt)
+            if has_place and self.start(node) <= edit.start and edit.end <= self.end(node):
+                start, end = self.start(node), self.end(node)
+                if scope.count(self.text(start, end)) == 1:
+                    break
+        where = ".".join(x.name for x in scopes) or "module"
+        new = self.text(start, edit.start) + edit.new + self.text(edit.end, end)
+        return " ".join(f"{where}: `{self.text(start, end)}` -> `{new}`".split())
+
+
+def make_mutants(text: str) -> list[Mutant]:
+    """Every mutant of a module's text, in the order of its lines."""
+    source, found, times = Source(text), {}, Counter()
+    for nodes in source.walk(source.tree):
+        for edit in source.edits(nodes[-1], nodes[:-1]):
+            mutated = source.text(0, edit.start) + edit.new + source.text(edit.end, None)
+            if mutated not in found and source.stays_python(nodes[1], edit):
+                key = source.key(nodes, edit)
+                times[key] += 1
+                key += f" ({times[key]})" if times[key] > 1 else ""
+                found[mutated] = Mutant(key, source.text(0, edit.start).count("\n") + 1, mutated)
+    return sorted(found.values(), key=lambda mutant: mutant.line)
+
+
+# --- Running the tests ----------------------------------------------------------------------------
+
+
+class Order:
+    """A plugin of pytest: what caught other mutants comes first, then one case of each test, then a
+    second case of each, and so on. Notes in a file which test has been started last."""
+
+    def __init__(self, first: list[str]) -> None:
+        self.rank = {test: i for i, test in enumerate(first)}
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        cases = Counter()
+        for item in items:
+            cases[item.function] += 1
+            item.place = cases[item.function]
+        items.sort(key=lambda item: (self.rank.get(item.nodeid, len(self.rank)), item.place))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        Path(LAST).write_text(nodeid, encoding="utf-8")
+
+
+def run_tests(folder: Path, first: list[str]) -> None:
+    """Run pytest on the copy of the repository in folder, in a process made for it."""
+    import resource
+
+    import pytest
+
+    os.setsid()  # what the tests start can be ended with them
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    sys.path[:] = [x for x in sys.path if x != str(ROOT / "tests")]  # the copy's helpers instead
+    options = f"-x -q --tb=short -p no:cacheprovider -o faulthandler_timeout={SECONDS}"
+    options += " -o faulthandler_exit_on_timeout=true"
+    sys.exit(pytest.main([*options.split(), *TESTS], plugins=[Order(first)]))
+
+
+class Runner:
+    """A copy of the repository in which one process at a time tests one mutant."""
+
+    context = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
+    context.set_forkserver_preload(["torch", "pytest"])
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "shared")
+        shutil.copytree(ROOT, folder, ignore=ignored)
+
+    def start(self, text: str, first: list[str]) -> None:
+        (self.folder / MODEL).write_text(text, encoding="utf-8")
+        for stale in (self.folder / MODEL).parent.glob("__pycache__/model.*"):
+            stale.unlink()  # Python tells old from new by size and second: too coarse here
+        (self.folder / LAST).write_text("import", encoding="utf-8")
+        self.process = self.context.Process(target=run_tests, args=(self.folder, first))
+        self.process.start()
+
+    def finish(self) -> str | None:
+        """Wait for the end. Returns the test that caught the mutant, None if all tests passed."""
+        self.process.join()
+        self.stop()
+        return (self.folder / LAST).read_text(encoding="utf-8") if self.process.exitcode else None
+
+    def stop(self) -> None:
+        """End the process, and whatever it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def run(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str | None]]:
+    """Each mutant and what caught it, as soon as it is known."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        idle = [Runner(Path(folder, str(i))) for i in range(jobs)]
+        waiting, busy, first = mutants[::-1], {}, []
+        try:
+            while waiting or busy:
+                while waiting and idle:
+                    runner, mutant = idle.pop(), waiting.pop()
+                    runner.start(mutant.text, first)
+                    busy[runner.process.sentinel] = runner, mutant
+                for sentinel in wait(busy):
+                    runner, mutant = busy.pop(sentinel)
+                    caught = runner.finish()
+                    if caught is not None:  # it may well catch the neighbours
+                        first = [caught, *(test for test in first if test != caught)]
+                    idle.append(runner)
+                    yield mutant, caught
+        finally:
+            for runner, _ in busy.values():
+                runner.stop()
+                runner.process.join()
+
+
+def fingerprint(text: str) -> str:
+    """What a result depends on: the mutated module, the rest of the package, and the tests."""
+    digest = hashlib.sha256(text.encode("utf-8"))
+    for path in [*sorted(ROOT.glob("nala_min/*.py")), *(ROOT / name for name in TESTS)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def diff(old: str, new: str) -> str:
+    """The lines that differ."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="each K-th mutant only")
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutants with TEXT in their key")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write every result as JSON")
+    flags = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # the jobs share the cores
+
+    text = (ROOT / MODEL).read_text(encoding="utf-8")
+    every = make_mutants(text)
+    if unknown := EQUIVALENT.keys() - {mutant.key for mutant in every}:
+        sys.exit("EQUIVALENT has no such mutant any more:\n" + "\n".join(sorted(unknown)))
+    chosen = [mutant for mutant in every[:: flags.every] if flags.only in mutant.key]
+
+    log = ROOT / "runs" / "mutation" / f"{fingerprint(text)}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    known = dict(map(json.loads, lines))
+    if not known:
+        original, broken = Mutant("original", 0, text), Mutant("broken", 0, "1 / 0")
+        print("The tests of model.py as it is, and of one that cannot be imported ...")
+        for mutant, caught in run([original, broken], flags.jobs):
+            if (caught is None) != (mutant is original):
+                sys.exit(f"{mutant.key} model.py should not end so: {caught or 'all tests passed'}")
+        known[original.key] = None
+
+    todo = [x for x in chosen if x.key not in known and (flags.only or x.key not in EQUIVALENT)]
+    with tqdm(total=len(todo), unit="mutant") as bar, open(log, "a", encoding="utf-8") as file:
+        for mutant, caught in run(todo, flags.jobs):
+            known[mutant.key] = caught
+            print(json.dumps([mutant.key, caught]), file=file, flush=True)
+            bar.update()
+    report(text, chosen, known, flags.out)
+
+
+def report(
+    text: str, mutants: list[Mutant], known: dict[str, str | None], out: Path | None
+) -> None:
+    """Print the survivors and the numbers, and write every mutant's fate to out."""
+    fates = {
+        x.key: known.get(x.key) or ("equivalent" if x.key in EQUIVALENT else None) for x in mutants
+    }
+    survivors = [x for x in mutants if fates[x.key] is None]
+    for x in survivors:
+        print(f"\n{MODEL}:{x.line}  {x.key}\n{diff(text, x.text)}")
+    explained = list(fates.values()).count("equivalent")
+    caught = len(mutants) - explained - len(survivors)
+    share = caught / max(len(mutants) - explained, 1)
+    print(f"\n{len(mutants)} mutants: {caught} caught, {explained} equivalent,", end=" ")
+    print(f"{len(survivors)} survivors; caught of those not equivalent: {share:.1%}")
+    if out is not None:
+        rows = [{"line": x.line, "mutant": x.key, "caught by": fates[x.key]} for x in mutants]
+        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted: the same command goes on from here.")

@@ -1,0 +1,109 @@
+"""The mutants of mutate.py: which ones a module gets, and that each is one change that acts."""
+
+import ast
+
+import pytest
+from mutate import EQUIVALENT, MODEL, ROOT, TESTS, Order, diff, make_mutants
+
+EXAMPLE = '''"""Not a mutant."""
+import torch
+
+@torch.no_grad()
+def shrink(x: int, by: float = 0.5, *, name: str = "ä") -> int:
+    """Nor this: 1 + 1."""
+    if not x < 2 and name != "ü":
+        words = f"{x + 1}"
+        raise ValueError(f"{words} + 1")
+    x -= 1  # 1 + 1
+    y = (x) * torch.full(x, fill_value=-1, out=y).tril()
+    return y if x in (y,) else min(y, by)
+'''
+
+EXPECTED = """
+@torch.no_grad() ->
+"ä" -> "XXä"
+0.5 -> 1.0
+not x < 2 and name != "ü" -> (not (not x < 2 and name != "ü"))
+not x < 2 and name != "ü" -> not x < 2 or name != "ü"
+not x < 2 -> x < 2
+x < 2 -> x <= 2
+2 -> 3
+name != "ü" -> name == "ü"
+"ü" -> "XXü"
+raise ValueError(f"{words} + 1") -> pass
+x -= 1 -> x += 1
+x -= 1 -> pass
+x -= 1 -> x -= 2
+(x) * torch.full(x, fill_value=-1, out=y).tril() -> (x) / torch.full(x, fill_value=-1, out=y).tril()
+torch.full(x, fill_value=-1, out=y).tril() -> torch.full(x, fill_value=-1, out=y).triu()
+torch.full(x, fill_value=-1, out=y).tril() -> torch.full(x, fill_value=-1, out=y)
+torch.full(x, fill_value=-1, out=y) -> torch.full(x, out=y)
+torch.full(x, fill_value=-1, out=y) -> torch.full(x, fill_value=-1)
+-1 -> 1
+-1 -> -2
+x in (y,) -> x not in (y,)
+min(y, by) -> max(y, by)
+"""
+
+
+@pytest.fixture(scope="module")
+def model_text():
+    return (ROOT / MODEL).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def mutants(model_text):
+    return make_mutants(model_text)
+
+
+def test_an_example_gets_these_mutants():
+    """Not: docstrings, annotations, comments, an error's words, a name's only assignment."""
+    found = [mutant.key.removeprefix("shrink: ") for mutant in make_mutants(EXAMPLE)]
+    assert [key.replace("`", "").rstrip() for key in found] == EXPECTED.strip().splitlines()
+
+
+def test_a_mutant_is_one_change_in_one_line_and_still_python():
+    for mutant in make_mutants(EXAMPLE):
+        assert diff(EXAMPLE, mutant.text).count("\n") == 1
+        old, new = EXAMPLE.splitlines(), mutant.text.splitlines()
+        assert [
+            i for i, pair in enumerate(zip(old, new, strict=True), 1) if pair[0] != pair[1]
+        ] == [mutant.line]
+        assert ast.dump(ast.parse(mutant.text)) != ast.dump(ast.parse(EXAMPLE))
+
+
+def test_brackets_comments_and_strings_of_a_condition():
+    """The operator is found among them, and bytes are not taken for characters."""
+    source = 'y = ("ä" + (a)  # ä or\n    or (b)) is not c\n'
+    texts = {mutant.text for mutant in make_mutants(source)}
+    assert source.replace("\n    or", "\n    and") in texts
+    assert source.replace("is not", "is") in texts
+    assert source.replace("+", "-") in texts
+
+
+def test_mutants_of_the_model(model_text, mutants):
+    """Many, all different, all parsable, each with a name of its own."""
+    assert len(mutants) > 500
+    assert len({mutant.key for mutant in mutants}) == len({x.text for x in mutants}) == len(mutants)
+    assert model_text not in {mutant.text for mutant in mutants}
+    for mutant in mutants[::20]:
+        compile(mutant.text, MODEL, "exec")
+
+
+def test_what_is_called_equivalent_is_a_mutant_and_has_a_reason(mutants):
+    assert EQUIVALENT.keys() <= {mutant.key for mutant in mutants}
+    assert all(EQUIVALENT.values())
+
+
+def test_the_tests_that_run_exist():
+    assert all((ROOT / name).is_file() for name in TESTS)
+
+
+def test_what_caught_another_mutant_comes_first_then_each_test_once():
+    class Item:
+        def __init__(self, function, case):
+            self.function, self.nodeid = function, function + case
+
+    items = [Item(function, case) for function in "ab" for case in "123"]
+    Order(["b3", "gone"]).pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["b3", "a1", "b1", "a2", "b2", "a3"]
