@@ -2,9 +2,11 @@
 them with broken copies, which they must reject. Numbers in brackets are equations of model.py."""
 
 import ast
+import inspect
 import itertools
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -677,6 +679,7 @@ def test_heads_and_batches_do_not_mix(model, mode):
     [
         ({"mode": "fast"}, "mode='fast' is not one of"),
         ({"mode": "chunked"}, "pass causal=True"),
+        ({"mode": "recurrent"}, "pass causal=True"),
         ({"feature_map": "gelu"}, "feature_map='gelu' is not one of"),
         ({"feature_map": "softmax"}, "feature_map='softmax' is not one of"),
         ({"causal": True, "chunk_size": 0}, "chunk_size must be a positive whole number: 0"),
@@ -698,6 +701,46 @@ def test_a_mistake_is_named(model, change, message):
     arguments = {"q": q, "k": k, "v": v} | change
     with pytest.raises((ValueError, TypeError), match=message):
         model.nala_attention(**arguments)
+
+
+FORM_NAMES = ("parallel", "quadratic", "recurrent", "chunked")
+
+
+def test_a_mode_runs_its_own_form(model, monkeypatch):
+    """The numbers are the same, the cost is not."""
+    ran, q, k, v = [], *(x[:, :, :3] for x in random_qkv(7))
+    forms = {name: getattr(model, "_" + name) for name in FORM_NAMES}
+    for name, form in forms.items():
+        noting = partial(lambda name, form, *x: (ran.append(name), form(*x))[1], name, form)
+        monkeypatch.setattr(model, "_" + name, noting)
+    monkeypatch.setattr(model.fast, "applies", lambda q: False)
+    for mode, causal in (("auto", False), ("parallel", False), ("parallel", True)):
+        model.nala_attention(q, k, v, mode=mode, causal=causal)
+    for mode in ("recurrent", "chunked", "auto"):
+        model.nala_attention(q, k, v, mode=mode, causal=True)
+    for n in (1, 2):
+        model.nala_attention(*(x[:, :, :n] for x in (q, k, v)), causal=True)
+    expected = ["parallel", "parallel", "quadratic", "recurrent", "chunked", "chunked"]
+    assert ran == [*expected, "recurrent", "chunked"]
+
+
+def test_defaults_are_the_paper_s(model):
+    """lambda = 3, tau = 0.5, alpha = 20, Eqs. (7) to (9), wherever they are given."""
+    paper = {"lam": 3.0, "tau": 0.5, "alpha": 20.0, "norm_scale": 1.0}
+    found = set()
+    for name in ("query_power", "key_magnitude", "cosine_map", "query_features", "key_features"):
+        for function in (getattr(model, name), model.nala_attention):
+            for parameter in inspect.signature(function).parameters.values():
+                if parameter.name in paper:
+                    assert parameter.default == paper[parameter.name], (name, parameter)
+                    found.add((function.__name__, parameter.name))
+    assert len(found) == 3 + 1 + 1 + 4 + 2 + 4
+    assert model.LMConfig(vocab_size=2).conv_size == 4 and model.ViTConfig().conv_size == 5
+
+
+def test_rotated_features_keep_their_dtype(model):
+    turned = model.rotate(torch.randn(3, 4), torch.rand(3, 2, dtype=torch.float64))
+    assert turned.dtype == torch.float32
 
 
 # --- 5. The language model ------------------------------------------------------------------------
@@ -732,6 +775,35 @@ def test_decoding_equals_recomputing_the_whole_prefix(model, options):
         want = torch.cat([want, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert len(want.unique()) > 3
     assert torch.equal(lm.generate(prompt, 30, temperature=0), want)
+
+
+def test_a_block_adds_both_branches(model):
+    """Pre-norm and residual: x + attention(norm(x)), then x + perceptron(norm(x))."""
+    block = small_lm(model).blocks[0].double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    y, _ = block.attention(block.norm1(x), model.BlockState())
+    want = x + y + block.mlp(block.norm2(x + y))
+    assert_close(block(x, model.BlockState())[0], want)
+
+
+def test_a_state_counts_the_tokens_read(model):
+    lm, tokens = small_lm(model), torch.zeros(1, 5, dtype=torch.long)
+    _, state = lm(tokens)
+    assert [each.position for each in state] == [5, 5]
+    assert [each.position for each in lm(tokens, state)[1]] == [10, 10]
+
+
+def test_generate_keeps_nothing_for_a_backward_pass(model):
+    lm, enabled = small_lm(model), []
+    lm.head.register_forward_hook(lambda *call: enabled.append(torch.is_grad_enabled()))
+    lm.generate(torch.zeros(1, 2, dtype=torch.long), 2)
+    assert enabled == [False, False]
+
+
+def test_states_of_another_model_are_named(model):
+    lm, tokens = small_lm(model), torch.zeros(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="state must be of 2 blocks: 1"):
+        lm(tokens, lm(tokens)[1][:1])
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
