@@ -39,8 +39,8 @@ class Settings(train.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sample is not None and self.sample < 1:
-            raise UsageError(f"--sample {self.sample} is not a positive number of characters")
+        if self.sample is not None and not 0 < self.sample < 2**31:
+            raise UsageError(f"--sample {self.sample} is not positive and below 2^31")
 
 
 def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:

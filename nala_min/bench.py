@@ -10,7 +10,6 @@ writes a run card and a picture.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -356,6 +355,17 @@ def table(rows: list[Row], beside: str = "softmax") -> str:
     return "\n".join(lines)
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works here, for which it needs a C++ compiler, on a GPU triton. If it
+    does not, says so."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds
+        print(f"Nothing is compiled: torch.compile does not work here ({type(error).__name__}).\n")
+        return False
+    return True
+
+
 def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     """The results of a run card, printed while they come."""
     dtype, budget = getattr(torch, settings.dtype), 0.5 if settings.quick else 4.0
@@ -367,7 +377,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
             rows += some
             print(table(some, beside="nala"))
         return {"peers": rows}
-    compiled = not settings.quick and (device.type == "cuda" or shutil.which("c++") is not None)
+    compiled = not settings.quick and compiles(device)
     for some in attention_rows(lengths, device, dtype, budget, compiled):
         rows += some
         direction = "Causal" if some[0]["causal"] else "Bidirectional"

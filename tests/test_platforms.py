@@ -1,0 +1,88 @@
+"""What a machine may lack, and what the code must not do on any."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import environment, flags_of
+
+from nala_min import bench
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [*(ROOT / "nala_min").glob("*.py"), *ROOT.glob("train_*.py")]
+
+
+def run_python(*arguments, folder, **more):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | environment(folder) | {"PYTHONPATH": str(ROOT)} | more,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def test_nothing_is_asked_of_the_network_on_import(tmp_path):
+    names = [f"nala_min.{path.stem}" for path in (ROOT / "nala_min").glob("*.py")]
+    code = f"""
+import socket, sys
+def refuse(*arguments):
+    raise SystemExit(f"network: {{arguments}}")
+socket.socket.connect = socket.socket.bind = socket.getaddrinfo = refuse
+for name in {[*names, "train_shakespeare", "train_cifar"]}:
+    __import__(name)
+"""
+    result = run_python("-W", "error", "-c", code, folder=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_tests_reach_no_further_than_the_loopback():
+    with socket.socket() as one, pytest.raises(OSError, match="a test wants to connect"):
+        one.connect(("192.0.2.1", 80))
+
+
+def test_a_run_depends_on_no_encoding_of_the_machine(tmp_path):
+    """Every file is opened with encoding="utf-8": an encoding by default is an error here."""
+    (tmp_path / "text.txt").write_bytes("Zwölf Boxkämpfer, 5 €\n".encode() * 60)
+    sizes = {"layers": 1, "heads": 2, "dim": 8, "block": 8, "batch": 2, "steps": 2}
+    flags = [*flags_of(sizes), "--data", "text.txt", "--out", "übung"]
+    strict = ("-X", "warn_default_encoding", "-W", "error::EncodingWarning:nala_min")
+    script = ROOT / "train_shakespeare.py"
+    latin = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    result = run_python(*strict, script, *flags, folder=tmp_path, **latin)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "übung" / "card.json").exists()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_source_forks_links_or_unpickles(path):
+    source = path.read_text(encoding="utf-8")
+    assert not re.search(r"\bos\.fork|symlink|import pickle|pickle\.load|(?<![.\w])eval\(", source)
+
+
+def test_every_load_is_of_weights_only():
+    sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    assert sources.count("torch.load(") == sources.count("weights_only=True)") == 1
+
+
+def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so(monkeypatch, capsys):
+    def broken(function, **options):
+        raise RuntimeError("no C++ compiler\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert bench.compiles(torch.device("cpu")) is False
+    said = "Nothing is compiled: torch.compile does not work here (RuntimeError).\n\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_full_precision_can_be_asked_for_on_every_device(device):
+    """As nala_attention does; even where the device is not there, without a warning."""
+    with torch.autocast(device, enabled=False):
+        assert not torch.is_autocast_enabled(device)
