@@ -30,8 +30,8 @@ def checked(**specs: str | Sequence[str] | type) -> Callable[[Callable], Callabl
     """Decorator that checks a function's arguments before it runs.
 
     specs: for an argument its shape, as "B H N D" or "B N bool" (floating, if none of KINDS is
-    named), the words it may be, or its type. Raises TypeError for an argument
-    without spec or rule.
+    named), the words it may be, or its type. Raises TypeError for an argument without spec or
+    rule.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -47,7 +47,8 @@ def checked(**specs: str | Sequence[str] | type) -> Callable[[Callable], Callabl
             if torch.compiler.is_compiling() or _here.inside:
                 return function(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
-            check({n: x for n, x in given.items() if x is not None or n in needed}, specs)
+            ordered = [n for n in dict.fromkeys((*names, *given)) if n in given]
+            check({n: given[n] for n in ordered if given[n] is not None or n in needed}, specs)
             _here.inside = True
             try:
                 return function(*args, **kwargs)
@@ -87,7 +88,7 @@ def check(given: dict[str, Any], specs: dict[str, Any] | None = None) -> None:
                     f"{name} must be on {first[1].device}, as {first[0]} is: {value.device}"
                 )
             if name in ("k", "v") and (value.dtype == DOUBLE) != (first[1].dtype == DOUBLE):
-                raise TypeError(f"{name} must be {first[1].dtype}, as q is: {_got(value)}")
+                raise TypeError(f"{name} must be {first[1].dtype}, as {first[0]} is: {_got(value)}")
         elif isinstance(spec, tuple | list):
             _check_word(name, value, spec)
         elif isinstance(spec, type):

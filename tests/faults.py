@@ -352,6 +352,37 @@ def children(pid):
     return [int(number) for number in listed.split()]
 
 
+ROWS = {  # what the README calls a fault, and how it says that it was tried
+    "kill -9": ("`kill -9`", "at random moments of {phases}; then `--resume`"),
+    "stop": ("Ctrl-C, or SIGTERM", "at random moments; then `--resume`"),
+    "full disk": ("a full disk", "the first or a later checkpoint goes to `/dev/full`; `--resume`"),
+    "bad checkpoint": ("a bad checkpoint", "{damages}, other flags: refused in one line"),
+    "unwritable folder": ("a folder that cannot be made", "refused in one line before training"),
+    "two processes": ("two processes instead of one", "same batches: curves {far} apart at most"),
+    "killed worker": (
+        "one of two processes killed",
+        "then `--resume` with 2, 1 or 4: the same bits with 2, else curves {far} apart at most",
+    ),
+}
+
+
+def table(results):
+    """The rows of the README's table: fault, how it was tried, how often, what was lost."""
+    rows = []
+    for name, (fault, how) in ROWS.items():
+        parts = [results[script][name] for script in SCRIPTS]
+        phases = {p: sum(part.get("phases", {}).get(p, 0) for part in parts) for p in PHASES}
+        said = how.format(
+            phases=", ".join(f"{phase} ({count})" for phase, count in phases.items()),
+            damages=", ".join(DAMAGES),
+            far=f"{max(part.get('difference', 0) for part in parts):.0e}",
+        )
+        lost = [each for part in parts for each in part["lost"]]
+        times = sum(part["times"] for part in parts)
+        rows.append(f"| {fault} | {said} | {times} | {len(lost) or 'nothing'} |")
+    return "\n".join(rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--times", type=int, default=24, help="of each script and fault")
@@ -379,6 +410,7 @@ def main():
             tried("two processes", 1, [] if isinstance(far, float) else [far], difference=far)
             lost, far = killed_workers(script, folder, few, dice)
             tried("killed worker", few, lost, difference=far)
+    print(table(results))
     config = {"times": settings.times, "seed": settings.seed, "flags": FLAGS}
     about = {"name": "Python manual, and images of noise"}
     seconds = time.perf_counter() - start

@@ -176,6 +176,11 @@ def test_float64_is_not_mixed_with_less():
             nala_min.nala_attention(**right("nala_attention") | {name: RIGHT[name].double()})
 
 
+def test_the_first_argument_is_the_measure_in_whatever_order_they_come():
+    with pytest.raises(ValueError, match="k must be .* with N = 6, as in q"):
+        nala_min.nala_attention(v=RIGHT["v"], k=k[:, :, :5], q=q)
+
+
 def test_tokens_that_the_model_does_not_know_are_named():
     for wrong in (-1, 7):
         with pytest.raises(ValueError, match=r"tokens must be from 0 to 6: "):

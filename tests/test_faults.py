@@ -1,9 +1,12 @@
 """What tests/faults.py does at length, a few times: nothing is lost."""
 
 import random
+import sys
 
 import faults
 import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and /proc")
 
 
 @pytest.fixture(scope="module", params=faults.SCRIPTS)
