@@ -26,14 +26,16 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain, pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -359,8 +361,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="K", help="each K-th mutant only")
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants with TEXT in their key")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write every result as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write a run card")
     flags = parser.parse_args()
+    start = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"  # the jobs share the cores
 
     text = (ROOT / MODEL).read_text(encoding="utf-8")
@@ -387,13 +390,21 @@ def main() -> None:
             known[mutant.key] = caught
             print(json.dumps([mutant.key, caught]), file=file, flush=True)
             bar.update()
-    report(text, chosen, known, flags.out)
+    results = report(text, chosen, known)
+    if flags.out is not None:
+        sys.path.insert(0, str(ROOT))  # not above: a mutant's process must not find this package
+        from nala_min import runcard
+
+        about = {"name": MODEL, "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
+        config = {"every": flags.every, "only": flags.only, "tests": TESTS}
+        seconds = time.perf_counter() - start
+        card = runcard.run_card(config, about, torch.device("cpu"), seconds, results)
+        card["command"] = "python tests/mutate.py --out notebooks/results/mutation.json"
+        runcard.write_json(flags.out, card)
 
 
-def report(
-    text: str, mutants: list[Mutant], known: dict[str, str | None], out: Path | None
-) -> None:
-    """Print the survivors and the numbers, and write every mutant's fate to out."""
+def report(text: str, mutants: list[Mutant], known: dict[str, str | None]) -> dict[str, Any]:
+    """Print the survivors and the numbers, and return both."""
     fates = {
         x.key: known.get(x.key) or ("equivalent" if x.key in EQUIVALENT else None) for x in mutants
     }
@@ -405,9 +416,12 @@ def report(
     share = caught / max(len(mutants) - explained, 1)
     print(f"\n{len(mutants)} mutants: {caught} caught, {explained} equivalent,", end=" ")
     print(f"{len(survivors)} survivors; caught of those not equivalent: {share:.1%}")
-    if out is not None:
-        rows = [{"line": x.line, "mutant": x.key, "caught by": fates[x.key]} for x in mutants]
-        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return {
+        "mutants": len(mutants),
+        "caught": caught,
+        "equivalent": {x.key: EQUIVALENT[x.key] for x in mutants if fates[x.key] == "equivalent"},
+        "survivors": [x.key for x in survivors],
+    }
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def test_float64_is_not_mixed_with_less():
 
 
 def test_the_first_argument_is_the_measure_in_whatever_order_they_come():
-    with pytest.raises(ValueError, match="k must be .* with N = 6, as in q"):
+    with pytest.raises(ValueError, match=r"k must be .* with N = 6, as in q"):
         nala_min.nala_attention(v=RIGHT["v"], k=k[:, :, :5], q=q)
 
 
