@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,6 +38,17 @@ def job() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def leave() -> None:
+    """End this process of a job when all of them have come here: one that ended earlier would take
+    the others with it. At once, since a thread of PyTorch's now and then aborts a process that ends
+    in the usual way ("terminate called without an active exception")."""
+    if world_size() > 1:
+        wait()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def world_size() -> int:

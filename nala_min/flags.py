@@ -87,6 +87,7 @@ def run_script(main: Callable[[], None]) -> None:
         try:
             with redirect_stdout(nowhere) if distributed.rank() else nullcontext():
                 main()
+            distributed.leave()
         except UsageError as error:
             _exit(f"error: {error}", 2)
         except KeyboardInterrupt as error:

@@ -149,4 +149,5 @@ def test_one_process_needs_no_other(tmp_path):
         assert distributed.any_of(True) and not distributed.any_of(False)
         assert distributed.share(batch := torch.arange(5)).equal(batch)
         distributed.wait()
+        distributed.leave()
     assert not distributed.is_lost_peer(RuntimeError("Connection closed by peer"))
