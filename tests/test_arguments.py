@@ -181,6 +181,21 @@ def test_the_first_argument_is_the_measure_in_whatever_order_they_come():
         nala_min.nala_attention(v=RIGHT["v"], k=k[:, :, :5], q=q)
 
 
+@pytest.mark.parametrize("function", ["nala_attention", "softmax_attention", "attention_weights"])
+def test_sizes_that_queries_keys_and_values_share_are_compared(function):
+    """Written out, as the cases above come from the very specs that they prove."""
+    shared = {"k": (0, 1, 3), "v": (0, 1, 2), "key_mask": (0, 1)}
+    if function == "nala_attention":
+        shared |= {"k": (0, 1, 2, 3), "rope_positions": (0,), "state": (0, 1, 2, 3)}
+    for name in shared.keys() & inspect.signature(FUNCTIONS[function]).parameters.keys():
+        for dim in shared[name]:
+            shape = list(RIGHT[name].shape)
+            shape[dim] += 1
+            tensor = torch.zeros(shape, dtype=RIGHT[name].dtype)
+            with pytest.raises(ValueError, match=rf"^{name} must "):
+                FUNCTIONS[function](**right(function) | {name: tensor})
+
+
 def test_tokens_that_the_model_does_not_know_are_named():
     for wrong in (-1, 7):
         with pytest.raises(ValueError, match=r"tokens must be from 0 to 6: "):

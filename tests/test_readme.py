@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
+import faults
 import pytest
 
 from nala_min import bench, runcard
@@ -202,3 +203,31 @@ def test_aims_of_speed_and_what_came_out_are_the_run_cards():
             if label.startswith(name) or f" of {name} " in label
         )
         assert said == value, name
+
+
+# --- When something breaks ------------------------------------------------------------------------
+
+
+def test_what_was_lost_is_the_run_card():
+    results = runcard.read_json(runcard.RESULTS / "faults.json")["results"]
+    (rows,) = re.findall(r"^\| fault \|.+\n\|---.+\n((?:\|.+\n)+)", README, re.MULTILINE)
+    assert rows.strip() == faults.table(results)
+    assert all(row.endswith("| nothing |") for row in rows.strip().splitlines())
+    for script in faults.SCRIPTS:
+        kills = results[script]["kill -9"]
+        assert kills["times"] >= 20 and min(kills["phases"].values()) >= 5
+
+
+def test_what_mutants_showed_is_the_run_card():
+    card = runcard.read_json(runcard.RESULTS / "mutation.json")
+    found = card["results"]
+    survivors, equivalent = len(found["survivors"]), len(found["equivalent"])
+    assert found["mutants"] == found["caught"] + survivors + equivalent
+    share = found["caught"] / (found["caught"] + survivors)
+    assert share >= 0.95 and card["config"]["every"] == 2
+    said = (
+        f"Of {found['mutants']} mutants of `model.py`, every second one that `tests/mutate.py`"
+        f" makes, {equivalent} do just what it does, as far as we can see; of the others the tests"
+        f" caught {found['caught']}, {share:.1%}"
+    ).replace("%", " %")
+    assert said in " ".join(README.split())
