@@ -237,7 +237,7 @@ def stops(script, folder, times, dice):
 
 def full_disk(script, folder, times, dice):
     """No room for a checkpoint, from the device that is always full: the first or a later one."""
-    lost = []
+    lost, tried = [], 0
     for i in range(times):
         name = f"full{i}"
         part = folder / name / "checkpoint.pt.part"
@@ -253,10 +253,11 @@ def full_disk(script, folder, times, dice):
             code, text = run(script, folder, "--out", name)
         if code == 0:  # the link came between a checkpoint's opening and its renaming
             continue
+        tried += 1
         lost += [] if one_line(code, text, "No space left on device") else [text[-300:]]
         code, text = run(script, folder, "--out", name, *resume_flag(folder, name))
         lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
-    return times, lost
+    return tried, lost
 
 
 def one_line(code, text, words):
@@ -320,8 +321,11 @@ def processes(script, folder, times, dice):
 
 
 def killed_workers(script, folder, times, dice):
-    """kill -9 of one of two processes, then --resume with 2 processes or another number."""
-    lost, far, same = [], [], ["--dropout", 0]
+    """kill -9 of one of two processes, then --resume with 2 processes or another number.
+
+    Returns how often one was killed, what was lost, and the largest difference of two curves.
+    """
+    lost, far, tried, same = [], [], 0, ["--dropout", 0]
     for i in range(times):
         name = f"worker{i}"
         job = Job(script, folder, "--out", name, *same, processes=2)
@@ -331,6 +335,7 @@ def killed_workers(script, folder, times, dice):
             if len(workers) == 2:
                 os.kill(workers[dice.randrange(2)], signal.SIGKILL)
         code, text = job.wait()
+        tried += code != 0
         if code and "SIGKILL" not in text:
             lost.append(f"no clear message: {text[-300:]}")
         several = (2, 1, 4)[i % 3]
@@ -343,7 +348,7 @@ def killed_workers(script, folder, times, dice):
             lost += differences(folder, "two", name)
         else:
             far.append(furthest(folder, "one", name))
-    return lost, max(far, default=0.0)
+    return tried, lost, max(far, default=0.0)
 
 
 def children(pid):
@@ -408,8 +413,8 @@ def main():
             tried("unwritable folder", *unwritable(script, folder, few, dice))
             far = processes(script, folder, few, dice)
             tried("two processes", 1, [] if isinstance(far, float) else [far], difference=far)
-            lost, far = killed_workers(script, folder, few, dice)
-            tried("killed worker", few, lost, difference=far)
+            count, lost, far = killed_workers(script, folder, few, dice)
+            tried("killed worker", count, lost, difference=far)
     print(table(results))
     config = {"times": settings.times, "seed": settings.seed, "flags": FLAGS}
     about = {"name": "Python manual, and images of noise"}

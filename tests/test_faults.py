@@ -37,13 +37,13 @@ def test_ctrl_c_loses_nothing(broken, dice):
 
 
 def test_a_full_disk_loses_nothing(broken, dice):
-    assert faults.full_disk(*broken, 1, dice) == (1, [])
+    assert faults.full_disk(*broken, 1, dice) == (1, [])  # the first checkpoint
 
 
 def test_two_processes_are_as_good_as_one_and_may_be_killed(broken, dice):
     assert faults.processes(*broken, 1, dice) < 1e-5
-    lost, _ = faults.killed_workers(*broken, 1, dice)
-    assert lost == []
+    killed, lost, _ = faults.killed_workers(*broken, 1, dice)
+    assert (killed, lost) == (1, [])
 
 
 def test_what_differs_is_seen(broken):
