@@ -420,7 +420,7 @@ def main():
     about = {"name": "Python manual, and images of noise"}
     seconds = time.perf_counter() - start
     card = runcard.run_card(config, about, torch.device("cpu"), seconds, results)
-    card["command"] = "python tests/faults.py"
+    card["command"] = card["command"].replace("faults.py", "tests/faults.py")
     settings.out.mkdir(parents=True, exist_ok=True)
     runcard.write_json(settings.out / "faults.json", card)
 

@@ -58,7 +58,17 @@ NAMES = dict(zip(PAIRS.split()[::2], PAIRS.split()[1::2], strict=True))
 NAMES |= {new: old for old, new in NAMES.items()}
 
 # Mutants that do what model.py does: the key of each, as printed for a survivor, and the reason.
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    "sign_split: `direction < 0` -> `direction <= 0`": "a channel of 0 has magnitude 0",
+    "_attend: `64` -> `65`": "chunks of any size give the same numbers",
+    "nala_attention: `q.shape[2]` -> `q.shape[3]`": "the recurrent form gives the same numbers",
+    "attention_weights: `one_hot.expand(*q.shape[:2], -1, -1)` -> `one_hot`": "it is broadcast",
+    "BlockConfig.__post_init__: `set(self.attentions)` -> `self.attentions`": (
+        "keys can be taken away from any sequence, which gives a set"
+    ),
+    "NaLaLM.generate: `F.softmax(logits / temperature, dim=-1)`"
+    " -> `F.softmax(logits / temperature, dim=1)`": "there are two dimensions",
+}
 
 
 class Mutant(NamedTuple):
@@ -399,7 +409,7 @@ def main() -> None:
         config = {"every": flags.every, "only": flags.only, "tests": TESTS}
         seconds = time.perf_counter() - start
         card = runcard.run_card(config, about, torch.device("cpu"), seconds, results)
-        card["command"] = "python tests/mutate.py --out notebooks/results/mutation.json"
+        card["command"] = card["command"].replace("mutate.py", "tests/mutate.py")
         runcard.write_json(flags.out, card)
 
 

@@ -738,6 +738,11 @@ def test_defaults_are_the_paper_s(model):
     assert model.LMConfig(vocab_size=2).conv_size == 4 and model.ViTConfig().conv_size == 5
 
 
+def test_frequencies_that_cannot_be_shared_out_are_named(model):
+    with pytest.raises(ValueError, match="6 features are not divisible by 2 x 2 axes"):
+        model.rotary_angles(torch.zeros(3, 2), 6)
+
+
 def test_rotated_features_keep_their_dtype(model):
     turned = model.rotate(torch.randn(3, 4), torch.rand(3, 2, dtype=torch.float64))
     assert turned.dtype == torch.float32
@@ -798,6 +803,20 @@ def test_generate_keeps_nothing_for_a_backward_pass(model):
     lm.head.register_forward_hook(lambda *call: enabled.append(torch.is_grad_enabled()))
     lm.generate(torch.zeros(1, 2, dtype=torch.long), 2)
     assert enabled == [False, False]
+
+
+def test_a_given_state_stays_what_it_was(model):
+    lm, tokens = small_lm(model), torch.zeros(1, 2, dtype=torch.long)
+    _, state = lm(tokens)
+    before = list(state)
+    lm(tokens, state)
+    assert all(one is other for one, other in zip(state, before, strict=True))
+    assert_close(lm(tokens, tuple(state))[0], lm(tokens, before)[0])
+
+
+def test_an_empty_batch_of_texts(model):
+    logits, state = small_lm(model)(torch.zeros(0, 3, dtype=torch.long))
+    assert logits.shape == (0, 3, 11) and state[0].position == 3
 
 
 def test_states_of_another_model_are_named(model):
