@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import tensors_of
 from torch import nn
 from torch.testing import assert_close
 
@@ -589,19 +590,6 @@ def until(stop, number=signal.SIGINT, times=1):
         return batch(step)
 
     return interrupted
-
-
-def tensors_of(value, name=""):
-    """Every tensor in nested dicts and lists, by the path to it."""
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {
-        path: tensor
-        for key, item in items
-        if isinstance(item, torch.Tensor | dict | list)
-        for path, tensor in tensors_of(item, f"{name}/{key}").items()
-    }
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
