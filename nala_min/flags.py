@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import types
 import typing
@@ -81,6 +82,7 @@ def run_script(main: Callable[[], None]) -> None:
 
     Under torchrun in each of its processes, of which only the first prints what goes well.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console may not know every character of a text
     with distributed.job(), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
@@ -93,7 +95,8 @@ def run_script(main: Callable[[], None]) -> None:
         except KeyboardInterrupt as error:
             if distributed.rank():  # the first process tells
                 sys.exit(130)
-            _exit(str(error) or "interrupted", 130)
+            how = "--resume goes on from the last checkpoint, if there is one"
+            _exit(str(error) or f"interrupted: {how}", 130)
         except (MemoryError, RuntimeError) as error:
             if distributed.is_lost_peer(error):
                 _exit(

@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -283,16 +284,16 @@ def fit(
     """
     device = next(model.parameters()).device
     run = _Run(model, recipe, checkpoint, extra)
-    if resume:
-        run.load()
-    elif distributed.rank() == 0:
-        run.begin()
-    if not distributed.is_same([extra, recipe, run.step]):
-        raise UsageError("the processes of this job differ in flags, data or checkpoint")
-    parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
-    model.train()
-    with _progress(run.step, recipe.steps) as bar, _Stop() as stop:
-        try:
+    with _Stop() as stop:  # before there is a checkpoint: whoever finds one may stop the run
+        if resume:
+            run.load()
+        elif distributed.rank() == 0:
+            run.begin()
+        if not distributed.is_same([extra, recipe, run.step]):
+            raise UsageError("the processes of this job differ in flags, data or checkpoint")
+        parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
+        model.train()
+        with _progress(run.step, recipe.steps) as bar, run.saying_how_to_go_on():
             while run.step < recipe.steps:
                 torch.manual_seed(_mixed(recipe.seed, run.step, distributed.rank()))
                 for group in run.groups():
@@ -314,10 +315,6 @@ def fit(
                     run.save()
                     distributed.wait()
                     raise KeyboardInterrupt
-        except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(
-                f"interrupted at step {run.step}: --resume goes on from step {run.saved}"
-            ) from error
     return run.history, run.seconds()
 
 
@@ -334,6 +331,16 @@ class _Run:
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
+
+    @contextmanager
+    def saying_how_to_go_on(self) -> Iterator[None]:
+        """Give an interruption of the block its message."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"interrupted at step {self.step}: --resume goes on from step {self.saved}"
+            ) from error
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameters with a learning rate of their own."""

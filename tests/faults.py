@@ -216,23 +216,29 @@ def kills(script, folder, times, dice):
 
 
 def stops(script, folder, times, dice):
-    """Ctrl-C and SIGTERM at random moments. Returns how often, and what was lost."""
-    lost = []
+    """Ctrl-C and SIGTERM at random moments of training. Returns how often, and what was lost."""
+    lost, tried, started = [], 0, 0
     if not (folder / "whole").exists():
         run(script, folder, "--out", "whole")
-    for i in range(times):
-        name, number = f"stop{i}", (signal.SIGINT, signal.SIGTERM)[i % 2]
+    while tried < times:
+        name, number = f"stop{started}", (signal.SIGINT, signal.SIGTERM)[tried % 2]
+        started += 1
         job = Job(script, folder, "--out", name)
-        if job.until(lambda name=name: has_checkpoint(folder, name)):
-            time.sleep(dice.uniform(0.01, 0.5))
+        job.until(lambda name=name: has_checkpoint(folder, name))
+        moment = time.perf_counter() + dice.uniform(0, 0.5)
+        job.until(lambda moment=moment: time.perf_counter() >= moment)
+        if stopped := job.phase() is not None:
             job.process.send_signal(number)
         code, text = job.wait()
+        if not stopped:  # it was faster
+            continue
+        tried += 1
         last = text.rstrip().rsplit("\n", 1)[-1]
-        if code != 130 or not last.split(": ")[-1].startswith("--resume goes on from step"):
+        if code != 130 or not last.split(": ")[-1].startswith("--resume goes on from"):
             lost.append(f"no word on how to go on: {last[-200:]}")
         code, text = run(script, folder, "--out", name, "--resume")
         lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
-    return times, lost
+    return tried, lost
 
 
 def full_disk(script, folder, times, dice):

@@ -249,7 +249,7 @@ def test_blocks_that_do_not_fit_together_say_why(argv, reason):
     ("error", "code", "line"),
     [
         (UsageError("--size 0 is too small"), 2, "script.py: error: --size 0 is too small\n"),
-        (KeyboardInterrupt(), 130, "script.py: interrupted\n"),
+        (KeyboardInterrupt(), 130, "script.py: interrupted: --resume goes on from the last"),
         (KeyboardInterrupt("interrupted, saved"), 130, "script.py: interrupted, saved\n"),
         (
             OSError(28, "No space left", "card.json"),
@@ -652,6 +652,31 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
     train_small(small_model(), tmp_path / "whole.pt")
     train_small(small_model(seed=2), tmp_path / "parts.pt", resume=True)
     assert_same_run(tmp_path / "whole.pt", tmp_path / "parts.pt")
+
+
+def test_ctrl_c_while_the_first_checkpoint_is_written_says_how_to_go_on(tmp_path, monkeypatch):
+    """Whoever sees a checkpoint may stop the run, before its first step too."""
+    write = train.write_whole
+
+    def interrupted(path, function):
+        write(path, function)
+        monkeypatch.setattr(train, "write_whole", write)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "write_whole", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"at step 1: --resume goes on from step 1$"):
+        train_small(small_model(), tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_script_stopped_after_training_says_how_to_go_on(number, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            run_script(lambda: signal.raise_signal(number))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "--resume goes on from the last checkpoint" in capsys.readouterr().err
 
 
 def test_a_second_sigterm_waits(tmp_path):
