@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nala_min import NaLaViT, ViTConfig, data, distributed, measure, plots, runcard, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
+from nala_min.measure import smoothed_loss
 
 # fmt: off
 PRESETS = {
@@ -64,11 +64,6 @@ class Settings(train.Settings):
 def build_model(config: dict[str, Any]) -> NaLaViT:
     """The model that a run's config describes."""
     return NaLaViT(ViTConfig(patch_size=config["patch"], **train.block_options(config)))
-
-
-def smoothed_loss(model: NaLaViT, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats an image, a tenth of each label shared among all classes."""
-    return F.cross_entropy(model(inputs).float(), labels, label_smoothing=0.1)
 
 
 def load_model(out: Path, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:

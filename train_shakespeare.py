@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nala_min import LMConfig, NaLaLM, data, distributed, measure, plots, runcard, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
+from nala_min.measure import next_token_loss, validation_loss
 
 PRESETS = {  # gpu: nanoGPT's character recipe
     "cpu": dict(layers=4, heads=4, dim=128, block=128, batch=8, steps=2400, lr=3e-3, dropout=0.0),
@@ -46,24 +46,6 @@ class Settings(train.Settings):
 def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:
     """The model that a run's config describes."""
     return NaLaLM(LMConfig(vocab_size=len(vocabulary.characters), **train.block_options(config)))
-
-
-def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats a character. inputs, targets: (B, N)."""
-    logits, _ = model(inputs)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-@torch.no_grad()
-def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int = 1) -> float:
-    """Mean loss over consecutive windows of tokens, or over every n-th of them."""
-    model.eval()
-    device = model.head.weight.device
-    total, count = 0.0, 0
-    for inputs, targets in data.all_windows(tokens, block_size, 64, every):
-        loss = next_token_loss(model, inputs.to(device), targets.to(device))
-        total, count = total + loss.item() * targets.numel(), count + targets.numel()
-    return total / count
 
 
 def print_sample(

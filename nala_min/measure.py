@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nala_min import plots, runcard
-from nala_min.data import normalise
+from nala_min.data import all_windows, normalise
 from nala_min.model import (
     GatedAttention,
     NaLaLM,
@@ -23,6 +23,8 @@ from nala_min.model import (
     attention_weights,
     decompose,
     entropy,
+    key_features,
+    query_features,
     query_power,
 )
 
@@ -109,6 +111,29 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"test_loss": F.cross_entropy(logits, labels).item(), "test_accuracy": right}
 
 
+def smoothed_loss(model: NaLaViT, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats an image, a tenth of each label shared among all classes."""
+    return F.cross_entropy(model(inputs).float(), labels, label_smoothing=0.1)
+
+
+def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats a character. inputs, targets: (B, N)."""
+    logits, _ = model(inputs)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+@torch.no_grad()
+def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int = 1) -> float:
+    """Mean loss over consecutive windows of tokens, or over every n-th of them."""
+    model.eval()
+    device = model.head.weight.device
+    total, count = 0.0, 0
+    for inputs, targets in all_windows(tokens, block_size, 64, every):
+        loss = next_token_loss(model, inputs.to(device), targets.to(device))
+        total, count = total + loss.item() * targets.numel(), count + targets.numel()
+    return total / count
+
+
 class Asked(NamedTuple):
     """What the attention of one block was asked: which attention, and queries and keys for it."""
 
@@ -124,6 +149,18 @@ class Asked(NamedTuple):
         return attention_weights(
             self.q, self.k, causal=self.layer.causal, feature_map=name, **self.options
         )
+
+    def mass(self) -> Tensor:
+        """What linear attention over all keys divides by, (B, H, N): phi(q) times the sum of
+        phi(k), Eq. (5), with a query's largest channel scaled to 1, Eq. (12)."""
+        name = self.layer.feature_map
+        phi_q = query_features(self.q, name, **self.chosen("lam", "tau", "alpha", "norm_scale"))
+        phi_k = key_features(self.k, name, **self.chosen("lam", "alpha"))  # (B, H, N, F)
+        return (phi_q * phi_k.sum(dim=2, keepdim=True)).sum(dim=-1)
+
+    def chosen(self, *names: str) -> dict[str, Any]:
+        """Those of the options that have one of names."""
+        return {name: x for name, x in self.options.items() if name in names}
 
 
 @torch.no_grad()
@@ -156,7 +193,8 @@ def health(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
 
     For each block its attention and, over all heads and examples, the QUANTILES of: query_norm and,
     if its kernel has one, power, Eq. (7), of every token; entropy in nats and top, the weight of
-    the heaviest key, of every patch, but of a text only of the last token, which sees all others.
+    the heaviest key, of every patch, but of a text only of the last token, which sees all others;
+    of linear attention also least_normaliser, the smallest of what it divides by.
     """
     blocks = []
     for name, block in zip(model.config.attentions, asked(model, inputs), strict=True):
@@ -167,12 +205,15 @@ def health(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
             weights = weights[:, :, -1:]  # (B, H, 1, N)
         numbers = {"query_norm": norm}
         if feature_map in ("cosine", "split"):
-            numbers["power"] = query_power(norm, norm_scale=block.options["norm_scale"])
+            numbers["power"] = query_power(norm, **block.chosen("lam", "tau", "norm_scale"))
         numbers |= {"entropy": entropy(weights), "top": weights.amax(dim=-1)}
         levels = torch.tensor(QUANTILES, dtype=torch.float32)
         found = {
             key: torch.quantile(x.float().cpu(), levels).tolist() for key, x in numbers.items()
         }
+        if feature_map is not None:
+            mass = block.mass()[:, :, -1:] if block.layer.causal else block.mass()
+            found["least_normaliser"] = mass.min().item()
         blocks.append({"attention": name} | found)
     return blocks
 

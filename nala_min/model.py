@@ -592,18 +592,21 @@ class GatedAttention(nn.Module):
         q, k, v, gate = self.project(x).chunk(4, dim=-1)  # (..., E)
         local, conv = self.local(v, state.conv)  # (..., E), (B, W - 1, E)
         q, k, v = (self.split_heads(y) for y in (q, k, v))  # (B, H, N, D)
-        past: dict = {}
-        if self.causal:
-            past = {"causal": True, "state": state.attention, "return_state": True}
-        if self.feature_map is None:
-            o = softmax_attention(q, k, v, **past)
-        else:
-            options = self.options(x, state)
-            o = nala_attention(q, k, v, feature_map=self.feature_map, **options, **past)
-        o, attention = o if self.causal else (o, None)
+        o, attention = self.attend(q, k, v, self.options(x, state), state.attention)
         o = o.transpose(1, 2).reshape(x.shape)  # (..., E)
         y = self.out(self.norm(o + local) * F.silu(gate))  # (..., E)
         return y, BlockState(attention, conv, state.position + x.shape[1])
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict, state: Tensor | tuple | None
+    ) -> tuple[Tensor, Tensor | tuple | None]:
+        """o of Eq. (16), (B, H, N, M), and the state to go on from, of a text."""
+        past = {"causal": True, "state": state, "return_state": True} if self.causal else {}
+        if self.feature_map is None:
+            o = softmax_attention(q, k, v, **past)
+        else:
+            o = nala_attention(q, k, v, feature_map=self.feature_map, **options, **past)
+        return o if self.causal else (o, None)
 
     def options(self, x: Tensor, state: BlockState) -> dict[str, float | Tensor | None]:
         """What this block asks of nala_attention for x: norm_scale, rope_positions."""

@@ -176,8 +176,8 @@ ZOO = {
     ),
     # none of these is known from elsewhere: ways to get an image wrong
     "a patch sees only those before it": (
-        "past: dict = {}",
-        'past: dict = {"causal": True}',
+        "if self.causal else {}",
+        'if self.causal else {"causal": True}',
         proofs.test_every_patch_sees_every_other,
         {"attention": "nala"},
     ),

@@ -274,6 +274,8 @@ def test_health_of_an_image_model_by_hand(attention, in_float64):
             weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
         else:
             weights = query_features(q, name) @ key_features(k, name).mT
+            least = weights.sum(-1).min().item()
+            assert block["least_normaliser"] == pytest.approx(least, rel=1e-4)
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
         surprise = -(weights * weights.clamp_min(1e-300).log()).sum(-1)
         assert block["entropy"] == pytest.approx(quantiles(surprise), rel=1e-4, abs=1e-6)

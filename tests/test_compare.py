@@ -1,0 +1,336 @@
+"""compare.py: tasks whose answers are right, variants that are what they say, runs not repeated."""
+
+import math
+from dataclasses import replace
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from nala_min import compare, nala_attention, runcard
+from nala_min.compare import STUDIES, VARIANTS, Recall, Sharpness, Variant
+from nala_min.flags import UsageError, run_script
+from nala_min.model import BlockState
+
+RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
+
+
+def built(task, name, seed=1):
+    torch.manual_seed(seed)
+    model = task.build(VARIANTS[name])
+    compare.apply(VARIANTS[name], task.layers(model))
+    return model
+
+
+# --- Tasks ----------------------------------------------------------------------------------------
+
+
+def test_recall_asks_for_every_key_once_and_wants_its_value():
+    tokens, answers = RECALL.examples(8, 5, seed=1, step=3)
+    assert tokens.shape == (5, 24) and answers.shape == (5, 8)
+    for row, wanted in zip(tokens.tolist(), answers.tolist(), strict=True):
+        keys, told, asked = row[0:16:2], row[1:16:2], row[16:]
+        assert sorted(asked) == sorted(keys) and len(set(keys)) == 8
+        assert max(keys) < 64 <= min(told) and max(told) < 128
+        assert [told[keys.index(key)] - 64 for key in asked] == wanted
+
+
+def test_recall_batches_depend_on_seed_and_step_and_have_about_equally_many_tokens():
+    batches = [RECALL.batch(seed, step) for seed, step in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    assert torch.equal(batches[0][0], batches[1][0]) and torch.equal(batches[0][1], batches[1][1])
+    assert all(not torch.equal(batches[0][0], other) for other, _ in batches[2:])
+    found = {RECALL.batch(1, step)[1].shape[1] for step in range(60)}
+    assert found == {2, 4, 8, 16}
+    assert all(2048 - 48 <= RECALL.batch(1, step)[0].numel() <= 2048 for step in range(9))
+
+
+def test_recall_accuracy_is_the_share_of_right_values():
+    model = built(RECALL, "relu")
+    found = RECALL.evaluate(model)
+    assert list(found) == [f"accuracy at {pairs} pairs" for pairs in (2, 4, 8, 16)]
+    assert all(0 <= share < 0.2 for share in found.values())  # it has not learnt yet
+
+
+def test_recall_counts_the_right_answers():
+    class Oracle(Recall):
+        """Looks every key up, but for the first that is asked for."""
+
+        def answers(self, model, tokens):
+            pairs = tokens.shape[1] // 3
+            keys, told = tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2]
+            places = (tokens[:, -pairs:, None] == keys[:, None]).float().argmax(-1)
+            values = told.gather(1, places) - 64
+            values[:, 0] = (values[:, 0] + 1) % 64
+            return torch.nn.functional.one_hot(values, 64).float()
+
+    shares = Oracle(**vars(RECALL)).evaluate(torch.nn.Identity())
+    assert list(shares.values()) == pytest.approx([1 / 2, 3 / 4, 7 / 8, 15 / 16])
+
+
+@pytest.mark.parametrize("of", [4, 16])
+def test_sharpness_wants_one_value_or_the_mean_of_many(of):
+    task = replace(SHARPNESS, of=of)
+    inputs, targets = task.examples(3, seed=1, step=0)
+    asks, told, values = inputs.split([20, 20, 8], dim=-1)
+    wanted, unit = targets.split([8, 1], dim=-1)
+    assert {round(u, 4) for u in unit.unique().tolist()} == {1.0, round(of**-0.5, 4)}
+    for b in range(3):
+        for t in range(16):
+            group = told[b, :, :4] @ told[b, t, :4] > 0
+            chosen = torch.ones(16, dtype=torch.bool) if of == 16 else group
+            assert chosen.sum() == of
+            if unit[b, t] == 1:
+                assert_close(asks[b, t], 4 * told[b, t])
+                assert_close(wanted[b, t], values[b, t])
+            else:
+                assert_close(asks[b, t], told[b, t] / 4)
+                assert_close(wanted[b, t] * unit[b, t], values[b, chosen].mean(dim=0))
+
+
+def test_knowing_nothing_gives_an_error_of_one():
+    inputs, targets = SHARPNESS.examples(400, seed=1, step=0)
+    errors = SHARPNESS.errors(lambda *_: torch.zeros(()), inputs, targets)
+    assert errors.shape == (400, 16)
+    for kind in (targets[..., -1] == 1, targets[..., -1] < 1):
+        assert errors[kind].mean().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "blind"), [("relu", True), ("no query norm", True), ("nala", False), ("elu", False)]
+)
+def test_what_is_blind_to_the_norm_answers_both_questions_alike(name, blind):
+    model = built(SHARPNESS, name).double()
+    inputs, _ = SHARPNESS.examples(2, seed=1, step=0)
+    asks, told, values = inputs.double().split([20, 20, 8], dim=-1)
+    short, long = model(asks / 2, told, values), model(asks * 2, told, values)
+    assert torch.allclose(short, long, rtol=0, atol=1e-9) == blind
+
+
+def test_sharpness_reports_both_errors_and_both_norms():
+    model = built(SHARPNESS, "nala")
+    found = SHARPNESS.evaluate(model)
+    assert found["error"] == pytest.approx((found["error of one"] + found["error of many"]) / 2)
+    assert found["norm of one"] == pytest.approx(16 * found["norm of many"], rel=0.05)
+    model = built(SHARPNESS, "tanh(norm/s)")
+    assert model.norm_scale.tolist() == [4.0]
+
+
+# --- Variants -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [RECALL, SHARPNESS], ids=["recall", "sharpness"])
+def test_parameters_are_nearly_equal(task):
+    def parameters(name):
+        return sum(p.numel() for p in built(task, name).parameters())
+
+    ours = parameters("nala")
+    names = STUDIES["recall" if task is RECALL else "sharpness"].variants
+    for name in names:
+        if task is SHARPNESS and VARIANTS[name].wide:
+            assert parameters(name) == 2 * ours  # D = 32: features are what makes the state
+        else:
+            assert parameters(name) == pytest.approx(ours, rel=0.01), name
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "features"), [("nala", 2, 64), ("elu, same state", 1, 64)]
+)
+def test_half_the_heads_make_a_state_as_large_as_nalas(name, heads, features):
+    model = built(RECALL, name)
+    _, states = model(torch.zeros(1, 3, dtype=torch.long))
+    values = 64 // heads + 1
+    assert states[0].attention.shape == (1, heads, features, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nala", {}),
+        ("lam 1", {"lam": 1.0}),
+        ("tau 0", {"tau": 0.0}),
+        ("alpha 2", {"alpha": 2.0}),
+        ("split", {"feature_map": "split"}),
+    ],
+)
+def test_a_variant_attends_as_it_says(name, options):
+    layer = built(RECALL, name).blocks[0].attention
+    q, k, v = torch.randn(3, 1, 2, 9, 32)
+    out, _ = layer.attend(q, k, v, layer.options(torch.zeros(1, 9, 64), BlockState()), None)
+    assert_close(out, nala_attention(q, k, v, causal=True, **options))
+
+
+def test_a_gate_that_is_always_open_and_no_convolution():
+    x = torch.randn(1, 6, 64)
+    layer = built(RECALL, "no gate").blocks[0].attention
+    *_, gate = layer.project(x).chunk(4, dim=-1)
+    assert_close(torch.nn.functional.silu(gate), torch.ones_like(gate), rtol=0, atol=1e-6)
+    plain = built(RECALL, "nala").blocks[0].attention
+    q_k_v = [layer.project(x)[..., :192], plain.project(x)[..., :192]]
+    assert torch.equal(*q_k_v)
+    none = built(RECALL, "no convolution").blocks[0].attention
+    local, _ = none.local(x, None)
+    assert torch.equal(local, torch.zeros_like(x))
+
+
+def test_a_hybrid_ends_in_softmax():
+    model = built(RECALL, "hybrid")
+    assert model.config.attentions == ("nala", "softmax") and model.config.kind == "hybrid"
+    assert built(STUDIES["text"].task, "hybrid").config.attentions == ("nala", "softmax") * 2
+
+
+def test_every_study_names_variants_and_nala_first():
+    for study in STUDIES.values():
+        assert study.variants[0] == "nala"
+        assert set(study.variants) <= VARIANTS.keys()
+        assert study.seeds >= 3
+        replace(study.task, **study.quick)
+
+
+def test_the_recipes_are_those_of_the_scripts():
+    """But for their length."""
+    import train_cifar
+    import train_shakespeare
+
+    for name, preset in (("text", "cpu"), ("text-gpu", "gpu")):
+        task, script = STUDIES[name].task, train_shakespeare.PRESETS[preset]
+        assert task.sizes == (script["layers"], script["heads"], script["dim"])
+        assert (task.block, task.windows) == (script["block"], script["batch"])
+        assert (task.learning_rate, task.dropout) == (script["lr"], script["dropout"])
+    assert STUDIES["text-gpu"].task.steps == train_shakespeare.PRESETS["gpu"]["steps"]
+    task, script = STUDIES["images"].task, train_cifar.PRESETS["cpu"]
+    assert task.sizes == (script["layers"], script["heads"], script["dim"])
+    assert (task.patch, task.images, task.shift) == (
+        script["patch"],
+        script["batch"],
+        script["shift"],
+    )
+    assert (task.learning_rate, task.muon) == (script["lr"], script["muon"])
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def rows(**results):
+    return [
+        {"variant": name, "seed": seed, "loss": value}
+        for name, values in results.items()
+        for seed, value in enumerate(values, 1)
+    ]
+
+
+def test_the_difference_is_paired_and_its_interval_students():
+    ours, theirs = [1.0, 2.0, 4.0], [0.5, 1.6, 3.9]
+    pairs = np.subtract(ours, theirs)
+    away, half = compare.difference(ours, theirs)
+    assert away == pytest.approx(pairs.mean())
+    assert half == pytest.approx(4.303 * pairs.std(ddof=1) / math.sqrt(3))
+    assert compare.difference([1.0], [2.0]) == (-1.0, math.inf)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5])
+def test_an_interval_holds_the_truth_in_95_of_100_studies(pairs):
+    random = np.random.default_rng(1)
+    draws = random.standard_normal((1500, pairs))
+    inside = [
+        float(abs(away) <= half)
+        for away, half in (compare.difference(list(row), [0.0] * pairs) for row in draws)
+    ]
+    assert mean(inside) == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_table_has_mean_bounds_and_difference():
+    text = compare.table(rows(nala=[1.0, 2.0, 3.0], elu=[2.0, 3.5, 3.5]), "loss")
+    heading, nala, elu = text.splitlines()
+    assert heading.split()[:2] == ["loss", "mean"]
+    assert nala.split() == ["nala", "2.0000", "1.0000", "3.0000"]
+    assert elu.split() == ["elu", "3.0000", "2.0000", "3.5000", "+1.0000", "±", "1.2422"]
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+SMALL = replace(
+    STUDIES["sharpness"],
+    task=replace(SHARPNESS, steps=12),
+    variants=("nala", "elu", "magnitude-aware"),
+    seeds=2,
+)
+
+
+def test_a_run_is_a_function_of_its_seed_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    task, names = replace(SHARPNESS, steps=12), ("seconds",)
+    whole = compare.run(task, "nala", 1, tmp_path / "whole")
+    again = compare.run(task, "nala", 1, tmp_path / "again")
+    other = compare.run(task, "nala", 2, tmp_path / "other")
+    plain = [{k: v for k, v in row.items() if k not in names} for row in (whole, again, other)]
+    assert plain[0] == plain[1] != plain[2]
+    assert whole["variant"] == "nala" and whole["seed"] == 1 and whole["parameters"] == 640
+
+    batch = Sharpness.batch
+
+    def stopped(self, seed, step):
+        if step == 7:
+            raise KeyboardInterrupt
+        return batch(self, seed, step)
+
+    monkeypatch.setattr(Sharpness, "batch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(task, "nala", 1, tmp_path / "stopped")
+    monkeypatch.setattr(Sharpness, "batch", batch)
+    resumed = compare.run(task, "nala", 1, tmp_path / "stopped")
+    assert {k: v for k, v in resumed.items() if k not in names} == plain[0]
+
+
+def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(compare.STUDIES, "sharpness", SMALL)
+    argv = ["compare", "--study", "sharpness", "--workers", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    run_script(compare.main)
+    printed = capsys.readouterr()
+    card = runcard.read_json(tmp_path / "sharpness.json")
+    assert card["command"] == "python -m nala_min.compare --study sharpness"
+    assert card["config"]["variants"] == list(SMALL.variants)
+    assert card["config"]["task"]["steps"] == 12
+    found = [(row["variant"], row["seed"]) for row in card["results"]["runs"]]
+    assert found == [(name, seed) for seed in (1, 2) for name in SMALL.variants]
+    assert compare.table(card["results"]["runs"], "error") in printed.out
+    assert printed.err.count("6/6") >= 1 and "training" not in printed.err  # one bar
+
+    def never(*args):
+        raise AssertionError("run again")
+
+    monkeypatch.setattr(compare, "_work", never)
+    run_script(compare.main)
+    assert runcard.read_json(tmp_path / "sharpness.json")["results"] == card["results"]
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_rows_of_another_recipe_are_not_taken(tmp_path):
+    place = tmp_path / "nala_seed1"
+    place.mkdir()
+    runcard.write_json(place / "row.json", {"task": "another", "row": {"error": 0}})
+    study = replace(SMALL, variants=("nala",), seeds=1)
+    (row,) = compare.run_all(study, tmp_path, 1, "cpu")
+    assert row["error"] > 0
+
+
+def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["compare", "--workers", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        run_script(compare.main)
+    assert "--workers 0 is not positive" in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        compare.Settings(workers=-1)
+    missing = str(tmp_path / "missing.txt")
+    monkeypatch.setattr("sys.argv", ["compare", "--study", "text", "--data", missing])
+    with pytest.raises(SystemExit, match="2"):
+        run_script(compare.main)
+    assert "missing.txt" in capsys.readouterr().err
+
+
+def test_a_variant_that_changes_nothing_is_the_plain_model():
+    assert Variant().options == {} and VARIANTS["nala"] == Variant()
