@@ -171,55 +171,103 @@ def _blocks(variant: Variant, layers: int, heads: int, dim: int) -> dict[str, An
     }
 
 
+class PairEmbedding(nn.Module):
+    """Of tokens that hold a key and a value: token = key (symbols + 1) + value, and symbols in the
+    place of a value that is not told. The sum of two vectors."""
+
+    def __init__(self, symbols: int, dim: int):
+        super().__init__()
+        self.symbols = symbols
+        self.weight = nn.Parameter(0.02 * torch.randn(2 * symbols + 1, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        keys = tokens.div(self.symbols + 1, rounding_mode="floor")
+        values = self.symbols + tokens % (self.symbols + 1)
+        return F.embedding(keys, self.weight) + F.embedding(values, self.weight)
+
+
 @dataclass(frozen=True)
 class Recall(Task):
-    """Multi-query associative recall: pairs of a key and a value, then every key once more, in
-    another order; its value is to be named. Easy for softmax, which looks a key up, hard for a
-    state that must hold all pairs (Arora and others 2023, arXiv 2312.04927)."""
+    """Multi-query associative recall: pairs of a key and a value, a token each, then every key once
+    more, in another order; its value is to be named. Easy for softmax, which looks a key up, hard
+    for a state of fixed size that must hold all pairs (Arora and others 2023, arXiv 2312.04927)."""
 
-    pairs: tuple[int, ...] = (2, 4, 8, 16)  # drawn anew each step
+    pairs: tuple[int, ...] = (4, 8, 16, 32, 64)  # drawn anew each step
     symbols: int = 64  # different keys, and as many values
     tokens: int = 2048  # in a batch, about
-    result = "accuracy at 16 pairs"
+    sizes: tuple[int, int, int] = (1, 2, 32)  # layers, heads, dim
+    result = "accuracy at 64 pairs"
     better = "higher"
 
     def build(self, variant: Variant) -> NaLaLM:
-        return NaLaLM(LMConfig(vocab_size=2 * self.symbols, **_blocks(variant, 2, 2, 64)))
+        vocabulary, dim = self.symbols * (self.symbols + 1), self.sizes[2]
+        model = NaLaLM(LMConfig(vocab_size=vocabulary, **_blocks(variant, *self.sizes)))
+        model.embed = PairEmbedding(self.symbols, dim)
+        model.head = nn.Linear(dim, self.symbols, bias=False)
+        nn.init.normal_(model.head.weight, std=0.02)
+        return model
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         pairs = self.pairs[np.random.default_rng([seed, step]).integers(len(self.pairs))]
-        return self.examples(pairs, max(8, self.tokens // (3 * pairs)), seed, step)
+        return self.examples(pairs, max(8, self.tokens // self.length(pairs)), seed, step)
+
+    def length(self, pairs: int) -> int:
+        return 2 * pairs
 
     def examples(self, pairs: int, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens (count, 3 pairs), and for each of the last third its answer, (count, pairs)."""
+        """Tokens (count, length), and the answers to the last of them, (count, pairs)."""
         random = np.random.default_rng([seed, step, pairs])
         keys = random.random((count, self.symbols)).argsort(axis=1)[:, :pairs]
         values = random.integers(self.symbols, size=(count, pairs))
         order = random.random((count, pairs)).argsort(axis=1)
-        told = np.stack([keys, self.symbols + values], axis=2).reshape(count, 2 * pairs)
         asked = np.take_along_axis(keys, order, axis=1)
-        tokens = np.concatenate([told, asked], axis=1)
-        return torch.from_numpy(tokens), torch.from_numpy(np.take_along_axis(values, order, axis=1))
+        tokens = torch.from_numpy(self.write(keys, values, asked))
+        return tokens, torch.from_numpy(np.take_along_axis(values, order, axis=1))
 
-    def answers(self, model: NaLaLM, tokens: Tensor) -> Tensor:
-        logits, _ = model(tokens)
-        return logits[:, -tokens.shape[1] // 3 :, self.symbols :]  # (B, pairs, symbols)
+    def write(self, keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        """The text that tells the pairs and asks for them."""
+        told = keys * (self.symbols + 1) + values
+        return np.concatenate([told, asked * (self.symbols + 1) + self.symbols], axis=1)
+
+    def answers(self, model: nn.Module, tokens: Tensor, pairs: int) -> Tensor:
+        """Logits (B, pairs, symbols)."""
+        return model(tokens)[0][:, -pairs:, -self.symbols :]
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.answers(model, inputs).flatten(0, 1), targets.flatten())
+        answers = self.answers(model, inputs, targets.shape[1])
+        return F.cross_entropy(answers.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         model.eval()
         found = {}
         for pairs in self.pairs:
-            tokens, values = self.examples(pairs, 512 // pairs, 10**6, 0)  # no training seed
-            right = self.answers(model, tokens).argmax(dim=-1) == values
+            tokens, values = self.examples(pairs, 2048 // pairs, 10**6, 0)  # no training seed
+            right = self.answers(model, tokens, pairs).argmax(dim=-1) == values
             found[f"accuracy at {pairs} pairs"] = right.float().mean().item()
         return found
 
     def health(self, model: nn.Module) -> list[dict[str, Any]]:
-        return measure.health(model, self.examples(16, 32, 10**6, 0)[0])
+        return measure.health(model, self.examples(self.pairs[-1], 32, 10**6, 0)[0])
+
+
+@dataclass(frozen=True)
+class Binding(Recall):
+    """The same with key and value as two tokens, which a model must first bind to one another."""
+
+    pairs: tuple[int, ...] = (2, 4, 8, 16)
+    sizes: tuple[int, int, int] = (2, 2, 64)
+    result = "accuracy at 16 pairs"
+
+    def build(self, variant: Variant) -> NaLaLM:
+        return NaLaLM(LMConfig(vocab_size=2 * self.symbols, **_blocks(variant, *self.sizes)))
+
+    def length(self, pairs: int) -> int:
+        return 3 * pairs
+
+    def write(self, keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        told = np.stack([keys, self.symbols + values], axis=2)
+        return np.concatenate([told.reshape(len(keys), -1), asked], axis=1)
 
 
 class Bare(GatedAttention):
@@ -420,8 +468,14 @@ class Study:
 
 STUDIES: dict[str, Study] = {
     "recall": Study(
-        Recall(steps=800, learning_rate=5e-3, muon=0.02),
-        {"steps": 40},
+        Recall(steps=500, learning_rate=5e-3, muon=0.02),
+        {"steps": 60},
+        (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES, *BLOCK[:4]),
+        seeds=5,
+    ),
+    "binding": Study(
+        Binding(steps=800, learning_rate=5e-3, muon=0.02),
+        {"steps": 20},
         (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES, *BLOCK),
     ),
     "sharpness": Study(

@@ -14,7 +14,9 @@ from nala_min.compare import STUDIES, VARIANTS, Recall, Sharpness, Variant
 from nala_min.flags import UsageError, run_script
 from nala_min.model import BlockState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
+BINDING = STUDIES["binding"].task
 
 
 def built(task, name, seed=1):
@@ -29,44 +31,62 @@ def built(task, name, seed=1):
 
 def test_recall_asks_for_every_key_once_and_wants_its_value():
     tokens, answers = RECALL.examples(8, 5, seed=1, step=3)
-    assert tokens.shape == (5, 24) and answers.shape == (5, 8)
-    for row, wanted in zip(tokens.tolist(), answers.tolist(), strict=True):
-        keys, told, asked = row[0:16:2], row[1:16:2], row[16:]
-        assert sorted(asked) == sorted(keys) and len(set(keys)) == 8
-        assert max(keys) < 64 <= min(told) and max(told) < 128
-        assert [told[keys.index(key)] - 64 for key in asked] == wanted
+    assert tokens.shape == (5, 16) and answers.shape == (5, 8)
+    keys, values = tokens // 65, tokens % 65
+    for key, value, wanted in zip(keys.tolist(), values.tolist(), answers.tolist(), strict=True):
+        assert sorted(key[:8]) == sorted(key[8:]) and len(set(key)) == 8
+        assert value[8:] == [64] * 8  # not told
+        assert [value[key.index(k)] for k in key[8:]] == wanted
 
 
-def test_recall_batches_depend_on_seed_and_step_and_have_about_equally_many_tokens():
-    batches = [RECALL.batch(seed, step) for seed, step in ((1, 0), (1, 0), (1, 1), (2, 0))]
+def test_binding_is_recall_with_two_tokens_a_pair():
+    tokens, answers = BINDING.examples(8, 5, seed=1, step=3)
+    together, same = RECALL.examples(8, 5, seed=1, step=3)
+    assert torch.equal(answers, same)
+    assert torch.equal(tokens[:, 0:16:2], together[:, :8] // 65)
+    assert torch.equal(tokens[:, 1:16:2], 64 + together[:, :8] % 65)
+    assert torch.equal(tokens[:, 16:], together[:, 8:] // 65)
+
+
+def test_a_pair_is_embedded_as_the_sum_of_its_key_and_its_value():
+    embed = compare.PairEmbedding(64, 8)
+    token = torch.tensor([[3 * 65 + 5, 7 * 65 + 64]])
+    assert_close(embed(token)[0, 0], embed.weight[3] + embed.weight[64 + 5])
+    assert_close(embed(token)[0, 1], embed.weight[7] + embed.weight[128])
+
+
+@pytest.mark.parametrize("name", ["recall", "binding"])
+def test_recall_batches_depend_on_seed_and_step_and_have_about_equally_many_tokens(name):
+    task = STUDIES[name].task
+    batches = [task.batch(seed, step) for seed, step in ((1, 0), (1, 0), (1, 1), (2, 0))]
     assert torch.equal(batches[0][0], batches[1][0]) and torch.equal(batches[0][1], batches[1][1])
     assert all(not torch.equal(batches[0][0], other) for other, _ in batches[2:])
-    found = {RECALL.batch(1, step)[1].shape[1] for step in range(60)}
-    assert found == {2, 4, 8, 16}
-    assert all(2048 - 48 <= RECALL.batch(1, step)[0].numel() <= 2048 for step in range(9))
+    assert {task.batch(1, step)[1].shape[1] for step in range(60)} == set(task.pairs)
+    assert all(2048 - 128 <= task.batch(1, step)[0].numel() <= 2048 for step in range(9))
 
 
-def test_recall_accuracy_is_the_share_of_right_values():
-    model = built(RECALL, "relu")
-    found = RECALL.evaluate(model)
-    assert list(found) == [f"accuracy at {pairs} pairs" for pairs in (2, 4, 8, 16)]
-    assert all(0 <= share < 0.2 for share in found.values())  # it has not learnt yet
+@pytest.mark.parametrize("name", ["recall", "binding"])
+def test_a_model_that_has_not_learnt_recalls_nothing(name):
+    task = STUDIES[name].task
+    found = task.evaluate(built(task, "relu"))
+    assert list(found) == [f"accuracy at {pairs} pairs" for pairs in task.pairs]
+    assert task.result == list(found)[-1]
+    assert all(0 <= share < 0.05 for share in found.values())
 
 
 def test_recall_counts_the_right_answers():
     class Oracle(Recall):
         """Looks every key up, but for the first that is asked for."""
 
-        def answers(self, model, tokens):
-            pairs = tokens.shape[1] // 3
-            keys, told = tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2]
-            places = (tokens[:, -pairs:, None] == keys[:, None]).float().argmax(-1)
-            values = told.gather(1, places) - 64
+        def answers(self, model, tokens, pairs):
+            keys, values = tokens // 65, tokens % 65
+            places = (keys[:, pairs:, None] == keys[:, None, :pairs]).float().argmax(-1)
+            values = values.gather(1, places)
             values[:, 0] = (values[:, 0] + 1) % 64
             return torch.nn.functional.one_hot(values, 64).float()
 
     shares = Oracle(**vars(RECALL)).evaluate(torch.nn.Identity())
-    assert list(shares.values()) == pytest.approx([1 / 2, 3 / 4, 7 / 8, 15 / 16])
+    assert list(shares.values()) == pytest.approx([1 - 1 / pairs for pairs in (4, 8, 16, 32, 64)])
 
 
 @pytest.mark.parametrize("of", [4, 16])
@@ -135,12 +155,12 @@ def test_parameters_are_nearly_equal(task):
 
 
 @pytest.mark.parametrize(
-    ("name", "heads", "features"), [("nala", 2, 64), ("elu, same state", 1, 64)]
+    ("name", "heads", "features"), [("nala", 2, 32), ("elu, same state", 1, 32)]
 )
 def test_half_the_heads_make_a_state_as_large_as_nalas(name, heads, features):
     model = built(RECALL, name)
     _, states = model(torch.zeros(1, 3, dtype=torch.long))
-    values = 64 // heads + 1
+    values = 32 // heads + 1
     assert states[0].attention.shape == (1, heads, features, values)
 
 
@@ -156,18 +176,18 @@ def test_half_the_heads_make_a_state_as_large_as_nalas(name, heads, features):
 )
 def test_a_variant_attends_as_it_says(name, options):
     layer = built(RECALL, name).blocks[0].attention
-    q, k, v = torch.randn(3, 1, 2, 9, 32)
-    out, _ = layer.attend(q, k, v, layer.options(torch.zeros(1, 9, 64), BlockState()), None)
+    q, k, v = torch.randn(3, 1, 2, 9, 16)
+    out, _ = layer.attend(q, k, v, layer.options(torch.zeros(1, 9, 32), BlockState()), None)
     assert_close(out, nala_attention(q, k, v, causal=True, **options))
 
 
 def test_a_gate_that_is_always_open_and_no_convolution():
-    x = torch.randn(1, 6, 64)
+    x = torch.randn(1, 6, 32)
     layer = built(RECALL, "no gate").blocks[0].attention
     *_, gate = layer.project(x).chunk(4, dim=-1)
     assert_close(torch.nn.functional.silu(gate), torch.ones_like(gate), rtol=0, atol=1e-6)
     plain = built(RECALL, "nala").blocks[0].attention
-    q_k_v = [layer.project(x)[..., :192], plain.project(x)[..., :192]]
+    q_k_v = [layer.project(x)[..., :96], plain.project(x)[..., :96]]
     assert torch.equal(*q_k_v)
     none = built(RECALL, "no convolution").blocks[0].attention
     local, _ = none.local(x, None)
@@ -175,7 +195,7 @@ def test_a_gate_that_is_always_open_and_no_convolution():
 
 
 def test_a_hybrid_ends_in_softmax():
-    model = built(RECALL, "hybrid")
+    model = built(BINDING, "hybrid")
     assert model.config.attentions == ("nala", "softmax") and model.config.kind == "hybrid"
     assert built(STUDIES["text"].task, "hybrid").config.attentions == ("nala", "softmax") * 2
 
