@@ -282,3 +282,57 @@ def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Fi
     right.locator_params(axis="x", nbins=6)
     right.grid(False, axis="y")
     return picture
+
+
+# How a study draws its variants; all others as dots.
+VARIANTS = {
+    "softmax": LOOKS["softmax"],
+    "nala": LOOKS["cosine"],
+    "no query norm": LOOKS["cosine"] | {"label": "NaLa, norm ignored", "linestyle": ":"},
+    "no cosine map": LOOKS["cosine"] | {"label": "NaLa, ReLU for cosines", "linestyle": "-."},
+    "elu, same state": LOOKS["elu"] | {"label": "linear, elu + 1, same state"},
+    "relu, same state": LOOKS["relu"] | {"label": "linear, ReLU, same state"},
+}
+
+
+@_styled
+def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
+    """Accuracy against the number of pairs, for VARIANTS: a line through the mean of all seeds in a
+    band from the lowest to the highest. rows: the runs of a card of nala_min.compare."""
+    picture, axes = figure()
+    for name, look in VARIANTS.items():
+        runs = [row for row in rows if row["variant"] == name]
+        values = np.array([[run[f"accuracy at {n} pairs"] for n in pairs] for run in runs])
+        axes.fill_between(
+            pairs, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.12
+        )
+        axes.plot(pairs, values.mean(axis=0), **look)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(pairs, [str(n) for n in pairs])
+    axes.set(xlabel="pairs of a key and a value in the text", ylabel="share of values recalled")
+    axes.set_ylim(0, 1.03)
+    axes.legend(loc="lower left", fontsize="small")
+    return picture
+
+
+@_styled
+def study(panels: dict[str, list[dict[str, Any]]]) -> Figure:
+    """A panel for each of some results: for each variant a dot a run, and a stroke at their mean.
+
+    panels: by the name of the result, the runs of a card of nala_min.compare.
+    """
+    names = list(dict.fromkeys(row["variant"] for rows in panels.values() for row in rows))
+    size = {"width": 2.6 + 3.4 * len(panels), "height": 1.2 + 0.27 * len(names)}
+    picture, drawn = figure(1, len(panels), squeeze=False, sharey=True, **size)
+    for axes, (result, rows) in zip(drawn[0], panels.items(), strict=True):
+        for place, name in enumerate(names):
+            found = [row[result] for row in rows if row["variant"] == name]
+            colour = VARIANTS.get(name, {"color": "#666666"})["color"]
+            axes.plot(found, [place] * len(found), "o", color=colour, alpha=0.6, markersize=5)
+            middle = sum(found) / len(found)
+            axes.plot([middle, middle], [place - 0.35, place + 0.35], color=colour)
+        axes.set(xlabel=result)
+        axes.locator_params(axis="x", nbins=5)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
+    return picture

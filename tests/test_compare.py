@@ -1,4 +1,4 @@
-"""compare.py: tasks whose answers are right, variants that are what they say, runs not repeated."""
+"""studies.py and compare.py: right answers, variants that are what they say, no run repeated."""
 
 import math
 from dataclasses import replace
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nala_min import compare, nala_attention, runcard
-from nala_min.compare import STUDIES, VARIANTS, Recall, Sharpness, Variant
+from nala_min import compare, nala_attention, plots, runcard
 from nala_min.flags import UsageError, run_script
 from nala_min.model import BlockState
+from nala_min.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Variant, apply
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
@@ -22,7 +22,7 @@ BINDING = STUDIES["binding"].task
 def built(task, name, seed=1):
     torch.manual_seed(seed)
     model = task.build(VARIANTS[name])
-    compare.apply(VARIANTS[name], task.layers(model))
+    apply(VARIANTS[name], task.layers(model))
     return model
 
 
@@ -49,7 +49,7 @@ def test_binding_is_recall_with_two_tokens_a_pair():
 
 
 def test_a_pair_is_embedded_as_the_sum_of_its_key_and_its_value():
-    embed = compare.PairEmbedding(64, 8)
+    embed = PairEmbedding(64, 8)
     token = torch.tensor([[3 * 65 + 5, 7 * 65 + 64]])
     assert_close(embed(token)[0, 0], embed.weight[3] + embed.weight[64 + 5])
     assert_close(embed(token)[0, 1], embed.weight[7] + embed.weight[128])
@@ -268,6 +268,41 @@ def test_the_table_has_mean_bounds_and_difference():
     assert elu.split() == ["elu", "3.0000", "2.0000", "3.5000", "+1.0000", "±", "1.2422"]
 
 
+def test_the_overview_is_markdown_with_mean_and_bounds():
+    recall = [{"variant": "elu", "seed": i, "accuracy at 64 pairs": i / 4} for i in (1, 2, 3)]
+    text = [{"variant": "nala", "seed": 1, "validation loss": 1.5}]
+    assert compare.overview({"recall": recall, "text": text}).splitlines() == [
+        "| attention | recall ↑ | text ↓ |",
+        "| --- | --- | --- |",
+        "| `nala` |  | 1.500 (1.500 to 1.500) |",
+        "| `elu` | 0.50 (0.25 to 0.75) |  |",
+    ]
+
+
+def test_a_study_s_picture_has_its_runs():
+    found = [
+        {"variant": name, "seed": seed, "error of one": seed / 4, "error of many": seed / 8}
+        for name in ("nala", "tau 0")
+        for seed in (1, 2)
+    ]
+    left, right = SHARPNESS.draw(found).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["nala", "tau 0"]
+    for axes, unit in ((left, 4), (right, 8)):
+        dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+        assert [list(x) for x in dots] == [[1 / unit, 2 / unit]] * 2
+        strokes = [line.get_xdata()[0] for line in axes.lines if line.get_marker() != "o"]
+        assert strokes == pytest.approx([1.5 / unit] * 2)
+
+
+def test_the_picture_of_recall_has_a_line_and_a_band_for_each_attention():
+    shares = {f"accuracy at {pairs} pairs": 1 / pairs for pairs in RECALL.pairs}
+    found = [{"variant": name} | shares for name in plots.VARIANTS for _ in range(2)]
+    (axes,) = RECALL.draw(found).axes
+    assert len(axes.lines) == len(axes.collections) == len(plots.VARIANTS)
+    for line in axes.lines:
+        assert list(line.get_ydata()) == pytest.approx([1 / pairs for pairs in RECALL.pairs])
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 
@@ -315,6 +350,7 @@ def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     assert card["command"] == "python -m nala_min.compare --study sharpness"
     assert card["config"]["variants"] == list(SMALL.variants)
     assert card["config"]["task"]["steps"] == 12
+    assert (tmp_path / "sharpness.png").read_bytes().startswith(b"\x89PNG")
     found = [(row["variant"], row["seed"]) for row in card["results"]["runs"]]
     assert found == [(name, seed) for seed in (1, 2) for name in SMALL.variants]
     assert compare.table(card["results"]["runs"], "error") in printed.out
@@ -342,7 +378,7 @@ def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["compare", "--workers", "0"])
     with pytest.raises(SystemExit, match="2"):
         run_script(compare.main)
-    assert "--workers 0 is not positive" in capsys.readouterr().err
+    assert "--workers 0 is not from 1 to 61" in capsys.readouterr().err
     with pytest.raises(UsageError):
         compare.Settings(workers=-1)
     missing = str(tmp_path / "missing.txt")

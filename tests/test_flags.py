@@ -9,13 +9,14 @@ import pytest
 
 import train_cifar
 import train_shakespeare
-from nala_min import bench
+from nala_min import bench, compare
 from nala_min.flags import parse_flags, run_script
 
 COMMANDS = {
     "train_shakespeare.py": train_shakespeare.Settings,
     "train_cifar.py": train_cifar.Settings,
     "bench.py": bench.Settings,
+    "compare.py": compare.Settings,
 }
 WRONG = {
     int: ["x", "1.5", "", "0x10", "-1", str(2**70)],
