@@ -288,8 +288,8 @@ def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Fi
 VARIANTS = {
     "softmax": LOOKS["softmax"],
     "nala": LOOKS["cosine"],
-    "no query norm": LOOKS["cosine"] | {"label": "NaLa, norm ignored", "linestyle": ":"},
-    "no cosine map": LOOKS["cosine"] | {"label": "NaLa, ReLU for cosines", "linestyle": "-."},
+    "no query norm": {"label": "NaLa, norm ignored", "color": YELLOW, "linestyle": "-"},
+    "no cosine map": {"label": "NaLa, ReLU for cosines", "color": YELLOW, "linestyle": ":"},
     "elu, same state": LOOKS["elu"] | {"label": "linear, elu + 1, same state"},
     "relu, same state": LOOKS["relu"] | {"label": "linear, ReLU, same state"},
 }
