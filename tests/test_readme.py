@@ -8,7 +8,8 @@ from statistics import mean
 import faults
 import pytest
 
-from nala_min import bench, runcard
+from nala_min import bench, compare, runcard
+from nala_min.studies import STUDIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,6 +111,129 @@ def test_every_linked_file_is_there():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert len(links) > 8
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+# --- When does it help? ---------------------------------------------------------------------------
+
+CARDS = {name: runcard.RESULTS / f"compare_{name}.json" for name in STUDIES if "gpu" not in name}
+CARDS = {name: runcard.read_json(path) for name, path in CARDS.items()}
+STUDIED = {name: card["results"]["runs"] for name, card in CARDS.items()}
+
+
+def found(study, variant, result=None):
+    return compare.values(STUDIED[study], variant, result or STUDIES[study].task.result)
+
+
+def away(study, variant, than="nala"):
+    """Mean difference of variant's result from another's, and half its 95 % interval."""
+    return compare.difference(found(study, variant), found(study, than))
+
+
+def said(study, variant, form="{:+.2f} ± {:.2f}"):
+    return form.format(*away(study, variant))
+
+
+def evidence():
+    """What stands in the README's text for each of these marks."""
+    norms = {kind: found("sharpness", "nala", f"norm of {kind}") for kind in ("one", "many")}
+    runs = [
+        f"{names} {sum(share > 0.5 for share in found('binding', name))}"
+        for name, names in {
+            "softmax": "softmax solves",
+            "no gate": "NaLa without its gate",
+            "relu, same state": "ReLU with a state as large",
+            "lam 1": "NaLa with λ = 1",
+        }.items()
+    ]
+    minutes = sum(card["seconds"] for card in CARDS.values()) / 2 / 60
+    return {
+        "@A1@": said("sharpness", "no query norm"),
+        "@A2@": said("recall", "no cosine map").lstrip("-"),
+        "@A3@": said("recall", "no query norm"),
+        "@L1@": said("recall", "lam 1"),
+        "@L2@": said("recall", "lam 2", "{:+.3f} ± {:.3f}"),
+        "@N1@": f"{min(norms['one']):.1f} to {max(norms['one']):.1f}",
+        "@N2@": f"{min(norms['many']):.2f} to {max(norms['many']):.2f}",
+        "@B@": ", ".join(runs),
+        "@H@": f"{minutes:.0f} minutes",
+    }
+
+
+def test_the_table_of_studies_is_their_cards():
+    table = compare.overview({name: STUDIED[name] for name in compare.COLUMNS})
+    assert f"\n\n{table}\n\n" in README
+    for mark, text in evidence().items():
+        assert text in " ".join(README.split()), mark
+
+
+@pytest.mark.parametrize("study", CARDS)
+def test_a_study_s_card_is_of_the_study_as_it_is(study):
+    card, now = CARDS[study], STUDIES[study]
+    runs = [(row["variant"], row["seed"]) for row in card["results"]["runs"]]
+    assert runs == [(v, seed) for seed in range(1, now.seeds + 1) for v in now.variants]
+    assert card["config"]["variants"] == list(now.variants)
+    task = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(now.task).items()}
+    assert card["config"]["task"] == {k: v for k, v in task.items() if k not in ("file", "folder")}
+    assert card["command"] == f"python -m nala_min.compare --study {study}"
+
+
+def test_what_the_readme_concludes_is_in_the_cards():
+    """1: ahead of elu + 1 and ReLU with states as large, run by run; softmax recalls more."""
+    for name in ("elu, same state", "relu, same state"):
+        assert min(found("recall", "nala")) > max(found("recall", name))
+        assert max(found("sharpness", "nala")) < min(found("sharpness", name))
+    assert min(found("recall", "softmax")) == 1 > max(found("recall", "nala"))
+    # 2: nothing beyond chance on text and images
+    for study in ("text", "images"):
+        for name in STUDIES[study].variants[1:]:
+            middle, half = away(study, name)
+            assert abs(middle) < half, (study, name)
+    for name in ("softmax", "elu", "relu"):
+        assert mean(found("text", name)) < mean(found("text", "nala"))
+    # 3: elu + 1 is no worse where all are to be averaged, ReLU is
+    assert mean(found("sharpness-all", "elu, same state")) < mean(found("sharpness-all", "nala"))
+    assert min(found("sharpness-all", "relu, same state")) > max(found("sharpness-all", "nala"))
+    # The claims: without the norm as bad as ReLU, without the cosine map far less is recalled.
+    norm, relu = (mean(found("sharpness", n)) for n in ("no query norm", "relu, same state"))
+    assert norm == pytest.approx(relu, abs=0.001)
+    for study, name in (("sharpness", "no query norm"), ("recall", "no cosine map")):
+        middle, half = away(study, name)
+        assert abs(middle) > half
+    # What bounds it.
+    for study in ("recall", "sharpness", "sharpness-all"):
+        sign = 1 if study == "recall" else -1
+        for name in STUDIES["recall"].variants:
+            if name[:3] in ("lam", "tau", "alp", "tan"):
+                middle, half = away(study, name)
+                assert sign * middle < half, (study, name)  # not beyond chance better
+        for name in ("alpha 2", "lam 1") if study != "sharpness-all" else ("alpha 2",):
+            middle, half = away(study, name)
+            assert sign * middle < -half  # beyond chance worse
+    assert abs(away("text", "no query norm")[0]) < away("text", "no query norm")[1]
+    solved = {v for v in STUDIES["binding"].variants if max(found("binding", v)) > 0.5}
+    assert solved == {"softmax", "no gate", "relu, same state", "lam 1"}
+
+
+def test_the_alternative_texts_of_the_studies_pictures_are_the_cards():
+    shares = [
+        f"{mean(found('recall', name)):.2f}"
+        for name in ("nala", "no query norm", "elu, same state", "no cosine map")
+    ]
+    text = " ".join(README.split())
+    assert (
+        "NaLa falls to {} at 64 pairs, without the query norm to {}; elu + 1 with a state as large"
+        " to {}; NaLa with ReLU for its cosines to {}".format(*shares)
+    ) in text
+    errors = [
+        f"{mean(found('sharpness', name, f'error of {kind}')):.2f}"
+        for name in ("no query norm", "elu, same state")
+        for kind in ("one", "many")
+    ]
+    assert (
+        "the query norm lie at {} and {}, elu + 1 with a state as large at {} and {}".format(
+            *errors
+        )
+    ) in text
 
 
 # --- Speed ----------------------------------------------------------------------------------------
