@@ -134,10 +134,10 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 def table(rows: list[dict[str, Any]], result: str) -> str:
     """A line a variant: mean, lowest and highest result, difference from NaLa."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    lines = [f"{result:<24}    mean    lowest   highest   minus nala's (95 %)"]
+    lines = [f"{result:<28}    mean    lowest   highest   minus nala's (95 %)"]
     for name in names:
         found = values(rows, name, result)
-        line = f"{name:<24} {mean(found):8.4f}  {min(found):8.4f}  {max(found):8.4f}"
+        line = f"{name:<28} {mean(found):8.4f}  {min(found):8.4f}  {max(found):8.4f}"
         if name != "nala" and "nala" in names:
             away, half = difference(found, values(rows, "nala", result))
             line += f"   {away:+.4f} ± {half:.4f}"

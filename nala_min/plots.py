@@ -289,7 +289,11 @@ VARIANTS = {
     "softmax": LOOKS["softmax"],
     "nala": LOOKS["cosine"],
     "no query norm": {"label": "NaLa, norm ignored", "color": YELLOW, "linestyle": "-"},
-    "no cosine map": {"label": "NaLa, ReLU for cosines", "color": YELLOW, "linestyle": ":"},
+    "no cosine map, same state": {
+        "label": "NaLa, ReLU for cosines, same state",
+        "color": YELLOW,
+        "linestyle": ":",
+    },
     "elu, same state": LOOKS["elu"] | {"label": "linear, elu + 1, same state"},
     "relu, same state": LOOKS["relu"] | {"label": "linear, ReLU, same state"},
 }

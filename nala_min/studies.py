@@ -84,8 +84,12 @@ VARIANTS: dict[str, Variant] = {
     "relu, same state": Variant("relu", wide=True),
     # The closest relatives.
     "focused": Variant("relu", change=_attend(relatives.focused)),
+    "focused, same state": Variant("relu", wide=True, change=_attend(relatives.focused)),
     "polar": Variant("relu", change=_polar),
     "magnitude-aware": Variant("elu", change=_attend(relatives.magnitude_aware)),
+    "magnitude-aware, same state": Variant(
+        "elu", wide=True, change=_attend(relatives.magnitude_aware)
+    ),
     # NaLa with one thing changed.
     "lam 1": Variant(options={"lam": 1.0}),
     "lam 2": Variant(options={"lam": 2.0}),
@@ -95,6 +99,7 @@ VARIANTS: dict[str, Variant] = {
     "alpha 2": Variant(options={"alpha": 2.0}),
     "no query norm": Variant(norm_scale=1e-9),  # tanh(norm / norm_scale) is 1 whatever the norm is
     "no cosine map": Variant(change=_attend(relatives.clipped)),
+    "no cosine map, same state": Variant(wide=True, change=_attend(relatives.clipped)),
     "tanh(norm/s)": Variant(norm_scale=None),
     "no gate": Variant(change=_no_gate),
     "softmax, no gate": Variant("softmax", change=_no_gate),
@@ -444,7 +449,7 @@ class Pictures(Task):
 # --- Studies --------------------------------------------------------------------------------------
 
 KERNELS = ("nala", "lam 1", "split", "softmax", "elu", "relu")
-SAME_STATE = ("elu, same state", "relu, same state")
+SAME_STATE = tuple(name for name, variant in VARIANTS.items() if variant.wide)
 RELATIVES = ("focused", "polar", "magnitude-aware")
 CHANGES = ("lam 2", "lam 4", "tau 0", "tau 1", "alpha 2", "tanh(norm/s)")
 CLAIMS = ("no query norm", "no cosine map")  # NaLa without what the paper claims to help
@@ -471,7 +476,7 @@ STUDIES: dict[str, Study] = {
     "binding": Study(
         Binding(steps=800, learning_rate=5e-3, muon=0.02),
         {"steps": 20},
-        (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES, *BLOCK),
+        (*KERNELS, "elu, same state", "relu, same state", *CLAIMS, *RELATIVES, *CHANGES, *BLOCK),
     ),
     "sharpness": Study(
         Sharpness(steps=1500, learning_rate=1e-2),
