@@ -301,11 +301,16 @@ VARIANTS = {
 
 @_styled
 def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
-    """Accuracy against the number of pairs, for VARIANTS: a line through the mean of all seeds in a
-    band from the lowest to the highest. rows: the runs of a card of nala_min.compare."""
+    """Accuracy against the number of pairs, for those of VARIANTS that are in rows: a line through
+    the mean of all seeds in a band from the lowest to the highest.
+
+    rows: the runs of a card of nala_min.compare.
+    """
     picture, axes = figure()
     for name, look in VARIANTS.items():
         runs = [row for row in rows if row["variant"] == name]
+        if not runs:
+            continue
         values = np.array([[run[f"accuracy at {n} pairs"] for n in pairs] for run in runs])
         axes.fill_between(
             pairs, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.12

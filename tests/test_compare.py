@@ -294,6 +294,17 @@ def test_a_study_s_picture_has_its_runs():
         assert strokes == pytest.approx([1.5 / unit] * 2)
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_can_be_drawn_and_tabled(name):
+    """With what its runs give."""
+    study, task = STUDIES[name], STUDIES[name].task
+    results = {task.result: 0.5, "error of one": 0.5, "error of many": 0.5}
+    results |= {f"accuracy at {pairs} pairs": 0.5 for pairs in getattr(task, "pairs", ())}
+    rows = [{"variant": v, "seed": 1} | results for v in study.variants]
+    assert task.draw(rows).axes
+    assert len(compare.table(rows, task.result).splitlines()) == 1 + len(rows)
+
+
 def test_the_picture_of_recall_has_a_line_and_a_band_for_each_attention():
     shares = {f"accuracy at {pairs} pairs": 1 / pairs for pairs in RECALL.pairs}
     found = [{"variant": name} | shares for name in plots.VARIANTS for _ in range(2)]
