@@ -147,7 +147,7 @@ def evidence():
     ]
     minutes = sum(card["seconds"] for card in CARDS.values()) / 2 / 60
     return {
-        "@A1@": said("sharpness", "no query norm"),
+        "@A1@": said("sharpness", "no query norm").lstrip("+"),
         "@A2@": said("recall", "no cosine map, same state").lstrip("-"),
         "@A3@": said("recall", "no query norm"),
         "@L1@": said("recall", "lam 1"),
