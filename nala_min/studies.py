@@ -74,6 +74,12 @@ def _no_convolution(layer: GatedAttention) -> None:
     layer.local = _NoConv()
 
 
+@torch.no_grad()
+def _large(layer: GatedAttention) -> None:
+    q_k, v_gate = layer.project.weight.chunk(2)
+    layer.project.weight.copy_(torch.cat([5 * q_k, v_gate]))
+
+
 VARIANTS: dict[str, Variant] = {
     "nala": Variant(),
     "split": Variant("split"),
@@ -101,6 +107,7 @@ VARIANTS: dict[str, Variant] = {
     "no cosine map": Variant(change=_attend(relatives.clipped)),
     "no cosine map, same state": Variant(wide=True, change=_attend(relatives.clipped)),
     "tanh(norm/s)": Variant(norm_scale=None),
+    "q and k 5 times as large": Variant(change=_large),  # at first
     "no gate": Variant(change=_no_gate),
     "softmax, no gate": Variant("softmax", change=_no_gate),
     "no convolution": Variant(change=_no_convolution),
@@ -470,7 +477,15 @@ STUDIES: dict[str, Study] = {
     "recall": Study(
         Recall(steps=500, learning_rate=5e-3, muon=0.02),
         {"steps": 60},
-        (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES, *BLOCK[:4]),
+        (
+            *KERNELS,
+            *SAME_STATE,
+            *CLAIMS,
+            *RELATIVES,
+            *CHANGES,
+            "q and k 5 times as large",
+            *BLOCK[:4],
+        ),
         seeds=5,
     ),
     "binding": Study(

@@ -194,6 +194,14 @@ def test_a_gate_that_is_always_open_and_no_convolution():
     assert torch.equal(local, torch.zeros_like(x))
 
 
+def test_queries_and_keys_begin_5_times_as_large():
+    large, plain = (
+        built(RECALL, name).blocks[0].attention.project.weight
+        for name in ("q and k 5 times as large", "nala")
+    )
+    assert_close(large, torch.cat([5 * plain[:64], plain[64:]]))
+
+
 def test_a_hybrid_ends_in_softmax():
     model = built(BINDING, "hybrid")
     assert model.config.attentions == ("nala", "softmax") and model.config.kind == "hybrid"

@@ -152,6 +152,7 @@ def evidence():
         "@A3@": said("recall", "no query norm"),
         "@L1@": said("recall", "lam 1"),
         "@L2@": said("recall", "lam 2", "{:+.3f} ± {:.3f}"),
+        "@Q5@": said("recall", "q and k 5 times as large"),
         "@N1@": f"{min(norms['one']):.1f} to {max(norms['one']):.1f}",
         "@N2@": f"{min(norms['many']):.2f} to {max(norms['many']):.2f}",
         "@B@": ", ".join(runs),
@@ -217,6 +218,8 @@ def test_what_the_readme_concludes_is_in_the_cards():
         for name in ("alpha 2", "lam 1") if study != "sharpness-all" else ("alpha 2",):
             middle, half = away(study, name)
             assert sign * middle < -half  # beyond chance worse
+    middle, half = away("recall", "q and k 5 times as large")
+    assert abs(middle) < half
     assert abs(away("text", "no query norm")[0]) < away("text", "no query norm")[1]
     solved = {v for v in STUDIES["binding"].variants if max(found("binding", v)) > 0.5}
     assert solved == {"softmax", "no gate", "relu, same state", "lam 1"}
