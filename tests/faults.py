@@ -331,20 +331,22 @@ def killed_workers(script, folder, times, dice):
 
     Returns how often one was killed, what was lost, and the largest difference of two curves.
     """
-    lost, far, tried, same = [], [], 0, ["--dropout", 0]
-    for i in range(times):
-        name = f"worker{i}"
+    lost, far, tried, started, same = [], [], 0, 0, ["--dropout", 0]
+    while tried < times:
+        name, several = f"worker{started}", (2, 1, 4)[tried % 3]
+        started += 1
         job = Job(script, folder, "--out", name, *same, processes=2)
         if job.until(lambda name=name: has_checkpoint(folder, name)):
-            time.sleep(dice.uniform(0, 1))
+            time.sleep(dice.uniform(0, 0.5))
             workers = children(job.process.pid)
             if len(workers) == 2:
                 os.kill(workers[dice.randrange(2)], signal.SIGKILL)
         code, text = job.wait()
-        tried += code != 0
-        if code and "SIGKILL" not in text:
+        if code == 0:  # it was faster
+            continue
+        tried += 1
+        if "SIGKILL" not in text:
             lost.append(f"no clear message: {text[-300:]}")
-        several = (2, 1, 4)[i % 3]
         code, text = run(
             script, folder, "--out", name, *same, *resume_flag(folder, name), processes=several
         )
