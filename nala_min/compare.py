@@ -54,7 +54,7 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         loss=task.loss,
         evaluate=task.evaluate,
         checkpoint=(path := folder / "checkpoint.pt"),
-        extra={"variant": name, "seed": seed, "task": repr(task)},
+        extra={"variant": name, "seed": seed} | _identity(task),
         resume=path.exists(),
     )
     row = {
@@ -76,8 +76,13 @@ def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[s
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
             row = run(task, name, seed, folder, device)
-    runcard.write_json(folder / "row.json", {"task": repr(task), "row": row})
+    runcard.write_json(folder / "row.json", _identity(task) | {"row": row})
     return row
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    """What a run that is to be taken for done must have been trained on."""
+    return {"task": repr(task), "data": task.about()}
 
 
 def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[str, Any]]:
@@ -87,8 +92,9 @@ def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[
     for name, seed in wanted:
         place = folder / f"{_slug(name)}_seed{seed}"
         done = runcard.read_json(place / "row.json") if (place / "row.json").exists() else {}
-        if done.get("task") == repr(study.task):
-            rows[name, seed] = done["row"]
+        row = done.pop("row", None)
+        if row and done == _identity(study.task):
+            rows[name, seed] = row
         else:
             left.append((name, seed, place, device))
     context = multiprocessing.get_context("spawn")
@@ -101,8 +107,10 @@ def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[
             for job in as_completed(jobs):
                 rows[jobs[job]] = job.result()
                 bar.update()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt("interrupted: the same command goes on") from error
             raise
     return [rows[key] for key in wanted]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -129,7 +130,7 @@ def apply(variant: Variant, layers: list[GatedAttention]) -> None:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """What a model is trained on and how it is judged. A batch depends on seed and step alone."""
 
     steps: int
@@ -137,25 +138,30 @@ class Task:
     muon: float | None = None
     result: ClassVar[str]  # the number that the table shows
 
+    @abstractmethod
     def build(self, variant: Variant) -> nn.Module:
-        raise NotImplementedError
+        """A new model, from PyTorch's own generator."""
 
     def layers(self, model: nn.Module) -> list[GatedAttention]:
         return [block.attention for block in model.blocks]
 
+    @abstractmethod
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Inputs and targets."""
 
+    @abstractmethod
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        raise NotImplementedError
+        """A scalar."""
 
+    @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        raise NotImplementedError
+        """Numbers by name, among them self.result."""
 
     def health(self, model: nn.Module) -> list[dict[str, Any]] | None:
         return None
 
     def about(self) -> dict[str, Any]:
+        """The data, for the card."""
         return {"name": "generated"}
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:

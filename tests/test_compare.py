@@ -384,13 +384,26 @@ def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     assert "6/6" in capsys.readouterr().err
 
 
-def test_rows_of_another_recipe_are_not_taken(tmp_path):
+@pytest.mark.parametrize("other", [{"task": "another"}, {"data": {"name": "a stand-in"}}])
+def test_rows_of_another_recipe_or_of_other_data_are_not_taken(other, tmp_path, monkeypatch):
+    study = replace(SMALL, variants=("nala",), seeds=1)
     place = tmp_path / "nala_seed1"
     place.mkdir()
-    runcard.write_json(place / "row.json", {"task": "another", "row": {"error": 0}})
-    study = replace(SMALL, variants=("nala",), seeds=1)
+    identity = {"task": repr(study.task), "data": study.task.about()}
+    runcard.write_json(place / "row.json", identity | {"row": {"error": 0}})
+    assert compare.run_all(study, tmp_path, 1, "cpu") == [{"error": 0}]
+    runcard.write_json(place / "row.json", identity | other | {"row": {"error": 0}})
     (row,) = compare.run_all(study, tmp_path, 1, "cpu")
     assert row["error"] > 0
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
+    def interrupted(jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        compare.run_all(replace(SMALL, variants=("nala",), seeds=1), tmp_path, 1, "cpu")
 
 
 def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
