@@ -181,6 +181,12 @@ def test_a_variant_attends_as_it_says(name, options):
     assert_close(out, nala_attention(q, k, v, causal=True, **options))
 
 
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n.split()[0] in ("lam", "tau", "alpha")])
+def test_a_changed_number_is_the_one_in_the_name(name):
+    option, value = name.split()
+    assert VARIANTS[name] == Variant(options={option: float(value)})
+
+
 def test_a_gate_that_is_always_open_and_no_convolution():
     x = torch.randn(1, 6, 32)
     layer = built(RECALL, "no gate").blocks[0].attention
@@ -382,6 +388,22 @@ def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     run_script(compare.main)
     assert runcard.read_json(tmp_path / "sharpness.json")["results"] == card["results"]
     assert "6/6" in capsys.readouterr().err
+
+
+def test_every_attention_begins_with_the_same_weights_and_every_seed_with_others(
+    tmp_path, monkeypatch
+):
+    weights, build = {}, Sharpness.build
+
+    def noting(self, variant):
+        model = build(self, variant)
+        weights[len(weights)] = model.query.weight.detach().clone()
+        return model
+
+    monkeypatch.setattr(Sharpness, "build", noting)
+    for i, (name, seed) in enumerate((("nala", 1), ("elu", 1), ("nala", 2))):
+        compare.run(replace(SHARPNESS, steps=1), name, seed, tmp_path / str(i))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize("other", [{"task": "another"}, {"data": {"name": "a stand-in"}}])
