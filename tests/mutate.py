@@ -5,11 +5,12 @@ against each. A mutant is caught if a test fails, or is kept busy for too long. 
 all shows behaviour that no test pins down, unless it is equivalent: EQUIVALENT says why. Results go
 to runs/mutation, from where an interrupted run goes on, until model.py or the tests change.
 
-A mutant has to be caught by what it does. So test_bug_zoo.py, test_ledger.py, test_lesson.py,
-test_shape_comments.py and the notebooks' tests do not take part: they read model.py's text, or
-what was computed with it. Left as they are: docstrings, annotations, the words of errors, matrix
-products and returned values. Tests that are slow and caught nothing more in samples of mutants
-take no part either: test_fast.py, test_bench.py, test_plots.py and those of the two scripts.
+A mutant has to be caught by what it does. So test_bug_zoo.py, test_course_notebook.py,
+test_ledger.py, test_shape_comments.py and the notebooks' tests do not take part: they read
+model.py's text, or what was computed with it. Left as they are: docstrings, annotations, the
+words of errors, matrix products and returned values. Tests that are slow and caught nothing more in
+samples of mutants take no part either: test_fast.py, test_bench.py, test_plots.py and those of
+the two scripts.
 """
 
 from __future__ import annotations
@@ -355,7 +356,7 @@ def run(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str | None]]
 def fingerprint(text: str) -> str:
     """What a result depends on: the mutated module, the rest of the package, and the tests."""
     digest = hashlib.sha256(text.encode("utf-8"))
-    for path in [*sorted(ROOT.glob("nala_min/*.py")), *(ROOT / name for name in TESTS)]:
+    for path in [*sorted(ROOT.glob("nala_min/**/*.py")), *(ROOT / name for name in TESTS)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

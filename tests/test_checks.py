@@ -11,7 +11,7 @@ import torch
 from mutants import load_model
 
 import nala_min.model as model
-from nala_min import checks
+from nala_min.course import checks
 
 LESSONS = (1, 2, 3, 4, 5, "find_the_bug")
 SOLUTIONS = checks.FOLDER / "solutions"
@@ -1268,8 +1268,8 @@ def test_pytest_shows_the_sentences(tmp_path):
     shutil.copy(path_of("find_the_bug"), tmp_path / "find_the_bug.py")
     done = run("-m", "pytest", str(tmp_path / "lesson_1.py"), str(tmp_path / "find_the_bug.py"))
     assert done.returncode == 1 and "6 failed" in done.stdout
-    assert done.stdout.count("E   nala_min.checks.NotDone: not done yet") == 3
-    assert "E   nala_min.checks.Wrong: A query of an eighth of the norm" in done.stdout
+    assert done.stdout.count("E   nala_min.course.checks.NotDone: not done yet") == 3
+    assert "E   nala_min.course.checks.Wrong: A query of an eighth of the norm" in done.stdout
     assert len(done.stdout.splitlines()) < 60 and "raise Wrong" not in done.stdout
 
 
@@ -1286,7 +1286,7 @@ def test_pytest_accepts_solutions_and_tells_students_apart(tmp_path):
 
 
 def test_checks_need_neither_pytest_nor_jupyter():
-    code = "import sys; from nala_min import checks; print(checks and sorted(sys.modules))"
+    code = "import sys; from nala_min.course import checks; print(checks and sorted(sys.modules))"
     done = run("-O", "-c", code)
     assert done.returncode == 0
     assert not {"'pytest'", "'IPython'", "'ipykernel'"} & set(done.stdout.strip("[]\n").split(", "))

@@ -186,7 +186,7 @@ def test_a_notebook_has_the_parts_of_a_lesson(path):
     assert markdown.startswith(f"# {int(path.name[:2])}. ")
     for part in ("you will", "\\tag{", "## Where the paper, the released code", "## Exercises"):
         assert part in markdown, part
-    for part in ("lesson.source(", "assert ", "lesson.show("):
+    for part in ("notebook.source(", "assert ", "notebook.show("):
         assert part in code, part
     if path.name < "06":
         assert f"checks.report({int(path.name[:2])})" in code
@@ -230,7 +230,7 @@ def setup_cell():
 
 def test_a_lesson_leaves_no_window_system_and_no_pyplot_behind():
     """Pictures are made without pyplot: nothing is drawn twice, nothing is left open."""
-    code = "import sys, nala_min.lesson; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, nala_min.course.notebook; print('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -14,7 +14,10 @@ from scripts import environment, flags_of
 from nala_min import bench
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*(ROOT / "nala_min").glob("*.py"), *ROOT.glob("train_*.py")]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in [*(ROOT / "nala_min").rglob("*.py"), *ROOT.glob("train_*.py")]
+}
 
 
 def run_python(*arguments, folder, **more):
@@ -29,13 +32,12 @@ def run_python(*arguments, folder, **more):
 
 
 def test_nothing_is_asked_of_the_network_on_import(tmp_path):
-    names = [f"nala_min.{path.stem}" for path in (ROOT / "nala_min").glob("*.py")]
     code = f"""
 import socket, sys
 def refuse(*arguments):
     raise SystemExit(f"network: {{arguments}}")
 socket.socket.connect = socket.socket.bind = socket.getaddrinfo = refuse
-for name in {[*names, "train_shakespeare", "train_cifar"]}:
+for name in {list(MODULES)}:
     __import__(name)
 """
     result = run_python("-W", "error", "-c", code, folder=tmp_path)
@@ -60,14 +62,14 @@ def test_a_run_depends_on_no_encoding_of_the_machine(tmp_path):
     assert (tmp_path / "übung" / "card.json").exists()
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MODULES.values(), ids=MODULES)
 def test_no_source_forks_links_or_unpickles(path):
     source = path.read_text(encoding="utf-8")
     assert not re.search(r"\bos\.fork|symlink|import pickle|pickle\.load|(?<![.\w])eval\(", source)
 
 
 def test_every_load_is_of_weights_only():
-    sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    sources = "".join(path.read_text(encoding="utf-8") for path in MODULES.values())
     assert sources.count("torch.load(") == sources.count("weights_only=True)") == 1
 
 

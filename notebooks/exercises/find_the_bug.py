@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nala_min import checks
+from nala_min.course import checks
 
 DIAGNOSES = {"attention_a": "", "attention_b": "", "attention_c": ""}
 

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from nala_min import checks
+from nala_min.course import checks
 
 
 def entropy_by_loops(weights: list[float]) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from nala_min import checks
+from nala_min.course import checks
 
 
 def linear_attention_by_loops(

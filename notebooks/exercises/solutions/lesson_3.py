@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from nala_min import checks
+from nala_min.course import checks
 
 
 def query_magnitude_by_loops(query: list[float], lam: float, tau: float) -> list[float]:

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from nala_min import checks
+from nala_min.course import checks
 
 
 def cosine_product_by_loops(

@@ -8,7 +8,7 @@ function below it for tensors. Mark the file from the repository root with
 
 import torch
 
-from nala_min import checks
+from nala_min.course import checks
 
 
 def recurrent_step_by_loops(

@@ -1,4 +1,4 @@
-"""What the notebooks share: nala_min/lesson.py."""
+"""What the notebooks share: nala_min/course/notebook.py."""
 
 import base64
 import inspect
@@ -11,20 +11,21 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from nala_min import NaLaLM, entropy, lesson, plots
+from nala_min import NaLaLM, entropy, plots
+from nala_min.course import notebook
 
 
 @pytest.fixture
 def displayed(monkeypatch):
     """What a notebook would show: the arguments of each call of display."""
     calls = []
-    monkeypatch.setattr(lesson, "display", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(notebook, "display", lambda *args, **options: calls.append((args, options)))
     return calls
 
 
 def test_begin_fixes_random_numbers_style_and_decimals():
     with matplotlib.rc_context():
-        lesson.begin(3)
+        notebook.begin(3)
         drawn = torch.rand(2)
         assert matplotlib.rcParams["axes.grid"] is True
         shown = repr(torch.tensor([math.pi, 1e-4]))
@@ -37,7 +38,7 @@ def test_begin_fixes_random_numbers_style_and_decimals():
 def test_show_gives_a_picture_and_its_text(displayed):
     figure, axes = plots.figure(width=5, height=2)
     axes.plot([0, 1], [0, 1])
-    lesson.show(figure, "A line that rises.")
+    notebook.show(figure, "A line that rises.")
     ((picture,), options), ((words,), _) = displayed
     png = base64.b64decode(picture["image/png"])
     assert png.startswith(b"\x89PNG") and options["raw"]
@@ -50,8 +51,8 @@ def test_show_gives_a_picture_and_its_text(displayed):
 def test_a_picture_is_sharper_than_the_page(displayed):
     """In a notebook, that is, which has begun as all do."""
     with matplotlib.rc_context():
-        lesson.begin()
-        lesson.show(plots.figure(width=5, height=2)[0], "Empty axes.")
+        notebook.begin()
+        notebook.show(plots.figure(width=5, height=2)[0], "Empty axes.")
     torch.set_printoptions(profile="default")
     (picture,), options = displayed[0]
     png = base64.b64decode(picture["image/png"])
@@ -62,13 +63,13 @@ def test_a_picture_is_sharper_than_the_page(displayed):
 def test_a_picture_is_readable_on_a_dark_page(displayed):
     """Its background is white and not transparent, whatever the style says."""
     with matplotlib.rc_context({"savefig.facecolor": "none", "savefig.transparent": False}):
-        lesson.show(plots.figure()[0], "Empty axes.")
+        notebook.show(plots.figure()[0], "Empty axes.")
     png = base64.b64decode(displayed[0][0][0]["image/png"])
     assert imread(io.BytesIO(png))[0, 0].tolist() == [1, 1, 1, 1]
 
 
 def test_source_is_the_code_as_it_runs(displayed):
-    lesson.source(entropy, plots.write, NaLaLM.generate)
+    notebook.source(entropy, plots.write, NaLaLM.generate)
     (((shown,), _),) = displayed
     assert "\n\n```python\n" in shown["text/markdown"] and "\n```\n\n" in shown["text/markdown"]
     for text in shown.values():
@@ -78,7 +79,7 @@ def test_source_is_the_code_as_it_runs(displayed):
 
 
 def test_source_may_be_folded_below_a_line(displayed):
-    lesson.source(entropy, fold="The code of entropy")
+    notebook.source(entropy, fold="The code of entropy")
     (((shown,), _),) = displayed
     begin, code, end = shown["text/markdown"].partition(inspect.getsource(entropy).rstrip())
     assert begin.startswith("<details><summary>The code of entropy</summary>\n\n") and code
@@ -93,7 +94,7 @@ def test_slider_draws_at_its_start_and_where_it_is_put(displayed):
         drawn.append(norm)
         return plots.figure()[0]
 
-    lesson.slider(draw, 0, 10, 4)
+    notebook.slider(draw, 0, 10, 4)
     assert drawn == [4]
     assert displayed[0][0][0]["text/plain"] == "Drawn for 4.00."
     ((data,), options) = displayed[-1]

@@ -1,0 +1,409 @@
+"""Checks the exercises of notebooks/exercises, and says in a sentence what is wrong.
+
+    from nala_min.course import checks
+    checks.report(1)                # every exercise of lesson 1, a line each
+    checks.hint("entropy")          # the first hint; call it again for the next
+    checks.check(entropy)           # raises Wrong as long as this function is not right
+
+An exercise is one function, `check_<name>` in the file of its lesson, marked
+@exercise(lesson, *hints). It is given the student's function, checks for named mistakes first
+(shape, sign, mask) and compares numbers last. What is right comes from model.py. Many mistakes are
+known by the value that they make:
+agree(got, expected, what, {"What is wrong.": the value that it makes}).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nala_min import model
+from nala_min.measure import Recorder
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks" / "exercises"
+TOLERANCE = 1e-9  # relative and absolute; all numbers are float64
+
+
+class Wrong(AssertionError):
+    """What is wrong with a student's function, in one sentence."""
+
+
+class NotDone(Wrong):
+    """The function still raises NotImplementedError."""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise: its lesson (a number, or the name of a file), its check and its hints."""
+
+    lesson: int | str
+    check: Callable[[Callable], None]
+    hints: tuple[str, ...]
+
+
+EXERCISES: dict[str, Exercise] = {}
+DISEASES = {  # what students choose from in find_the_bug.py
+    "padding in the normaliser": "A masked key adds no value, but still counts in what divides.",
+    "heads share a normaliser": "The sum that divides runs over the heads as well.",
+    "eps too large": "A constant in the denominator swallows the weights of small keys.",
+    "own token unseen": "The causal mask removes the diagonal, too.",
+    "no mask within a chunk": "Within its chunk a token sees those after it.",
+    "state read too late": "A chunk reads the state to which it has already been added.",
+    "power as a factor": "The power multiplies the channels, and cancels in the division.",
+    "layer norm on the query": "The norm of the query is taken away before it is measured.",
+    "angles too wide": "Angles differ by more than pi/2, where the cosine is negative.",
+}
+
+
+def exercise(lesson: int | str, *hints: str) -> Callable:
+    """Make an exercise of the function below; hints go from gentle to almost telling."""
+
+    def register(check: Callable) -> Callable:
+        EXERCISES[check.__name__.removeprefix("check_")] = Exercise(lesson, check, hints)
+        return check
+
+    return register
+
+
+# --- What students and teachers call --------------------------------------------------------------
+
+
+def check(function: Callable) -> None:
+    """Check the function that solves the exercise of its own name.
+
+    Raises NotDone, or Wrong with a sentence; ValueError if there is no exercise of that name.
+    """
+    __tracebackhide__ = True  # pytest shows the sentence, and no code of this file
+    exercise = _find(function.__name__)
+    quiet = warnings.catch_warnings(action="ignore")  # pytest may be told to raise them
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), quiet:
+        torch.manual_seed(0)
+        try:
+            exercise.check(function)
+        except Wrong as error:
+            raise error.with_traceback(None) from error.__cause__
+        except Exception as error:  # such as from a dictionary where a number was expected
+            raise Wrong(f"What it returns cannot be checked: {_describe(error, '')}") from error
+
+
+def report(lesson: int | str, path: str | Path | None = None) -> None:
+    """Print a line for each exercise of a lesson, 1 to 5 or "find_the_bug".
+
+    path: the student's file, which is read anew each time; None is the one in notebooks/exercises.
+    Raises ValueError for a lesson without exercises, and nothing for a mistake of the student's.
+    """
+    names = [name for name, exercise in EXERCISES.items() if exercise.lesson == lesson]
+    if not names:
+        raise ValueError(f"lesson={lesson!r} has no exercises")
+    stem = f"lesson_{lesson}" if isinstance(lesson, int) else lesson
+    path = Path(path or FOLDER / f"{stem}.py")
+    namespace = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        source = path.read_text(encoding="utf-8")
+        exec(compile(source, path, "exec", dont_inherit=True), namespace)
+    except (Exception, SystemExit) as error:
+        print(f"{path.name}: wrong - {_describe(error, str(path))}")
+        return
+    for name in names:
+        try:
+            _check_name(namespace, name)
+            print(f"{name}: right")
+        except NotDone as error:
+            print(f"{name}: {error}")
+        except Wrong as error:
+            print(f"{name}: wrong - {error}")
+
+
+_hints_given: Counter[str] = Counter()
+
+
+def hint(name: str) -> None:
+    """Print the next hint of an exercise. Raises ValueError if there is no such exercise."""
+    hints, given = _find(name).hints, _hints_given[name]
+    if given == len(hints):
+        print(f"There are no more hints for {name}.")
+        return
+    print(f"Hint {given + 1} of {len(hints)}: {hints[given]}")
+    _hints_given[name] += 1
+
+
+def add_tests(namespace: dict[str, Any]) -> None:
+    """Add test_<name> for each exercise of a lesson to the student's file, for pytest to run.
+
+    namespace: globals() of the file. Its lesson is the one that most of its functions belong to.
+    Raises ValueError if none belongs to any.
+    """
+    lessons = Counter(EXERCISES[name].lesson for name in namespace if name in EXERCISES)
+    if not lessons:
+        raise ValueError("this file has no function that bears the name of an exercise")
+    (lesson, _), *_ = lessons.most_common(1)
+
+    def make_test(name: str) -> Callable:
+        def test() -> None:
+            __tracebackhide__ = True
+            _check_name(namespace, name)
+
+        return test
+
+    for name, exercise in EXERCISES.items():
+        if exercise.lesson == lesson:
+            namespace[f"test_{name}"] = make_test(name)
+
+
+def _find(name):
+    if name not in EXERCISES:
+        raise ValueError(f"{name!r} is no exercise: {', '.join(EXERCISES)}")
+    return EXERCISES[name]
+
+
+def _check_name(namespace, name):
+    __tracebackhide__ = True
+    if getattr(namespace.get(name), "__name__", "") != name:
+        raise Wrong(f"There is no function {name} in this file.")
+    check(namespace[name])
+
+
+# --- What the checkers of several lessons share ---------------------------------------------------
+
+
+def draw(*shape: int) -> Tensor:
+    """Standard normal numbers; not contiguous, as heads are after a transposition."""
+    return torch.randn(*shape[:-2], shape[-1], shape[-2], dtype=torch.float64).mT
+
+
+def features(*shape: int) -> Tensor:
+    """Positive numbers, which ReLU returns as they are: phi(x) = x for feature_map="relu"."""
+    return draw(*shape).abs() + 0.1
+
+
+def _describe(error, file):
+    """The error's type and message, and the line of the student's file where it arose."""
+    lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    message = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}{f' in line {lines[-1]}' if lines else ''}: {message}"
+
+
+def call(student: Callable, *arguments: Any) -> Any:
+    """What the student's function returns. Its errors become sentences."""
+    before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    try:
+        result = student(*arguments)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, NotImplementedError) and not error.args:  # torch's have a message
+            raise NotDone("not done yet") from None
+        file = getattr(getattr(inspect.unwrap(student), "__code__", None), "co_filename", "")
+        sentence = f"It stops with {_describe(error, file)}"
+        theirs = error.__traceback__.tb_next  # the frames below this one
+        raise Wrong(sentence) from error.with_traceback(theirs)
+    for name, x, y in zip(inspect.signature(student).parameters, arguments, before, strict=False):
+        if isinstance(x, Tensor) and not torch.equal(x, y):
+            raise Wrong(f"It changes its argument {name} in place: the caller still needs it.")
+    return result
+
+
+def valid_tensor(
+    x: Any,
+    shape: tuple[int, ...],
+    what: str,
+    case: str = "",
+    why: Callable[[Tensor], str] | None = None,
+) -> Tensor:
+    """x, if it is a finite float64 tensor of that shape. why(bad), with bad true where it is not
+    finite, is a sentence that tells the reason."""
+    if x is None:
+        raise Wrong(f"{what} is None: is a return missing?")
+    if not isinstance(x, Tensor):
+        raise Wrong(f"{what} is of type {type(x).__name__}, expected a tensor.")
+    if x.shape != shape:
+        raise Wrong(f"{what} has shape {tuple(x.shape)}, expected {tuple(shape)}{case}.")
+    if x.dtype != torch.float64:
+        raise Wrong(f"{what} has dtype {x.dtype}, expected that of the arguments, torch.float64.")
+    if (bad := ~x.isfinite()).any():
+        kind, reason = "NaN" if x.isnan().any() else "infinite", why(bad) if why else ""
+        raise Wrong(f"{what} is {kind} at index {where_largest(bad)}{case}. {reason}".rstrip())
+    return x
+
+
+def output(
+    student: Callable,
+    *arguments: Any,
+    shape: tuple[int, ...],
+    case: str = "",
+    why: Callable[[Tensor], str] | None = None,
+) -> Tensor:
+    """What the student's function returns, if it is a finite float64 tensor of that shape."""
+    return valid_tensor(call(student, *arguments), shape, "The result", case, why)
+
+
+def where_largest(x: Tensor) -> tuple[int, ...]:
+    """Where x, a tensor, is largest."""
+    return tuple(int(i) for i in torch.unravel_index(x.double().argmax(), x.shape))
+
+
+def close(x: Tensor, y: Tensor, tolerance: float = TOLERANCE) -> bool:
+    return torch.allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def agree(
+    got: Tensor, expected: Tensor, what: str, mistakes: dict[str, Tensor] | None = None
+) -> None:
+    """Raise Wrong if numbers differ: with the sentence of mistakes, {sentence: wrong value}, whose
+    value was got; else with what can be said about the numbers."""
+    if close(got, expected):
+        return
+    for sentence, value in (mistakes or {}).items():
+        if close(got, value):
+            raise Wrong(sentence)
+    factor = ((got * expected).sum() / expected.square().sum()).item()
+    alike = factor and got.ndim and close(got, factor * expected)
+    if alike and math.isclose(factor, -1):
+        raise Wrong(f"{what} has the wrong sign everywhere.")
+    near = 1e-3 if alike else 1e-4
+    at, end = where_largest((got - expected).abs()), "."
+    where = f" at index {at}" if at else ""
+    if (got - expected).abs().max() < near * expected.abs().max():
+        end = ", nearly right: is it a difference quotient, is an eps added, is it float32?"
+    elif alike:
+        raise Wrong(f"{what} is {factor:.4g} times as large as it should be, everywhere.")
+    raise Wrong(f"{what}{where} is {got[at]:.10g}, expected {expected[at]:.10g}{end}")
+
+
+def gradients(function: Callable, *arguments: Any, case: str = "") -> dict[str, Tensor]:
+    """{argument: gradient of the squared output} for all tensors, if these are finite."""
+    arguments = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in arguments]
+    named = zip(inspect.signature(function).parameters, arguments, strict=False)
+    named = {name: x for name, x in named if isinstance(x, Tensor)}
+    out, found = call(function, *arguments).square().sum(), [None] * len(named)
+    if out.requires_grad:
+        found = torch.autograd.grad(out, list(named.values()), allow_unused=True)
+    found = dict(zip(named, found, strict=True))
+    for name, gradient in found.items():
+        if gradient is None:
+            raise Wrong(f"No gradient reaches {name}: is something detached?")
+        if not gradient.isfinite().all():
+            raise Wrong(f"The gradient with respect to {name} is NaN or infinite{case}.")
+    return found
+
+
+def agree_gradients(
+    student: Callable, reference: Callable, *arguments: Any, case: str = ""
+) -> None:
+    """Raise Wrong if the gradients of the two functions differ."""
+    wanted = gradients(reference, *arguments).values()
+    found = gradients(student, *arguments, case=case)
+    for (name, got), expected in zip(found.items(), wanted, strict=True):
+        agree(got, expected, f"The output is right, but the gradient with respect to {name}{case}")
+
+
+def one_hot_values(x: Tensor) -> Tensor:
+    """Values (B, H, N, N) for which an attention's output is its weights."""
+    return torch.eye(x.shape[2], dtype=x.dtype).expand(*x.shape[:2], -1, -1)
+
+
+def check_weights(weights: Tensor, visible: Tensor, case: str = "") -> None:
+    """weights: (B, H, N, N); visible: bool, which broadcasts to that: where weights are positive.
+    Elsewhere they are 0, and a row sums to 1."""
+    visible = visible.expand_as(weights)
+    if (weights < -TOLERANCE).any():
+        at = where_largest(-weights)
+        raise Wrong(
+            f"Token {at[2]} gives token {at[3]} a negative weight, {weights[at]:.3g}{case}."
+        )
+    if (weights[~visible] > TOLERANCE).any():
+        at = where_largest(weights * ~visible)
+        why = "lies in its future" if at[3] > at[2] else "is padding"
+        raise Wrong(f"Token {at[2]} gives weight to token {at[3]}, which {why}{case}.")
+    if (weights[visible] < TOLERANCE).any():
+        at = where_largest(visible & (weights < TOLERANCE))
+        whom = "itself" if at[2] == at[3] else f"token {at[3]}, which it should see"
+        raise Wrong(f"Token {at[2]} gives no weight to {whom}{case}.")
+    sums = weights.sum(dim=-1)
+    if not close(sums, torch.ones_like(sums)):
+        at = where_largest((sums - 1).abs())
+        end = ": is an eps added to the denominator?" if abs(sums[at] - 1) < 1e-3 else "."
+        raise Wrong(f"The weights of token {at[2]} sum to {sums[at]:.9g}, not to 1{case}{end}")
+
+
+def check_independence(run: Callable, out: Tensor, *tensors: Tensor) -> None:
+    """In out = run(*tensors), examples of a batch and heads must not see one another."""
+    for cut, what in ((slice(1), "Examples of a batch"), ((slice(None), slice(1)), "Heads")):
+        alone = run(*(x[cut] for x in tensors), shape=out[cut].shape)
+        if not close(alone, out[cut]):
+            raise Wrong(f"{what} are mixed: the first has another output when it is alone.")
+
+
+def check_linear(
+    student: Callable,
+    causal: bool,
+    *rest: int,
+    late: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> None:
+    """What (5) demands of student(phi_q, phi_k, v, *rest), in whichever form. late(phi_q, phi_k)
+    gives the weights of a state that is read too late."""
+
+    def run(phi_q, phi_k, v, shape, case=""):
+        return output(student, phi_q, phi_k, v, *rest, shape=shape, case=case)
+
+    def reference(phi_q, phi_k, v):
+        options = {"causal": causal, "mode": "parallel", "feature_map": "relu"}
+        return model.nala_attention(phi_q, phi_k, v, **options)
+
+    phi_q, phi_k = features(2, 2, 3, 7, 4)
+    v, shape = draw(2, 3, 7, 5), (2, 3, 7, 5)
+    case = f" (7 tokens, chunk_size={rest[0]})" if rest else ""
+    out = run(phi_q, phi_k, v, shape, case)
+    check_independence(run, out, phi_q, phi_k, v)
+    visible = torch.ones(7, 7, dtype=torch.bool)
+    weights = run(phi_q, phi_k, one_hot_values(v), (2, 3, 7, 7))
+    if late and close(weights, late(phi_q, phi_k)):
+        raise Wrong(f"The state already holds its own chunk: read it first, then add{case}.")
+    check_weights(weights, visible.tril() if causal else visible, case)
+    agree(out, reference(phi_q, phi_k, v), f"The output{case}")
+    if not close(run(phi_q / 1e6, phi_k / 1e6, v, shape), out):
+        raise Wrong("Features a million times smaller change the output: an eps is not small then.")
+    case = " (all keys zero)"
+    if run(phi_q, 0 * phi_k, v, shape, case).any():
+        raise Wrong(f"The output is not 0{case}.")
+    gradients(student, phi_q, 0 * phi_k, v, *rest, case=case)
+    phi_q[:, :, 3], case = 0.0, " (the query of token 3 is zero)"
+    agree(run(phi_q, phi_k, v, shape, case), reference(phi_q, phi_k, v), f"The output{case}")
+
+    def attend(phi_q, phi_k, v):
+        return student(phi_q, phi_k, v, *rest)
+
+    agree_gradients(attend, reference, phi_q, phi_k, v, case=case)
+
+
+def check_cost(student: Callable, *rest: int) -> None:
+    """What student(phi_q, phi_k, v, *rest) costs for N and for 2N tokens."""
+    size, tokens, costs, works = 32, 1024, [], []
+    for n in (tokens, 2 * tokens):
+        phi_q, phi_k, v = features(3, 1, 1, n, size)
+        with FlopCounterMode(display=False) as counter, Recorder() as recorder:
+            call(student, phi_q, phi_k, v, *rest)
+        costs.append(recorder)
+        works.append(counter.get_total_flops())  # of products of matrices only
+    if costs[1].operations - costs[0].operations >= tokens:
+        raise Wrong("It loops over single tokens in Python: its operations grow with N.")
+    if costs[1].peak > 2.4 * costs[0].peak:
+        raise Wrong("Its memory is quadratic: twice the tokens take far more than twice as much.")
+    if costs[0].peak >= tokens * size * (size + 1) * 8:  # bytes
+        raise Wrong("It holds F x M numbers for every token at once: sum over tokens by a product.")
+    if works[1] > 2.4 * works[0]:
+        raise Wrong(
+            "Its work is quadratic: twice the tokens take far more than twice the multiplications."
+            " Sum phi_k^T [v 1] over every key once only."
+        )

@@ -1,0 +1,104 @@
+"""The checker of find_the_bug.py."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+
+import torch
+
+from nala_min import model
+from nala_min.course.checks import (
+    DISEASES,
+    EXERCISES,
+    Exercise,
+    Wrong,
+    agree,
+    check_independence,
+    check_weights,
+    close,
+    draw,
+    gradients,
+    one_hot_values,
+    output,
+)
+
+# zlib.crc32 of "<function>: <disease>", so that this file does not tell the answers.
+ANSWERS = (1037124925, 2408625119, 2049225717)
+
+
+def _check_patient(student):
+    """The symptom of a broken attention; if it has none, whether its name in DIAGNOSES is right."""
+    name, remark = student.__name__, ""
+    namespace = getattr(inspect.unwrap(student), "__globals__", {})
+    diagnosis = namespace.get("DIAGNOSES", {}).get(name)
+    if not diagnosis:
+        remark = f" DIAGNOSES has no name for the bug in {name} yet: print(checks.DISEASES)."
+    elif diagnosis not in DISEASES:
+        remark = f" The diagnosis {diagnosis!r} is not in checks.DISEASES: {', '.join(DISEASES)}."
+    try:
+        _check_symptoms(student)
+    except Wrong as symptom:  # whether the diagnosis is right is told to those who mend it
+        raise Wrong(f"{symptom}{remark}") from symptom.__cause__
+    if zlib.crc32(f"{name}: {diagnosis}".encode()) not in ANSWERS:
+        remark = remark or f" The diagnosis {diagnosis!r} is wrong."
+        raise Wrong(f"It is mended, but its bug is not named.{remark}")
+
+
+def _check_symptoms(student):
+    """What a causal norm-aware attention with a mask for padding must do."""
+
+    def run(q, k, v, shape, mask=None, case=""):
+        mask = all_real[: len(q)] if mask is None else mask
+        return output(student, q, k, v, mask, shape=shape, case=case)
+
+    def reference(q, k, mask=None):
+        return model.attention_weights(q, k, causal=True, key_mask=mask)
+
+    (q, k), v, shape = draw(2, 2, 3, 11, 4), draw(2, 3, 11, 5), (2, 3, 11, 5)
+    one_hot, square = one_hot_values(q), (2, 3, 11, 11)
+    all_real, causal = torch.ones(2, 11).bool(), torch.ones(11, 11).bool().tril()
+    some_real = all_real.clone()
+    some_real[0, [2, -2, -1]] = some_real[1, [1, 5, -1]] = False
+    out = run(q, k, v, shape)
+    check_independence(run, out, q, k, v)
+    weights = run(q, k, one_hot, square)
+    check_weights(weights, causal)
+    case = " (some keys are padding)"
+    padded = run(q, k, one_hot, square, some_real, case)
+    check_weights(padded, causal & some_real[:, None, None], case)
+    if close(run(q / 8, k, one_hot, square), weights, 1e-3):
+        raise Wrong("A query of an eighth of the norm has the same weights: the norm cancels.")
+    check_weights(run(q, k / 1e3, one_hot, square), causal, " (small keys)")
+    agree(weights, reference(q, k), "The weight")
+    agree(padded, reference(q, k, some_real), f"The weight{case}")
+    agree(out, reference(q, k) @ v, "The output")
+    case = " (queries of norm 1e-4)"
+    agree(run(q / 1e4, k, one_hot, square), reference(q / 1e4, k), f"The weight{case}")
+    out = run(0 * q, k, v, shape, case=" (zero queries)")
+    agree(out, 0 * out, "The output (zero queries)")
+
+    def attend(q, k, v):
+        return student(q, k, v, some_real)
+
+    gradients(attend, q, k, v)
+
+
+for name, *hints in (
+    (
+        "attention_a",
+        "Which tokens have the symptom, and which do not? What do they see?",
+        "Follow key_mask to the end: where do the masked keys still count?",
+    ),
+    (
+        "attention_b",
+        "Which tokens have the symptom? Are the two that it names in one chunk?",
+        "Write down which chunks states[:, :, c] is the sum of, for c = 0. Which should it be?",
+    ),
+    (
+        "attention_c",
+        "What does (5) make of a positive factor that all features of a query share?",
+        "Compare the magnitude with Eq. (7): what is the base there, and what the exponent?",
+    ),
+):
+    EXERCISES[name] = Exercise("find_the_bug", _check_patient, tuple(hints))

@@ -1,0 +1,144 @@
+"""The checkers of lesson 3: putting the norm back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nala_min import model
+from nala_min.course.checks import (
+    TOLERANCE,
+    Wrong,
+    agree,
+    call,
+    close,
+    draw,
+    exercise,
+    gradients,
+    output,
+    where_largest,
+)
+
+
+@exercise(
+    3,
+    "The direction is q / |q|, but (12) divides by its largest channel: what becomes of |q|?",
+    "The exponent is one number a query, (..., 1): keepdim=True when you take the norm.",
+    "A zero query is 0/0: replace its largest channel by 1. torch.pow does the rest.",
+)
+def check_query_magnitude(student):
+    def run(q, lam=3.0, tau=0.5, case="", why=""):
+        return output(student, q, lam, tau, shape=q.shape, case=case, why=lambda _: why)
+
+    def reference(q, lam=3.0, tau=0.5):
+        norm, direction = model.decompose(q)
+        return model.query_magnitude(direction, model.query_power(norm, lam, tau))
+
+    def exact(q, lam, tau):  # with the gradient of the largest channel, which model.py leaves out
+        norm, size = torch.linalg.vector_norm(q, dim=-1, keepdim=True), q.abs()
+        power = model.query_power(norm, lam, tau)
+        return (size / size.amax(dim=-1, keepdim=True)).pow(power)
+
+    q = draw(2, 5, 4)
+    why = "A negative number to a broken power is NaN: take the absolute value."
+    got, shorter = run(q, why=why), run(q / 4)
+    if (got < 0).any():
+        raise Wrong("A magnitude is negative: take the absolute value of the direction.")
+    largest, of_shorter = (x.amax(dim=-1, keepdim=True) for x in (got, shorter))
+    if close(shorter / of_shorter, got / largest, 1e-3):
+        raise Wrong("A query of a quarter of the norm has the same magnitude: the norm cancels.")
+    if not close(largest, torch.ones_like(largest)):
+        raise Wrong("The largest channel of every query must be 1: Eq. (12), for each by itself.")
+    if not close(run(q[:1]), got[:1]):
+        raise Wrong("Queries are mixed: each has its own norm and its own largest channel.")
+    norm, direction = model.decompose(q)
+    powers = {
+        "The tanh is missing in the power.": 3 * (0.5 + norm),
+        "tau is outside of the brackets: the power is lam * (tau + tanh).": 0.5 + 3 * norm.tanh(),
+        "tau is missing in the power.": 3 * norm.tanh(),
+        "lam is missing in the power.": 0.5 + norm.tanh(),
+    }
+    mistakes = {text: model.query_magnitude(direction, power) for text, power in powers.items()}
+    agree(got, reference(q), "The magnitude", mistakes)
+    for name, value in (("lam", 2.0), ("tau", 0.8)):
+        other = {name: value}
+        fixed = {f"{name} has a fixed value: use the argument.": got}
+        agree(run(q, **other), reference(q, **other), f"The magnitude ({name}={value})", fixed)
+    functions, rest = (student, reference, exact), got < 1 - TOLERANCE
+    found, published, wanted = (gradients(f, q, 3.0, 0.5)["q"] for f in functions)
+    if not close(found, published):  # the largest channel's depends on whether it is detached
+        what = "The magnitude is right, but the gradient (is the norm detached?)"
+        agree(found * rest, wanted * rest, what)
+    agree(run(q * 1e-9), reference(q * 1e-9), "The magnitude of a query of norm 1e-9")
+    many, why = 1 + draw(5, 16) / 10, "Divide by the largest channel before the power, Eq. (12)."
+    largest = run(many, 500.0, case=" (lam=500)", why=why).amax(dim=-1)
+    if not close(largest, torch.ones_like(largest)):
+        raise Wrong(f"The largest channel is not 1 (lam=500): the power underflows. {why}")
+    q, case = q / 1e3, " (a query or a channel is zero)"
+    q[0, 0], q[0, 1, 2] = 0.0, 0.0
+    agree(run(q, case=case), reference(q), f"The magnitude{case}")
+    gradients(student, q, 3.0, 0.5, case=case)
+
+
+@exercise(
+    3,
+    "What is the derivative of tanh? And what that of tau?",
+    "The derivative of tanh(x) is 1 - tanh(x)^2; tau is a constant.",
+)
+def check_power_slope(student):
+    for lam in (2.5, 0.8):
+        norm = torch.linspace(0, 30, 50).double()[:, None].requires_grad_()
+        power = model.query_power(norm, lam)
+        (expected,) = torch.autograd.grad(power.sum(), norm)
+        norm, tanh = norm.detach(), norm.detach().tanh()
+        mistakes = {
+            "It is the power itself, not its slope.": power.detach(),
+            "The factor lam is missing: in (7) it multiplies tanh, too.": expected / lam,
+            "The tanh is not squared.": lam * (1 - tanh),
+            "It grows with the norm: subtract the square of tanh from 1.": lam * (1 + tanh**2),
+            "It is lam * tanh^2: subtract that from lam.": lam * tanh**2,
+        }
+        got = output(student, norm, lam, shape=(50, 1), case=" (norms from 0 on)")
+        agree(got, expected, f"The slope (lam={lam})", mistakes)
+
+
+@exercise(
+    3,
+    "A growing norm lets the direction's largest channel win. What if all keys agree in that one?",
+    "Let all keys be the same in one channel, and one key stick out in each of the others.",
+    "The direction needs more of that one channel than of the others, but some of each.",
+)
+def check_counterexample(student):
+    result = call(student)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise Wrong("It must return two tensors: the direction (D,) and the keys (N, D).")
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in result):
+        raise Wrong("Direction and keys must be tensors of floating-point numbers.")
+    direction, keys = (x.detach().double() for x in result)
+    if direction.ndim == 2 and keys.ndim == 1:
+        raise Wrong("The two are in the other order: first the direction, then the keys.")
+    if direction.ndim != 1 or keys.ndim != 2 or keys.shape[1] != len(direction):
+        shapes = f"{tuple(direction.shape)} and {tuple(keys.shape)}"
+        raise Wrong(f"The shapes are {shapes}, expected (D,) and (N, D).")
+    if not direction.isfinite().all() or not keys.isfinite().all():
+        raise Wrong("Direction and keys must be finite.")
+    if abs(direction.norm() - 1) > 1e-6:
+        raise Wrong(f"The direction has norm {direction.norm():.4g}, expected 1.")
+    if len(direction) < 3:
+        raise Wrong("Two channels are the notebook's example: find one with three or more.")
+    if (sizes := direction.abs()).min() < 0.1 - 1e-6:
+        at = sizes.argmin()
+        end = "it must be at least 0.1 or at most -0.1, to count."
+        raise Wrong(f"Channel {at} of the direction is {direction[at]:.3g}: {end}")
+    if not keys.any(dim=-1).all():
+        raise Wrong("A key is zero: it has no direction, and no weight.")
+    if not (used := keys.any(dim=0)).all():
+        raise Wrong(f"Channel {where_largest(~used)[0]} is 0 in all keys: it does not count.")
+    if len(keys) < 2:
+        raise Wrong("With fewer than two keys the entropy is 0, whatever the norm is.")
+    q = torch.stack([0.1 * direction, 3 * direction])[:, None, None].expand(-1, -1, len(keys), -1)
+    weights = model.attention_weights(q, keys.expand_as(q))[:, 0, 0]  # (2, N)
+    low, high = model.entropy(weights).tolist()
+    if high < low + 0.01:
+        verb = "falls" if high < low - 0.01 else "hardly moves"
+        raise Wrong(f"The entropy {verb}: {low:.3f} for norm 0.1, {high:.3f} for norm 3.")

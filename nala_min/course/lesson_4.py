@@ -1,0 +1,96 @@
+"""The checkers of lesson 4: cosines for non-negativity."""
+
+from __future__ import annotations
+
+import torch
+
+from nala_min import model
+from nala_min.course.checks import TOLERANCE, Wrong, agree, close, draw, exercise, features, output
+
+
+def _name_map(student, mistakes, *alpha):
+    """Raise Wrong with the sentence of mistakes, {sentence: wrong map}, whose map student's is, but
+    for the order of the features or a turn of all: norms and inner products tell."""
+    magnitude, direction = features(2, 6, 4), model.decompose(draw(2, 6, 4))[1]
+    pairs = list(zip(magnitude, direction, strict=True))
+    phi = torch.cat([output(student, *pair, *alpha, shape=(6, 8)) for pair in pairs])
+    for sentence, wrong in mistakes.items():
+        other = torch.cat([wrong(*pair) for pair in pairs])
+        if close(phi @ phi.mT, other @ other.mT):
+            raise Wrong(sentence)
+
+
+def _check_map(student, reference, *alpha):
+    """What both maps must do; of their features only norms and inner products count."""
+    one, case = torch.ones(1, 1).double(), f" (alpha={alpha[0]:g})" if alpha else ""
+    magnitude, direction = features(2, 6, 4), model.decompose(draw(2, 6, 4))[1]
+    pairs = zip(magnitude, direction, strict=True)  # two calls: query and key know no other
+    phi_q, phi_k = (output(student, *pair, *alpha, shape=(6, 8)) for pair in pairs)
+    if not close(torch.stack([phi_q, phi_k]).norm(dim=-1), magnitude.norm(dim=-1)):
+        raise Wrong(f"The norm of the features is not that of the magnitude{case}.")
+    plus, minus = (output(student, one, sign * one, *alpha, shape=(1, 2)) for sign in (1, -1))
+    product = (plus * minus).sum().item()
+    if product < -TOLERANCE:
+        raise Wrong(f"Opposite signs have the negative product {product:.3g}{case}.")
+    if product > 0.01:
+        raise Wrong(f"Opposite signs have the product {product:.3g}, expected almost 0{case}.")
+    right_q, right_k = reference(magnitude, direction, *alpha)
+    agree(phi_q @ phi_k.mT, right_q @ right_k.mT, f"The inner product of query and key{case}")
+
+
+@exercise(
+    4,
+    "cos(x - y) = cos(x) cos(y) + sin(x) sin(y): which two numbers must a channel keep?",
+    "The angle is (pi/4) tanh(alpha * direction), and the magnitude is a factor of both halves.",
+)
+def check_cosine_features(student):
+    def in_radians(a, d):
+        angle = 45 * torch.tanh(20 * d)
+        return torch.cat([a * angle.cos(), a * angle.sin()], dim=-1)
+
+    one = torch.ones(1, 1).double()
+    few, many = (output(student, one, one / 9, alpha, shape=(1, 2)) for alpha in (4.0, 20.0))
+    mistakes = {
+        "It is the sign split (11), not (9): there the size of a channel counts.": model.sign_split,
+        "The angle runs to 45 radians: 45 degrees are pi/4.": in_radians,
+        "The magnitude is in the angle, too: that is of the direction alone.": (
+            lambda a, d: model.cosine_map(a, a * d)
+        ),
+    }
+    _name_map(student, mistakes, 20.0)
+    if close(few, many):
+        raise Wrong("alpha makes no difference: the angle must depend on it.")
+    _check_map(student, model.cosine_map, 20.0)
+    _check_map(student, model.cosine_map, 4.0)
+
+
+@exercise(
+    4,
+    "Two halves: which channels of the magnitude go into the first, which into the second?",
+    "A comparison gives a mask, and a magnitude times a mask is the magnitude or 0.",
+)
+def check_sign_split(student):
+    def halves(a, plus, minus):
+        return torch.cat([a * plus, a * minus], dim=-1)
+
+    mistakes = {
+        "Both halves hold the positive channels.": lambda a, d: halves(a, d > 0, d > 0),
+        "Both halves hold the negative channels.": lambda a, d: halves(a, d < 0, d < 0),
+        "The negative channels are lost.": lambda a, d: halves(a, d > 0, 0),
+        "The positive channels are lost.": lambda a, d: halves(a, d < 0, 0),
+        "The magnitude is missing: it holds 1 for a channel, not its magnitude.": (
+            lambda a, d: halves(a / a, d > 0, d < 0)
+        ),
+        "It splits the direction: split the magnitude, by the direction's sign.": (
+            lambda a, d: halves(a / a, d.relu(), (-d).relu())
+        ),
+        "The size of the direction comes in, too: only its sign counts.": (
+            lambda a, d: halves(a, d.relu(), (-d).relu())
+        ),
+        "It is the cosine map (9), not (11): no angle, only signs.": model.cosine_map,
+    }
+    _name_map(student, mistakes)
+    _check_map(student, model.sign_split)
+    one = torch.ones(1, 1).double()
+    if output(student, one, 0 * one, shape=(1, 2)).any():
+        raise Wrong("A channel of direction 0 has no sign: it belongs to neither half.")
