@@ -11,10 +11,11 @@ import pytest
 import torch
 from scripts import environment, flags_of
 
-from nala_min import bench
+from nala_min.lab import bench
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*(ROOT / "nala_min").glob("*.py"), *ROOT.glob("train_*.py")]
+PACKAGE = sorted((ROOT / "nala_min").rglob("*.py"))
+SOURCES = [*PACKAGE, *ROOT.glob("train_*.py")]
 
 
 def run_python(*arguments, folder, **more):
@@ -29,7 +30,8 @@ def run_python(*arguments, folder, **more):
 
 
 def test_nothing_is_asked_of_the_network_on_import(tmp_path):
-    names = [f"nala_min.{path.stem}" for path in (ROOT / "nala_min").glob("*.py")]
+    paths = [path.relative_to(ROOT).with_suffix("") for path in PACKAGE]
+    names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
     code = f"""
 import socket, sys
 def refuse(*arguments):

@@ -1,5 +1,5 @@
-"""Does norm-awareness help, and when? `python -m nala_min.compare` trains what a study compares,
-each several times, and writes one run card with all of it.
+"""Does norm-awareness help, and when? `python -m nala_min.lab.compare` trains what a study
+compares, each several times, and writes one run card with all of it.
 
 A study is a task and the attentions that are compared on it: the same block, data in the same
 order, steps, schedule and seeds, and parameters as equal as they can be. A run has one CPU thread,
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from nala_min import plots, runcard, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
-from nala_min.studies import STUDIES, VARIANTS, Study, Task, Variant, apply
+from nala_min.lab.studies import STUDIES, VARIANTS, Study, Task, Variant, apply
 
 # --- Runs -----------------------------------------------------------------------------------------
 
@@ -226,7 +226,8 @@ def main() -> None:
         card = runcard.run_card(
             config, about, torch.device(settings.device), seconds, {"runs": rows}
         )
-        card["command"] = f"python -m nala_min.compare --study {name}" + " --quick" * settings.quick
+        command = f"python -m nala_min.lab.compare --study {name}"
+        card["command"] = command + " --quick" * settings.quick
         card["hardware"]["threads"] = 1  # of each run
         runcard.write_json(folder.with_suffix(".json"), card)
         plots.write(study.task.draw(rows), folder.with_suffix(".png"))

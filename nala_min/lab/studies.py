@@ -1,4 +1,4 @@
-"""What nala_min.compare compares: attentions, the tasks they are trained on, and the studies."""
+"""What compare.py compares: attentions, the tasks they are trained on, and the studies."""
 
 from __future__ import annotations
 
