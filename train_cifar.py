@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nala_min import NaLaViT, ViTConfig, data, distributed, measure, plots, runcard, train
+from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import smoothed_loss
 
@@ -68,7 +69,7 @@ def build_model(config: dict[str, Any]) -> NaLaViT:
 
 def load_model(out: Path, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
     """The model of an earlier run, and what the run was."""
-    saved = train.load_checkpoint(out / "checkpoint.pt", "patch", "classes")
+    saved = load_checkpoint(out / "checkpoint.pt", "patch", "classes")
     model = build_model(saved["extra"]).to(device)
     model.load_state_dict(saved["model"])
     return model, saved["extra"]

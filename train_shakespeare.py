@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nala_min import LMConfig, NaLaLM, data, distributed, measure, plots, runcard, train
+from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import next_token_loss, validation_loss
 
@@ -66,7 +67,7 @@ def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
 
 def sample(settings: Settings, device: torch.device) -> None:
     """Print a sample from the checkpoint of an earlier run."""
-    saved = train.load_checkpoint(settings.out / "checkpoint.pt", "characters")
+    saved = load_checkpoint(settings.out / "checkpoint.pt", "characters")
     vocabulary = data.Vocabulary(saved["extra"]["characters"])
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)

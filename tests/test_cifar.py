@@ -14,7 +14,7 @@ from matplotlib.image import imsave
 from scripts import assert_mistake, files_below, flags_of, run_here, run_process
 
 import train_cifar
-from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, data, plots, runcard, train
+from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, checkpoint, data, plots, runcard
 
 COUNT = 60  # images in a file, in place of 10,000
 WRONG = 6  # ships in the test file that are labelled cats, so that there are mistakes to count
@@ -139,7 +139,7 @@ def seen(monkeypatch):
 
 
 def weights(folder):
-    return train.load_checkpoint(folder / "checkpoint.pt")["model"]
+    return checkpoint.load_checkpoint(folder / "checkpoint.pt")["model"]
 
 
 def same_weights(one, other):
@@ -194,7 +194,7 @@ def test_the_run_card_has_the_recipe_and_the_images(trained):
 
 
 def test_the_numbers_on_the_card_are_those_of_the_checkpoint_on_the_test_images(trained):
-    saved = train.load_checkpoint(trained.run / "checkpoint.pt")
+    saved = checkpoint.load_checkpoint(trained.run / "checkpoint.pt")
     about = {"data": trained.card["data"], "classes": list(data.CIFAR10_CLASSES)}
     assert saved["extra"] == CONFIG | about
     model = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=16, patch_size=4, dropout=0.1))
@@ -472,7 +472,7 @@ def mistaken(files):
     sizes = {"layers": 1, "heads": 2, "dim": 16, "block": 8, "dropout": 0.0}
     model = NaLaLM(LMConfig(vocab_size=2, num_layers=1, num_heads=2, dim=16))
     extra = sizes | {"attention": "nala", "characters": "ab", "data": {"name": "text.txt"}}
-    saved = {"format": train.FORMAT, "model": model.state_dict(), "extra": extra}
+    saved = {"format": checkpoint.FORMAT, "model": model.state_dict(), "extra": extra}
     torch.save(saved, files / "of_text" / "checkpoint.pt")
     return files
 

@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nala_min import data, runcard, train  # noqa: E402
+from nala_min import checkpoint, data, runcard, train  # noqa: E402
 from nala_min.flags import run_script  # noqa: E402
 
 SCRIPTS = ("train_shakespeare", "train_cifar")
@@ -70,10 +70,10 @@ def child(script, phase, flags):
         return noting
 
     if phase:
-        fit, point, write = train.fit, train._Run.add_point, train.write_whole
+        fit, point, write = train.fit, checkpoint.Run.add_point, checkpoint.write_whole
         train.fit = during("training", fit)
-        train._Run.add_point = during("evaluation", point)
-        train.write_whole = during("writing", write)
+        checkpoint.Run.add_point = during("evaluation", point)
+        checkpoint.write_whole = during("writing", write)
         os.pwrite(place, b"-", 0)
     sys.argv = [f"{script}.py", *flags]
     run_script(module.main)
@@ -155,7 +155,7 @@ def tensors_of(value, name=""):
 def differences(folder, one, other):
     """What of two finished runs is not the same to the last bit: model, optimisers, history, the
     results on the card. Time is not compared."""
-    saved = [train.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
+    saved = [checkpoint.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
     found = [name for name in saved[0] if name != "seconds" and name not in saved[1]]
     first, second = (tensors_of(each) for each in saved)
     found += [name for name in first.keys() ^ second.keys()]

@@ -42,7 +42,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[2]
 MODEL = "nala_min/model.py"
 # What catches most and soonest comes first: pytest stops at the first failure.
-TESTS = [f"tests/test_{name}.py" for name in ("model", "arguments", "measure", "train")]
+TESTS = [
+    f"tests/test_{name}.py" for name in ("model", "arguments", "measure", "train", "checkpoint")
+]
 SECONDS = 60  # for one test: several times what the slowest takes
 MEMORY = 4 * 2**30  # bytes: a loop without end may also collect without end
 LAST = "last_test.txt"
