@@ -14,7 +14,17 @@ from matplotlib.image import imsave
 from scripts import assert_mistake, files_below, flags_of, run_here, run_process
 
 import train_cifar
-from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, checkpoint, data, plots, runcard
+from nala_min import (
+    LMConfig,
+    NaLaLM,
+    NaLaViT,
+    ViTConfig,
+    checkpoint,
+    data,
+    plots,
+    runcard,
+    synthetic,
+)
 
 COUNT = 60  # images in a file, in place of 10,000
 WRONG = 6  # ships in the test file that are labelled cats, so that there are mistakes to count
@@ -113,8 +123,8 @@ def files(trained, tmp_path):
 @pytest.fixture
 def few_digits(monkeypatch):
     """The stand-in, but fewer of them."""
-    digits = data.drawn_digits(60, 30)
-    monkeypatch.setattr(data, "drawn_digits", lambda: digits)
+    digits = data.drawn_images(60, 30)
+    monkeypatch.setattr(data, "drawn_images", lambda: digits)
     return digits
 
 
@@ -264,15 +274,15 @@ def test_without_network_and_folder_the_stand_in_is_announced_and_named(run, fil
     result = run(*FLAGS, "--steps", 2, "--out", "digits")
     assert result.returncode == 0, result.stderr
     assert "\nNO CIFAR-10: " in result.stdout
-    assert f"\n{data.DRAWN}: 60 images to train on." in result.stdout
-    assert f", on 30 images of {data.DRAWN}. Most often" in result.stdout
+    assert f"\n{synthetic.DRAWN}: 60 images to train on." in result.stdout
+    assert f", on 30 images of {synthetic.DRAWN}. Most often" in result.stdout
     card = runcard.read_json(files / "digits" / "card.json")
-    assert card["data"] == {"name": data.DRAWN, "sha256": few_digits.sha256}
+    assert card["data"] == {"name": synthetic.DRAWN, "sha256": few_digits.sha256}
     assert sum(map(sum, card["results"]["confusion"])) == 30
     assert list((files / "cache" / "nala_min").iterdir()) == []
     imsave(files / "picture.png", np.zeros((32, 32)))
     assert (
-        f" (trained on {data.DRAWN})\n"
+        f" (trained on {synthetic.DRAWN})\n"
         in run("--out", "digits", "--predict", "picture.png", "--device", "cpu").stdout
     )
 
@@ -281,7 +291,7 @@ def test_digits_that_are_asked_for_are_no_stand_in(run, files, few_digits):
     result = run(*FLAGS, "--steps", 1, "--data", "synthetic", "--out", "digits")
     assert result.returncode == 0
     assert "NO CIFAR-10" not in result.stdout and "Downloading" not in result.stdout
-    assert f", on 30 images of {data.DRAWN}. Most often" in result.stdout
+    assert f", on 30 images of {synthetic.DRAWN}. Most often" in result.stdout
     assert not (files / "cache").exists()
 
 

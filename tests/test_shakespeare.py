@@ -11,7 +11,7 @@ import torch
 from scripts import assert_mistake, files_below, flags_of, run_here, run_process
 
 import train_shakespeare
-from nala_min import LMConfig, NaLaLM, checkpoint, data, runcard
+from nala_min import LMConfig, NaLaLM, checkpoint, data, runcard, synthetic
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps över 5 € dogs.\n" for i in range(44))
 SIZES = {"layers": 1, "heads": 2, "dim": 16, "block": 8, "batch": 2, "steps": 3, "dropout": 0.25}
@@ -153,9 +153,9 @@ def test_without_network_and_data_the_stand_in_is_announced_and_named(tmp_path):
     assert "NO SHAKESPEARE" in result.stdout
     assert "Warning" not in result.stderr
     card = runcard.read_json(tmp_path / "run" / "card.json")
-    assert card["data"]["name"] == data.STAND_IN
+    assert card["data"]["name"] == synthetic.STAND_IN
     assert card["data"]["sha256"] != data.SHAKESPEARE.sha256
-    assert f"the last tenth of {data.STAND_IN}" in result.stdout
+    assert f"the last tenth of {synthetic.STAND_IN}" in result.stdout
     assert list((tmp_path / "cache" / "nala_min").iterdir()) == []
 
 

@@ -8,7 +8,6 @@ functions. "Lost" is what of a run that was broken and resumed differs from one 
 
 import argparse
 import os
-import pydoc_data.topics
 import random
 import shutil
 import signal
@@ -24,7 +23,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nala_min import checkpoint, data, runcard, train  # noqa: E402
+from nala_min import checkpoint, data, runcard, synthetic, train  # noqa: E402
 from nala_min.flags import run_script  # noqa: E402
 
 SCRIPTS = ("train_shakespeare", "train_cifar")
@@ -42,7 +41,7 @@ FLAGS = {
 
 def prepare(folder):
     """Write a text, and images of noise, for the scripts to train on."""
-    text = "".join(pydoc_data.topics.topics.values())[:100_000]
+    text = synthetic.python_manual()[:100_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
     (folder / "images").mkdir()
     noise = np.random.default_rng(1)
