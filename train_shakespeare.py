@@ -91,7 +91,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     model = build_model(settings.config(), vocabulary).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    about = {"name": text.name, "sha256": text.sha256, "characters": len(text.text)}
+    data_info = {"name": text.name, "sha256": text.sha256, "characters": len(text.text)}
     print(
         f"{text.name}: {len(text.text):,} characters, {len(vocabulary.characters)} different."
         f" NaLaLM, attention {settings.attention}: {parameters:,} parameters on {device}."
@@ -109,7 +109,7 @@ def main() -> None:
             "validation_loss": validation_loss(model, validation, settings.block, every=4)
         },
         checkpoint=settings.out / "checkpoint.pt",
-        extra=settings.config() | {"data": about, "characters": vocabulary.characters},
+        extra=settings.config() | {"data": data_info, "characters": vocabulary.characters},
         resume=settings.resume,
     )
     if distributed.rank() > 0:  # the first process has the results
@@ -117,8 +117,8 @@ def main() -> None:
     loss = validation_loss(model, validation, settings.block)
     inputs, _ = next(data.all_windows(validation, settings.block, 64))
     results = {"validation_loss": loss, "parameters": parameters, "history": history}
-    results["health"] = measure.health(model, inputs)
-    card = runcard.run_card(settings.config(), about, device, seconds, results)
+    results["attention_stats"] = measure.attention_stats(model, inputs)
+    card = runcard.run_card(settings.config(), data_info, device, seconds, results)
     runcard.write_json(settings.out / "card.json", card)
     title = f"attention {settings.attention}, {parameters:,} parameters, seed {settings.seed}"
     plots.write(plots.curve(history, title), settings.out / "curve.png")

@@ -170,7 +170,7 @@ class Run:
 
 
 class Stop:
-    """Whether someone has asked for an end, by Ctrl-C or as clusters do by SIGTERM. The step at
+    """Whether someone has requested an end, by Ctrl-C or as clusters do by SIGTERM. The step at
     hand is finished first; a second Ctrl-C does not wait for it."""
 
     def __enter__(self) -> Stop:

@@ -160,11 +160,11 @@ def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
 
 
 @_styled
-def health(
+def attention_stats(
     blocks: list[dict[str, Any]], beside: list[dict[str, Any]], num_keys: int | None = None
 ) -> Figure:
-    """What measure.health says of two models, block by block: medians, and bars over the middle
-    90 % of all queries.
+    """What measure.attention_stats says of two models, block by block: medians, and bars over the
+    middle 90 % of all queries.
 
     blocks: of a model with NaLa in every block; beside: of one with softmax; num_keys: how many
     keys a query sees, for a line at the highest entropy that there is.

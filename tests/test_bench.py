@@ -78,12 +78,12 @@ def test_decoding_attends_to_the_same_context(monkeypatch):
     monkeypatch.setattr(bench, "take_turns", take_turns)
     monkeypatch.setattr(bench, "BURST", 4)
     contexts = (5, 9)
-    asked = []
+    calls = []
     for name in ("nala_attention", "softmax_attention"):
         real = getattr(bench, name)
 
         def attention(*qkv, real=real, **options):
-            asked.append((qkv, options.get("state")))
+            calls.append((qkv, options.get("state")))
             return real(*qkv, **options)
 
         monkeypatch.setattr(bench, name, attention)
@@ -95,9 +95,9 @@ def test_decoding_attends_to_the_same_context(monkeypatch):
     assert all((row["median"], row["low"], row["high"]) == (2, 1, 4) for row in rows)
     for context in contexts:
         assert_close(found["softmax", context], found["softmax_grown", context])
-    (first, nothing), *_ = asked  # the context that NaLa's state is made of
+    (first, nothing), *_ = calls  # the context that NaLa's state is made of
     assert nothing is None and first[0].shape[2] == contexts[0]
-    token = next(qkv for qkv, state in asked if state is not None)
+    token = next(qkv for qkv, state in calls if state is not None)
     whole = [torch.cat([x, *4 * [y]], dim=2) for x, y in zip(first, token, strict=True)]
     want = nala_attention(*whole, causal=True)[:, :, -1:]
     assert_close(found["nala", contexts[0]], want)

@@ -137,8 +137,8 @@ def seen(monkeypatch):
         def watched(*arguments, **options):
             result = original(*arguments, **options)
             given = result if name == "augment" else result[0]
-            asked = tuple(x for x in arguments if not isinstance(x, torch.Tensor))
-            calls[name].append(SimpleNamespace(asked=asked, options=options, given=given))
+            numbers = tuple(x for x in arguments if not isinstance(x, torch.Tensor))
+            calls[name].append(SimpleNamespace(numbers=numbers, options=options, given=given))
             return result
 
         monkeypatch.setattr(data, name, watched)
@@ -205,8 +205,8 @@ def test_the_run_card_has_the_recipe_and_the_images(trained):
 
 def test_the_numbers_on_the_card_are_those_of_the_checkpoint_on_the_test_images(trained):
     saved = checkpoint.load_checkpoint(trained.run / "checkpoint.pt")
-    about = {"data": trained.card["data"], "classes": list(data.CIFAR10_CLASSES)}
-    assert saved["extra"] == CONFIG | about
+    data_info = {"data": trained.card["data"], "classes": list(data.CIFAR10_CLASSES)}
+    assert saved["extra"] == CONFIG | data_info
     model = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=16, patch_size=4, dropout=0.1))
     model.load_state_dict(saved["model"])
     model.eval()
@@ -253,8 +253,8 @@ def test_the_data_order_and_augmentation_are_the_seed_s_and_not_the_attention_s(
         for step in range(3):
             assert torch.equal(first[name][step].given, softmax[name][step].given), name
             assert not torch.equal(first[name][step].given, other[name][step].given), name
-    assert [call.asked for call in first["augment"]] == [(1, 0), (1, 1), (1, 2)]
-    assert [call.asked for call in other["augment"]] == [(2, 0), (2, 1), (2, 2)]
+    assert [call.numbers for call in first["augment"]] == [(1, 0), (1, 1), (1, 2)]
+    assert [call.numbers for call in other["augment"]] == [(2, 0), (2, 1), (2, 2)]
 
 
 def test_augmentation_shifts_as_asked_and_mirrors_photographs_but_not_digits(

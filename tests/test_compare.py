@@ -412,7 +412,7 @@ def test_rows_of_another_recipe_or_of_other_data_are_not_taken(other, tmp_path, 
     study = replace(SMALL, variants=("nala",), seeds=1)
     place = tmp_path / "nala_seed1"
     place.mkdir()
-    identity = {"task": repr(study.task), "data": study.task.about()}
+    identity = {"task": repr(study.task), "data": study.task.data_info()}
     runcard.write_json(place / "row.json", identity | {"row": {"error": 0}})
     assert compare.run_all(study, tmp_path, 1, "cpu") == [{"error": 0}]
     runcard.write_json(place / "row.json", identity | other | {"row": {"error": 0}})

@@ -65,8 +65,8 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         **{key: value for key, value in history[-1].items() if key != "step"},
     }
     plain = variant.change == Variant().change and not variant.options
-    health = task.health(model) if plain else None  # it reads plain models only
-    return row | ({"health": health} if health else {})
+    stats = task.attention_stats(model) if plain else None  # it reads plain models only
+    return row | ({"attention_stats": stats} if stats else {})
 
 
 def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[s
 
 def _identity(task: Task) -> dict[str, Any]:
     """What a run that is to be taken for done must have been trained on."""
-    return {"task": repr(task), "data": task.about()}
+    return {"task": repr(task), "data": task.data_info()}
 
 
 def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ def main() -> None:
         study = chosen(settings, name)
         folder = settings.out / (name + "-quick" * settings.quick)
         try:
-            about = study.task.about()
+            data_info = study.task.data_info()
         except (OSError, ValueError) as error:
             raise UsageError(f"--data, --data-dir: {error}") from error
         print(f"{name}: {len(study.variants)} attentions, {study.seeds} seeds.")
@@ -224,7 +224,7 @@ def main() -> None:
         config["task"] = {key: x for key, x in shown.items() if key not in ("file", "folder")}
         seconds = sum(row["seconds"] for row in rows)
         card = runcard.run_card(
-            config, about, torch.device(settings.device), seconds, {"runs": rows}
+            config, data_info, torch.device(settings.device), seconds, {"runs": rows}
         )
         command = f"python -m nala_min.lab.compare --study {name}"
         card["command"] = command + " --quick" * settings.quick
