@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nala_min import NaLaViT, ViTConfig, data, distributed, measure, plots, runcard, train
+from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import smoothed_loss
 
@@ -68,7 +69,7 @@ def build_model(config: dict[str, Any]) -> NaLaViT:
 
 def load_model(out: Path, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
     """The model of an earlier run, and what the run was."""
-    saved = train.load_checkpoint(out / "checkpoint.pt", "patch", "classes")
+    saved = load_checkpoint(out / "checkpoint.pt", "patch", "classes")
     model = build_model(saved["extra"]).to(device)
     model.load_state_dict(saved["model"])
     return model, saved["extra"]
@@ -137,7 +138,7 @@ def main() -> None:
     model = build_model(settings.config()).to(device, memory_format=torch.channels_last)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     kind = f"attention {settings.attention} ({model.config.kind}), {parameters:,} parameters"
-    about = {"name": images.name, "sha256": images.sha256}
+    data_info = {"name": images.name, "sha256": images.sha256}
     print(
         f"{images.name}: {len(images.train[0]):,} images to train on. NaLaViT on {device}, {kind}."
     )
@@ -157,14 +158,14 @@ def main() -> None:
         loss=smoothed_loss,
         evaluate=lambda model: measure.score(measure.classify(model, few[0]), few[1]),
         checkpoint=settings.out / "checkpoint.pt",
-        extra=settings.config() | {"data": about, "classes": list(images.classes)},
+        extra=settings.config() | {"data": data_info, "classes": list(images.classes)},
         resume=settings.resume,
     )
     if distributed.rank() > 0:  # the first process has the results
         return
     results = test(model, images) | {"parameters": parameters, "history": history}
-    results["health"] = measure.health(model, images.test[0][:100])
-    card = runcard.run_card(settings.config(), about, device, seconds, results)
+    results["attention_stats"] = measure.attention_stats(model, images.test[0][:100])
+    card = runcard.run_card(settings.config(), data_info, device, seconds, results)
     runcard.write_json(settings.out / "card.json", card)
     draw(model, images, results, f"{kind}, seed {seed}", settings.out)
     print(f"{seconds:.0f} s of training. Checkpoint, run card and pictures: {settings.out}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nala_min import LMConfig, NaLaLM, data, distributed, measure, plots, runcard, train
+from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import next_token_loss, validation_loss
 
@@ -66,7 +67,7 @@ def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
 
 def sample(settings: Settings, device: torch.device) -> None:
     """Print a sample from the checkpoint of an earlier run."""
-    saved = train.load_checkpoint(settings.out / "checkpoint.pt", "characters")
+    saved = load_checkpoint(settings.out / "checkpoint.pt", "characters")
     vocabulary = data.Vocabulary(saved["extra"]["characters"])
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)
@@ -90,7 +91,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     model = build_model(settings.config(), vocabulary).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    about = {"name": text.name, "sha256": text.sha256, "characters": len(text.text)}
+    data_info = {"name": text.name, "sha256": text.sha256, "characters": len(text.text)}
     print(
         f"{text.name}: {len(text.text):,} characters, {len(vocabulary.characters)} different."
         f" NaLaLM, attention {settings.attention}: {parameters:,} parameters on {device}."
@@ -108,7 +109,7 @@ def main() -> None:
             "validation_loss": validation_loss(model, validation, settings.block, every=4)
         },
         checkpoint=settings.out / "checkpoint.pt",
-        extra=settings.config() | {"data": about, "characters": vocabulary.characters},
+        extra=settings.config() | {"data": data_info, "characters": vocabulary.characters},
         resume=settings.resume,
     )
     if distributed.rank() > 0:  # the first process has the results
@@ -116,8 +117,8 @@ def main() -> None:
     loss = validation_loss(model, validation, settings.block)
     inputs, _ = next(data.all_windows(validation, settings.block, 64))
     results = {"validation_loss": loss, "parameters": parameters, "history": history}
-    results["health"] = measure.health(model, inputs)
-    card = runcard.run_card(settings.config(), about, device, seconds, results)
+    results["attention_stats"] = measure.attention_stats(model, inputs)
+    card = runcard.run_card(settings.config(), data_info, device, seconds, results)
     runcard.write_json(settings.out / "card.json", card)
     title = f"attention {settings.attention}, {parameters:,} parameters, seed {settings.seed}"
     plots.write(plots.curve(history, title), settings.out / "curve.png")

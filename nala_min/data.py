@@ -1,11 +1,10 @@
-"""Data for the training scripts: find it, download and verify it, stand in for it, cut batches."""
+"""Data for the training scripts: find it, download and verify it, cut batches."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 import os
-import pydoc_data.topics
 import tarfile
 import urllib.error
 import urllib.request
@@ -19,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
+from nala_min.synthetic import DRAWN, STAND_IN, drawn_digits, python_manual
 
 # --- Files from the network -----------------------------------------------------------------------
 
@@ -144,8 +145,6 @@ def _transfer(source, file, timeout):
 
 # --- Text -----------------------------------------------------------------------------------------
 
-STAND_IN = "Python manual (stand-in)"
-
 
 @dataclass(frozen=True)
 class Text:
@@ -182,9 +181,7 @@ def load_text(
             f"Training on a stand-in instead, the {STAND_IN}; its loss is not comparable with"
             " Shakespeare's. Give a text of your own with --data FILE."
         )
-        return Text(
-            STAND_IN, "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-        )
+        return Text(STAND_IN, python_manual())
 
 
 @dataclass(frozen=True)
@@ -249,7 +246,6 @@ def all_windows(
 
 # --- Images ---------------------------------------------------------------------------------------
 
-DRAWN = "drawn digits (stand-in)"
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 BATCHES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 BATCH = 10_000  # images in a file
@@ -295,7 +291,7 @@ def load_images(
     missing, truncated or corrupt.
     """
     if name == "synthetic":
-        return drawn_digits()
+        return drawn_images()
     if folder is not None:
         return _images_in(folder, source)
     try:
@@ -309,7 +305,13 @@ def load_images(
             f"Training on a stand-in instead, {DRAWN}; its accuracy is not comparable with"
             " CIFAR-10's. See --data-dir and --url."
         )
-        return drawn_digits()
+        return drawn_images()
+
+
+def drawn_images(num_train: int = 20_000, num_test: int = 4_000) -> Images:
+    """The drawn digits, which a mirror would turn into something else."""
+    train, test = drawn_digits(num_train, num_test)
+    return Images(DRAWN, tuple("0123456789"), train, test, mirror=False)
 
 
 def _images_in(folder: Path, source: Source) -> Images:
@@ -356,85 +358,6 @@ def _images(name: str, files: dict[str, bytes]) -> Images:
 
     *training, test = decoded
     return Images(name, CIFAR10_CLASSES, tensors(np.concatenate(training)), tensors(test), True)
-
-
-FONTS = (
-    "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif"
-    " DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmb10"
-    " cmss10 cmtt10"
-).split()  # those of matplotlib that have digits
-
-
-def drawn_digits(num_train: int = 20_000, num_test: int = 4_000) -> Images:
-    """Digits in many fonts, turned, bent and coloured, over clutter: the shape of CIFAR-10, made in
-    seconds, always the same. Light on dark as often as dark on light, so that no linear classifier
-    can read them."""
-    glyphs = draw_glyphs()
-    parts = []
-    for i, start in enumerate(range(0, num_train + num_test, 5000)):
-        count = min(5000, num_train + num_test - start)
-        parts.append(_draw_images(glyphs, count, torch.Generator().manual_seed(i)))
-    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Images(
-        DRAWN,
-        tuple("0123456789"),
-        (images[:num_train], labels[:num_train]),
-        (images[num_train:], labels[num_train:]),
-        mirror=False,
-    )
-
-
-def draw_glyphs(size: int = 48) -> Tensor:
-    """Every digit in every font, (fonts, 10, size, size), 1 where there is ink."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    figure = Figure(figsize=(10 * size / 72, len(FONTS) * size / 72), dpi=72)
-    for row, font in enumerate(FONTS):
-        for digit in range(10):
-            x, y = (digit + 0.5) / 10, 1 - (row + 0.5) / len(FONTS)
-            style = {"font": folder / f"{font}.ttf", "fontsize": 0.7 * size}
-            figure.text(x, y, str(digit), ha="center", va="center_baseline", **style)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = torch.from_numpy(np.array(canvas.buffer_rgba())[..., 0])
-    ink = 1 - pixels.float() / 255
-    return ink.view(len(FONTS), size, 10, size).transpose(1, 2)
-
-
-def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """count images (count, 3, 32, 32) uint8 and their digits (count,)."""
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(count, *shape, generator=random)
-
-    def smooth(cells):  # noise of a few cells, as wide as the image
-        coarse = torch.randn(count, 3, cells, cells, generator=random)
-        return F.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=True)
-
-    def write(digits, shift, scale, turn):
-        """Ink (count, 1, 32, 32) of digits in random fonts, moved, scaled, turned and bent."""
-        fonts = torch.randint(len(glyphs), (count,), generator=random)
-        angle, size = uniform(-turn, turn), uniform(*scale)
-        cos, sin = angle.cos() / size, angle.sin() / size
-        rows = torch.stack([cos, -sin, uniform(-shift, shift), sin, cos, uniform(-shift, shift)], 1)
-        grid = F.affine_grid(rows.view(count, 2, 3), (count, 1, 32, 32), align_corners=False)
-        grid = grid + 0.06 * smooth(4)[:, :2].movedim(1, -1)
-        return F.grid_sample(glyphs[fonts, digits][:, None], grid, align_corners=False)
-
-    labels = torch.randint(10, (count,), generator=random)
-    picture = uniform(0.1, 0.9, 3, 1, 1) + 0.12 * smooth(5)
-    for _ in range(3):  # pieces of other digits, larger, off the middle, faint
-        other = torch.randint(10, (count,), generator=random)
-        ink = write(other, shift=1.6, scale=(0.6, 1.6), turn=3.1)
-        picture = picture + uniform(-0.35, 0.35, 3, 1, 1) * ink
-    ink = write(labels, shift=0.25, scale=(0.7, 1.1), turn=0.45)
-    sign = uniform(-1, 1, 1, 1, 1).sign()  # lighter than its ground, or darker
-    picture = picture + sign * uniform(0.3, 0.7, 3, 1, 1) * ink
-    picture = picture + 0.03 * torch.randn(picture.shape, generator=random)
-    return (picture.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
 def shuffled_batch(

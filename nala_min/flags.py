@@ -37,8 +37,8 @@ def flag(
     decides: whether the result depends on it, or it only says where and how to run; zero: whether a
     number of PRESETS may be 0.
     """
-    about = {"help": help, "choices": choices, "decides": decides, "zero": zero}
-    return field(default=default, metadata=about)
+    metadata = {"help": help, "choices": choices, "decides": decides, "zero": zero}
+    return field(default=default, metadata=metadata)
 
 
 class _Parser(argparse.ArgumentParser):

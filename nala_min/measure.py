@@ -134,8 +134,8 @@ def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int =
     return total / count
 
 
-class Asked(NamedTuple):
-    """What the attention of one block was asked: which attention, and queries and keys for it."""
+class AttentionInputs(NamedTuple):
+    """What the attention of one block was given: its layer, and queries and keys for it."""
 
     layer: GatedAttention
     x: Tensor  # (B, N, E) or (B, R, S, E)
@@ -164,8 +164,8 @@ class Asked(NamedTuple):
 
 
 @torch.no_grad()
-def asked(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[Asked]:
-    """What every block's attention is asked, first block to last, while model reads inputs.
+def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionInputs]:
+    """The inputs of every block's attention, first block to last, while model reads inputs.
 
     inputs: tokens (B, N), or images (B, 3, height, width) uint8, at most 500 of them.
     """
@@ -183,13 +183,13 @@ def asked(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[Asked]:
     found = []
     for layer, (x, state) in seen:
         q, k, _, _ = (layer.split_heads(y) for y in layer.project(x).chunk(4, dim=-1))
-        found.append(Asked(layer, x, q, k, layer.options(x, state)))
+        found.append(AttentionInputs(layer, x, q, k, layer.options(x, state)))
     return found
 
 
 @torch.no_grad()
-def health(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
-    """How each block attends, first to last, while model reads inputs as in asked.
+def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
+    """How each block attends, first to last, while model reads inputs as in attention_inputs.
 
     For each block its attention and, over all heads and examples, the QUANTILES of: query_norm and,
     if its kernel has one, power, Eq. (7), of every token; entropy in nats and top, the weight of
@@ -197,7 +197,7 @@ def health(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
     of linear attention also least_normaliser, the smallest of what it divides by.
     """
     blocks = []
-    for name, block in zip(model.config.attentions, asked(model, inputs), strict=True):
+    for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):
         feature_map = block.layer.feature_map
         norm, _ = decompose(block.q)  # (B, H, N, 1)
         weights = block.weights(feature_map)  # (B, H, N, N)
@@ -228,7 +228,7 @@ def attention_maps(
     nothing. The block was trained with one kernel; the others show what they would make of the same
     queries and keys.
     """
-    chosen = asked(model, images)[block]
+    chosen = attention_inputs(model, images)[block]
     grid = chosen.x.shape[1:3]
     return {
         name: chosen.weights(name).mean(dim=1).unflatten(2, grid).unflatten(1, grid)

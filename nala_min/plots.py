@@ -160,11 +160,11 @@ def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
 
 
 @_styled
-def health(
+def attention_stats(
     blocks: list[dict[str, Any]], beside: list[dict[str, Any]], num_keys: int | None = None
 ) -> Figure:
-    """What measure.health says of two models, block by block: medians, and bars over the middle
-    90 % of all queries.
+    """What measure.attention_stats says of two models, block by block: medians, and bars over the
+    middle 90 % of all queries.
 
     blocks: of a model with NaLa in every block; beside: of one with softmax; num_keys: how many
     keys a query sees, for a line at the highest entropy that there is.
@@ -209,7 +209,7 @@ def health(
 @_styled
 def speed(results: dict[str, Any]) -> Figure:
     """Time and memory of a forward and a backward pass against the number of tokens, and time of
-    one token more against the context. results: those of a card of nala_min.bench."""
+    one token more against the context. results: those of a card of nala_min.lab.bench."""
     looks = {
         "softmax": LOOKS["softmax"] | {"label": "softmax, fused kernel"},
         "nala": LOOKS["cosine"],
@@ -304,7 +304,7 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
     """Accuracy against the number of pairs, for those of VARIANTS that are in rows: a line through
     the mean of all seeds in a band from the lowest to the highest.
 
-    rows: the runs of a card of nala_min.compare.
+    rows: the runs of a card of nala_min.lab.compare.
     """
     picture, axes = figure()
     for name, look in VARIANTS.items():
@@ -328,7 +328,7 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
 def study(panels: dict[str, list[dict[str, Any]]]) -> Figure:
     """A panel for each of some results: for each variant a dot a run, and a stroke at their mean.
 
-    panels: by the name of the result, the runs of a card of nala_min.compare.
+    panels: by the name of the result, the runs of a card of nala_min.lab.compare.
     """
     names = list(dict.fromkeys(row["variant"] for rows in panels.values() for row in rows))
     size = {"width": 2.6 + 3.4 * len(panels), "height": 1.2 + 0.27 * len(names)}

@@ -1,16 +1,10 @@
-"""The training loop that both scripts share, with its settings, optimisers and checkpoints."""
+"""The training loop that both scripts share, with its settings, recipe and optimisers."""
 
 from __future__ import annotations
 
-import io
 import math
 import random
-import signal
-import threading
-import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nala_min import distributed
+from nala_min.checkpoint import Run, Stop
 from nala_min.flags import UsageError, flag
 from nala_min.model import BlockConfig
-from nala_min.runcard import write_whole
 
 # --- What every script is told --------------------------------------------------------------------
 
@@ -131,36 +125,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, place) if several and name == "cuda" else torch.device(name)
 
 
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-FORMAT = 3  # of a checkpoint: counted up when what fit saves changes
-
-
-def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
-    """What fit saved at path, on the CPU, with names in its extra.
-
-    Raises UsageError if there is none, it is damaged, or it lacks a name: another script's.
-    """
-    if not path.exists():
-        raise UsageError(f"no checkpoint at {path}: train first, or name its folder with --out")
-    try:
-        if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # torch checks no checksum
-            raise ValueError(damaged)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] != FORMAT:
-            raise ValueError("another format")
-    except Exception as error:  # torch raises many kinds for a damaged file, in many lines
-        kind = type(error).__name__
-        raise UsageError(
-            f"{path} is no checkpoint of this version ({kind}): delete it, or name another folder"
-            " with --out"
-        ) from error
-    if not set(names) <= saved.get("extra", {}).keys():
-        raise UsageError(f"{path} is a run of another script: name another folder with --out")
-    return saved
-
-
-# --- The loop ------------------------------------------------------------------------------------
+# --- Recipe and optimisers ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,9 +204,17 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     ]
     adam = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
     optimizers = [adam, Muon(inner, recipe.muon, recipe.weight_decay)] if inner else [adam]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in _groups(optimizers):
         group["initial_lr"] = group["lr"]  # the highest, as PyTorch's schedulers call it
     return optimizers
+
+
+def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """Parameters with a learning rate of their own."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+# --- The loop -------------------------------------------------------------------------------------
 
 
 def update(
@@ -283,8 +256,8 @@ def fit(
     or is of another run that would be overwritten. KeyboardInterrupt says how to go on.
     """
     device = next(model.parameters()).device
-    run = _Run(model, recipe, checkpoint, extra)
-    with _Stop() as stop:  # before there is a checkpoint: whoever finds one may stop the run
+    run = Run(model, make_optimizers(model, recipe), recipe.steps, checkpoint, extra)
+    with Stop() as stop:  # before there is a checkpoint: whoever finds one may stop the run
         if resume:
             run.load()
         elif distributed.rank() == 0:
@@ -296,7 +269,7 @@ def fit(
         with _progress(run.step, recipe.steps) as bar, run.saying_how_to_go_on():
             while run.step < recipe.steps:
                 torch.manual_seed(_mixed(recipe.seed, run.step, distributed.rank()))
-                for group in run.groups():
+                for group in _groups(run.optimizers):
                     group["lr"] = recipe.learning_rate_at(run.step, group["initial_lr"])
                 part = (distributed.share(x) for x in batch(run.step))
                 inputs, targets = (x.to(device, non_blocking=True) for x in part)
@@ -311,148 +284,11 @@ def fit(
                 if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
                     run.add_point(evaluate, bar)
                     run.save()
-                if distributed.any_of(stop.asked):
+                if distributed.any_of(stop.requested):
                     run.save()
                     distributed.wait()
                     raise KeyboardInterrupt
     return run.history, run.seconds()
-
-
-class _Run:
-    """A run so far: what its checkpoint holds."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe, path: Path, extra: dict[str, Any]):
-        self.model, self.optimizers = model, make_optimizers(model, recipe)
-        self.path, self.extra, self.steps = path, extra, recipe.steps
-        self.step = self.saved = 0  # steps made, and those that are in the checkpoint
-        self.losses: list[Tensor] = []  # since the last point of the curve
-        self.history: list[dict[str, float]] = []
-        self.start = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    @contextmanager
-    def saying_how_to_go_on(self) -> Iterator[None]:
-        """Give an interruption of the block its message."""
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(
-                f"interrupted at step {self.step}: --resume goes on from step {self.saved}"
-            ) from error
-
-    def groups(self) -> list[dict[str, Any]]:
-        """Parameters with a learning rate of their own."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def load(self) -> None:
-        """Go on from the checkpoint."""
-        saved = load_checkpoint(self.path)
-        if different := self.difference(saved):
-            raise UsageError(
-                f"--resume: {different}: give the same flags, or another folder with --out"
-            )
-        self.model.load_state_dict(saved["model"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.step = self.saved = saved["step"]
-        self.losses, self.history = list(saved["losses"]), saved["history"]
-        self.start -= saved["seconds"]
-
-    def begin(self) -> None:
-        """Write the first checkpoint, at step 0: better to learn now than after an hour that it
-        cannot be written. Never in the place of a run that is another, or not finished."""
-        if self.path.exists():
-            saved = load_checkpoint(self.path)
-            if different := self.difference(saved):
-                raise UsageError(f"{different}: delete it, or name another folder with --out")
-            if saved["step"] < self.steps:
-                raise UsageError(
-                    f"{self.path} has come to step {saved['step']} of {self.steps}: --resume goes"
-                    " on with it; delete it to begin anew"
-                )
-        self.save(first=True)
-
-    def difference(self, saved: dict[str, Any]) -> str | None:
-        """How the run that was saved differs from this one, if it does."""
-        before = saved["extra"]
-        for name in sorted(before.keys() | self.extra.keys()):
-            if before.get(name) != self.extra.get(name):
-                return (
-                    f"{self.path} was trained with {name} = {before.get(name)!r}, not"
-                    f" {self.extra.get(name)!r}"
-                )
-        return None
-
-    def add_point(self, evaluate: Callable[[nn.Module], dict[str, float]], bar: tqdm) -> None:
-        """Add a point to the curve, and write it above the bar."""
-        train_loss = distributed.mean(torch.stack(self.losses).mean().item())
-        self.losses.clear()
-        if distributed.rank() > 0:
-            return
-        point = {"step": self.step, "train_loss": train_loss, **evaluate(self.model)}
-        self.model.train()
-        self.check_finite(point.values())
-        self.history.append(point)
-        numbers = (f"{name.replace('_', ' ')} {point[name]:.3f}" for name in list(point)[1:])
-        bar.write(f"step {self.step:5d}   {'   '.join(numbers)}")
-
-    def check_finite(self, numbers: Iterable[float]) -> None:
-        if not all(map(math.isfinite, numbers)):
-            raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
-
-    def save(self, first: bool = False) -> None:
-        """Write the checkpoint, if there is something new, and sound."""
-        if self.step == self.saved and not first:
-            return
-        if distributed.rank() > 0:  # the first process writes
-            self.saved = self.step
-            return
-        self.check_finite(losses := [value.item() for value in self.losses])
-        state = {
-            "format": FORMAT,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "losses": torch.tensor(losses),
-            "history": self.history,
-            "seconds": self.seconds(),
-            "extra": self.extra,
-        }
-        torch.save(state, content := io.BytesIO())
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, lambda file: file.write(content.getbuffer()))
-        except OSError as error:
-            mend = f"mend that, and --resume goes on from step {self.saved}"
-            if first:
-                mend = "mend that, or name another folder with --out"
-            raise UsageError(
-                f"--out {self.path.parent} cannot be written ({error}): {mend}"
-            ) from error
-        self.saved = self.step
-
-
-class _Stop:
-    """Whether someone has asked for an end, by Ctrl-C or as clusters do by SIGTERM. The step at
-    hand is finished first; a second Ctrl-C does not wait for it."""
-
-    def __enter__(self) -> _Stop:
-        self.asked, self._handlers = False, {}
-        if threading.current_thread() is threading.main_thread():  # the only one that may
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT and distributed.world_size() == 1:
-            raise KeyboardInterrupt
-        self.asked = True  # torchrun sends it again to all of its processes
 
 
 def _progress(first: int, steps: int) -> tqdm:

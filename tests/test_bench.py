@@ -1,6 +1,7 @@
-"""What nala_min/bench.py measures; that a second is a second is not tested here."""
+"""What nala_min/lab/bench.py measures; that a second is a second is not tested here."""
 
 import itertools
+import re
 import sys
 import types
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from nala_min import bench, key_features, measure, nala_attention, plots, query_features, runcard
+from nala_min import key_features, measure, nala_attention, plots, query_features, runcard
+from nala_min.lab import bench
 
 CPU = torch.device("cpu")
 CARDS = {
@@ -76,12 +78,12 @@ def test_decoding_attends_to_the_same_context(monkeypatch):
     monkeypatch.setattr(bench, "take_turns", take_turns)
     monkeypatch.setattr(bench, "BURST", 4)
     contexts = (5, 9)
-    asked = []
+    calls = []
     for name in ("nala_attention", "softmax_attention"):
         real = getattr(bench, name)
 
         def attention(*qkv, real=real, **options):
-            asked.append((qkv, options.get("state")))
+            calls.append((qkv, options.get("state")))
             return real(*qkv, **options)
 
         monkeypatch.setattr(bench, name, attention)
@@ -93,9 +95,9 @@ def test_decoding_attends_to_the_same_context(monkeypatch):
     assert all((row["median"], row["low"], row["high"]) == (2, 1, 4) for row in rows)
     for context in contexts:
         assert_close(found["softmax", context], found["softmax_grown", context])
-    (first, nothing), *_ = asked  # the context that NaLa's state is made of
+    (first, nothing), *_ = calls  # the context that NaLa's state is made of
     assert nothing is None and first[0].shape[2] == contexts[0]
-    token = next(qkv for qkv, state in asked if state is not None)
+    token = next(qkv for qkv, state in calls if state is not None)
     whole = [torch.cat([x, *4 * [y]], dim=2) for x, y in zip(first, token, strict=True)]
     want = nala_attention(*whole, causal=True)[:, :, -1:]
     assert_close(found["nala", contexts[0]], want)
@@ -288,7 +290,7 @@ def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
     bench.main()
     name = "peers" if "--peers" in flags else "float32"
     card = runcard.read_json(tmp_path / "runs" / "speed" / f"speed_cpu_{name}.json")
-    assert card["command"] == f"python -m nala_min.bench {' '.join(flags)} --device cpu"
+    assert card["command"] == f"python -m nala_min.lab.bench {' '.join(flags)} --device cpu"
     assert (
         card.keys() == CARDS[name].keys() and card["config"].keys() == CARDS[name]["config"].keys()
     )
@@ -312,8 +314,9 @@ def test_the_committed_cards_are_whole_and_consistent():
                 assert all(0 < r["low"] <= r["median"] <= r["high"] for r in found)
             place = bench.crossover(rows, causal=causal, **{"pass": what})
             assert RESULTS["crossover"][f"{direction}, {what}"] == place
-    assert CARDS["float32"]["command"].startswith("python -m nala_min.bench --out")
-    assert CARDS["peers"]["command"].startswith("python -m nala_min.bench --peers")
+    command = r"python -m nala_min\.(lab\.)?bench"  # before lab/, too
+    assert re.match(f"{command} --out", CARDS["float32"]["command"])
+    assert re.match(f"{command} --peers", CARDS["peers"]["command"])
     assert {r["form"] for r in CARDS["peers"]["results"]["peers"]} == {
         "nala",
         "fla_naive_chunk",

@@ -14,7 +14,17 @@ from matplotlib.image import imsave
 from scripts import assert_mistake, files_below, flags_of, run_here, run_process
 
 import train_cifar
-from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, data, plots, runcard, train
+from nala_min import (
+    LMConfig,
+    NaLaLM,
+    NaLaViT,
+    ViTConfig,
+    checkpoint,
+    data,
+    plots,
+    runcard,
+    synthetic,
+)
 
 COUNT = 60  # images in a file, in place of 10,000
 WRONG = 6  # ships in the test file that are labelled cats, so that there are mistakes to count
@@ -113,8 +123,8 @@ def files(trained, tmp_path):
 @pytest.fixture
 def few_digits(monkeypatch):
     """The stand-in, but fewer of them."""
-    digits = data.drawn_digits(60, 30)
-    monkeypatch.setattr(data, "drawn_digits", lambda: digits)
+    digits = data.drawn_images(60, 30)
+    monkeypatch.setattr(data, "drawn_images", lambda: digits)
     return digits
 
 
@@ -127,8 +137,8 @@ def seen(monkeypatch):
         def watched(*arguments, **options):
             result = original(*arguments, **options)
             given = result if name == "augment" else result[0]
-            asked = tuple(x for x in arguments if not isinstance(x, torch.Tensor))
-            calls[name].append(SimpleNamespace(asked=asked, options=options, given=given))
+            numbers = tuple(x for x in arguments if not isinstance(x, torch.Tensor))
+            calls[name].append(SimpleNamespace(numbers=numbers, options=options, given=given))
             return result
 
         monkeypatch.setattr(data, name, watched)
@@ -139,7 +149,7 @@ def seen(monkeypatch):
 
 
 def weights(folder):
-    return train.load_checkpoint(folder / "checkpoint.pt")["model"]
+    return checkpoint.load_checkpoint(folder / "checkpoint.pt")["model"]
 
 
 def same_weights(one, other):
@@ -194,9 +204,9 @@ def test_the_run_card_has_the_recipe_and_the_images(trained):
 
 
 def test_the_numbers_on_the_card_are_those_of_the_checkpoint_on_the_test_images(trained):
-    saved = train.load_checkpoint(trained.run / "checkpoint.pt")
-    about = {"data": trained.card["data"], "classes": list(data.CIFAR10_CLASSES)}
-    assert saved["extra"] == CONFIG | about
+    saved = checkpoint.load_checkpoint(trained.run / "checkpoint.pt")
+    data_info = {"data": trained.card["data"], "classes": list(data.CIFAR10_CLASSES)}
+    assert saved["extra"] == CONFIG | data_info
     model = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=16, patch_size=4, dropout=0.1))
     model.load_state_dict(saved["model"])
     model.eval()
@@ -243,8 +253,8 @@ def test_the_data_order_and_augmentation_are_the_seed_s_and_not_the_attention_s(
         for step in range(3):
             assert torch.equal(first[name][step].given, softmax[name][step].given), name
             assert not torch.equal(first[name][step].given, other[name][step].given), name
-    assert [call.asked for call in first["augment"]] == [(1, 0), (1, 1), (1, 2)]
-    assert [call.asked for call in other["augment"]] == [(2, 0), (2, 1), (2, 2)]
+    assert [call.numbers for call in first["augment"]] == [(1, 0), (1, 1), (1, 2)]
+    assert [call.numbers for call in other["augment"]] == [(2, 0), (2, 1), (2, 2)]
 
 
 def test_augmentation_shifts_as_asked_and_mirrors_photographs_but_not_digits(
@@ -264,15 +274,15 @@ def test_without_network_and_folder_the_stand_in_is_announced_and_named(run, fil
     result = run(*FLAGS, "--steps", 2, "--out", "digits")
     assert result.returncode == 0, result.stderr
     assert "\nNO CIFAR-10: " in result.stdout
-    assert f"\n{data.DRAWN}: 60 images to train on." in result.stdout
-    assert f", on 30 images of {data.DRAWN}. Most often" in result.stdout
+    assert f"\n{synthetic.DRAWN}: 60 images to train on." in result.stdout
+    assert f", on 30 images of {synthetic.DRAWN}. Most often" in result.stdout
     card = runcard.read_json(files / "digits" / "card.json")
-    assert card["data"] == {"name": data.DRAWN, "sha256": few_digits.sha256}
+    assert card["data"] == {"name": synthetic.DRAWN, "sha256": few_digits.sha256}
     assert sum(map(sum, card["results"]["confusion"])) == 30
     assert list((files / "cache" / "nala_min").iterdir()) == []
     imsave(files / "picture.png", np.zeros((32, 32)))
     assert (
-        f" (trained on {data.DRAWN})\n"
+        f" (trained on {synthetic.DRAWN})\n"
         in run("--out", "digits", "--predict", "picture.png", "--device", "cpu").stdout
     )
 
@@ -281,7 +291,7 @@ def test_digits_that_are_asked_for_are_no_stand_in(run, files, few_digits):
     result = run(*FLAGS, "--steps", 1, "--data", "synthetic", "--out", "digits")
     assert result.returncode == 0
     assert "NO CIFAR-10" not in result.stdout and "Downloading" not in result.stdout
-    assert f", on 30 images of {data.DRAWN}. Most often" in result.stdout
+    assert f", on 30 images of {synthetic.DRAWN}. Most often" in result.stdout
     assert not (files / "cache").exists()
 
 
@@ -472,7 +482,7 @@ def mistaken(files):
     sizes = {"layers": 1, "heads": 2, "dim": 16, "block": 8, "dropout": 0.0}
     model = NaLaLM(LMConfig(vocab_size=2, num_layers=1, num_heads=2, dim=16))
     extra = sizes | {"attention": "nala", "characters": "ab", "data": {"name": "text.txt"}}
-    saved = {"format": train.FORMAT, "model": model.state_dict(), "extra": extra}
+    saved = {"format": checkpoint.FORMAT, "model": model.state_dict(), "extra": extra}
     torch.save(saved, files / "of_text" / "checkpoint.pt")
     return files
 

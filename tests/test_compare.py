@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nala_min import compare, nala_attention, plots, runcard
+from nala_min import nala_attention, plots, runcard
 from nala_min.flags import UsageError, run_script
+from nala_min.lab import compare
+from nala_min.lab.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Variant, apply
 from nala_min.model import BlockState
-from nala_min.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Variant, apply
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
@@ -372,7 +373,7 @@ def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     run_script(compare.main)
     printed = capsys.readouterr()
     card = runcard.read_json(tmp_path / "sharpness.json")
-    assert card["command"] == "python -m nala_min.compare --study sharpness"
+    assert card["command"] == "python -m nala_min.lab.compare --study sharpness"
     assert card["config"]["variants"] == list(SMALL.variants)
     assert card["config"]["task"]["steps"] == 12
     assert (tmp_path / "sharpness.png").read_bytes().startswith(b"\x89PNG")
@@ -411,7 +412,7 @@ def test_rows_of_another_recipe_or_of_other_data_are_not_taken(other, tmp_path, 
     study = replace(SMALL, variants=("nala",), seeds=1)
     place = tmp_path / "nala_seed1"
     place.mkdir()
-    identity = {"task": repr(study.task), "data": study.task.about()}
+    identity = {"task": repr(study.task), "data": study.task.data_info()}
     runcard.write_json(place / "row.json", identity | {"row": {"error": 0}})
     assert compare.run_all(study, tmp_path, 1, "cpu") == [{"error": 0}]
     runcard.write_json(place / "row.json", identity | other | {"row": {"error": 0}})

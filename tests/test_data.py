@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from nala_min import data
-from nala_min.data import SHAKESPEARE, STAND_IN, Vocabulary, all_windows, random_windows
+from nala_min.data import SHAKESPEARE, Vocabulary, all_windows, random_windows
+from nala_min.synthetic import STAND_IN
 
 CONTENT = "".join(f"Bürger {i}: Höre mich!\n" for i in range(8000)).encode("utf-8")  # 4 reads
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

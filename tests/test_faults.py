@@ -1,4 +1,4 @@
-"""What tests/faults.py does at length, a few times: nothing is lost."""
+"""What tests/tools/faults.py does at length, a few times: nothing is lost."""
 
 import random
 import sys

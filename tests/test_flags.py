@@ -9,8 +9,8 @@ import pytest
 
 import train_cifar
 import train_shakespeare
-from nala_min import bench, compare
 from nala_min.flags import parse_flags, run_script
+from nala_min.lab import bench, compare
 
 COMMANDS = {
     "train_shakespeare.py": train_shakespeare.Settings,

@@ -12,11 +12,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 
 from nala_min import data
-from nala_min.data import BATCHES, CIFAR10, DRAWN, RECORD
+from nala_min.data import BATCHES, CIFAR10, RECORD
+from nala_min.synthetic import DRAWN
 
 pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
 
@@ -43,13 +43,13 @@ def tiny(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def few():
-    return data.drawn_digits(7, 3)
+    return data.drawn_images(7, 3)
 
 
 @pytest.fixture
 def stand_in(few, monkeypatch):
-    """What drawn_digits gives, few for speed."""
-    monkeypatch.setattr(data, "drawn_digits", lambda: few)
+    """What drawn_images gives, few for speed."""
+    monkeypatch.setattr(data, "drawn_images", lambda: few)
     return few
 
 
@@ -352,126 +352,6 @@ def test_the_sha256_is_of_training_images_their_labels_and_the_same_of_the_test(
         digest.update(records[:, 1:].tobytes())
         digest.update(b"".join(struct.pack("=q", label) for label in records[:, 0]))
     assert images.sha256 == digest.hexdigest()
-
-
-# --- Drawn digits --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.drawn_digits(5000, 1000)
-
-
-def test_drawn_digits_have_the_shape_of_cifar10(digits):
-    assert digits.name == DRAWN
-    assert digits.classes == tuple("0123456789")
-    assert not digits.mirror  # a mirrored 2 is no 2
-    for (pictures, labels), count in ((digits.train, 5000), (digits.test, 1000)):
-        assert pictures.shape == (count, 3, 32, 32) and pictures.dtype == torch.uint8
-        assert labels.shape == (count,) and labels.dtype == torch.int64
-        shares = torch.bincount(labels, minlength=10) / count
-        assert len(shares) == 10
-        assert shares.min() > 0.07 and shares.max() < 0.13
-
-
-@pytest.mark.parametrize(("num_train", "num_test"), [(4, 3), (1, 6), (7, 0)])
-def test_drawn_digits_are_always_the_same_however_they_are_divided(num_train, num_test):
-    first = data.drawn_digits(7, 0)
-    torch.manual_seed(123)  # on which they must not depend
-    images = data.drawn_digits(num_train, num_test)
-    for part, whole in enumerate(first.train):
-        assert torch.equal(torch.cat([images.train[part], images.test[part]]), whole)
-        assert len(images.train[part]) == num_train
-
-
-def test_no_drawn_image_occurs_twice_in_a_batch_nor_in_training_and_test(digits):
-    pictures = torch.cat([digits.train[0], digits.test[0]]).flatten(1).numpy()
-    assert len({picture.tobytes() for picture in pictures}) == 6000
-
-
-def test_all_60000_drawn_images_are_drawn_with_seeds_of_their_own(monkeypatch):
-    """Else training and test would have images in common."""
-    seeds = []
-
-    def draw(glyphs, count, random):
-        seeds.append(random.initial_seed())
-        return torch.zeros(count, 1), torch.arange(count)
-
-    monkeypatch.setattr(data, "draw_glyphs", lambda: None)
-    monkeypatch.setattr(data, "_draw_images", draw)
-    images = data.drawn_digits()
-    assert [len(part) for part in (*images.train, *images.test)] == [20_000] * 2 + [4_000] * 2
-    assert len(seeds) > 1 and len(set(seeds)) == len(seeds)
-
-
-def test_drawn_images_have_contrast_and_colour(digits):
-    pictures = digits.test[0].float()
-    assert pictures.flatten(1).std(dim=1).min() > 5
-    assert pictures.std(dim=1).mean() > 10  # of red, green and blue at a place
-    assert 90 < pictures.mean() < 165
-    assert 30 < pictures.std() < 90
-
-
-def test_every_glyph_has_ink_clear_of_its_edges_and_is_unlike_the_others_of_its_font():
-    glyphs = data.draw_glyphs()
-    assert glyphs.shape == (len(data.FONTS), 10, 48, 48)
-    assert glyphs.min() == 0 and glyphs.max() == 1
-    ink = glyphs.sum(dim=(2, 3))
-    assert ink.min() > 50 and ink.max() < 48 * 48 / 4
-    edges = [glyphs[:, :, [0, -1]], glyphs[:, :, :, [0, -1]]]
-    assert all(edge.max() == 0 for edge in edges)  # no piece of a neighbour
-    flat = glyphs.flatten(2)
-    distances = torch.cdist(flat, flat, p=1)  # (fonts, 10, 10)
-    assert (distances + 1000 * torch.eye(10)).min() > 25
-    fonts = glyphs.flatten(1)
-    assert (torch.cdist(fonts, fonts, p=1) + 1000 * torch.eye(len(fonts))).min() > 25
-
-
-def test_every_glyph_is_the_digit_it_stands_for():
-    """In every font a 6 upside down is most like a 9, and a 1 or a 7 has the least ink."""
-
-    def cut_out(glyph):
-        rows, columns = (glyph.sum(dim=i).nonzero() for i in (1, 0))
-        glyph = glyph[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-        return F.interpolate(glyph[None, None], size=(24, 16), mode="area").flatten()
-
-    for font in data.draw_glyphs():
-        shapes = torch.stack([cut_out(glyph) for glyph in font])
-        six = cut_out(font[6].flip(0, 1))
-        assert (shapes - six).abs().sum(dim=1).argmin() == 9
-        assert font.sum(dim=(1, 2)).argmin() in (1, 7)
-
-
-def linear_accuracy(features, digits):
-    """On the test images, of ridge regression on features of the training images."""
-    training, test = (features(pictures.float()).flatten(1) for pictures, _ in parts(digits))
-    training, test = ((x - training.mean(dim=0)) / training.std() for x in (training, test))
-    targets = F.one_hot(digits.train[1], 10) - 0.1
-    ridge = 1000 * torch.eye(training.shape[1])
-    weights = torch.linalg.solve(training.T @ training + ridge, training.T @ targets)
-    return ((test @ weights).argmax(dim=1) == digits.test[1]).float().mean().item()
-
-
-def parts(images):
-    return images.train, images.test
-
-
-def test_no_linear_classifier_of_pixels_reads_drawn_digits(digits):
-    """Else they would say nothing about attention. 24 per cent if all were light on dark."""
-    assert linear_accuracy(lambda pictures: pictures.mean(dim=1), digits) < 0.19
-
-
-def test_drawn_digits_show_their_labels(digits):
-    """Edges, which are the same in light on dark and dark on light, suffice to read most."""
-
-    def edges(pictures):
-        grey = pictures.mean(dim=1)
-        across = grey[:, 1:, :-1] - grey[:, :-1, :-1]
-        along = grey[:, :-1, 1:] - grey[:, :-1, :-1]
-        strokes = torch.stack([across, along, across + along, across - along], dim=1)
-        return F.avg_pool2d(strokes.abs(), kernel_size=3, stride=2)
-
-    assert linear_accuracy(edges, digits) > 0.45
 
 
 # --- Batches -------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_the_worst_pairs_count_mistakes_in_both_directions():
     assert {type(x) for pair in measure.worst_pairs(confusion) for x in pair} == {int}
 
 
-# --- Health of a trained model ------------------------------------------------------------------
+# --- How a trained model attends ----------------------------------------------------------------
 
 
 def quantiles(x):
@@ -255,7 +255,7 @@ def test_health_of_an_image_model_by_hand(attention, in_float64):
     model, images, seen = small_vit(attention=attention), bytes_of(), {}
     for i, block in enumerate(model.blocks):
         spy(block.attention, seen, i)
-    blocks = measure.health(model, images)
+    blocks = measure.attention_stats(model, images)
     assert [block["attention"] for block in blocks] == list(model.config.attentions)
     for i, block in enumerate(blocks):
         x = seen[i][0].flatten(1, 2)
@@ -287,9 +287,9 @@ def test_health_of_a_language_model_is_that_of_its_last_token(attention):
     """With one token before it, the entropy of the last is at most that of two keys."""
     options = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16, "attention": attention}
     model, tokens = NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12))
-    for block in measure.health(model, tokens):
+    for block in measure.attention_stats(model, tokens):
         assert math.log(2) < block["entropy"][0] <= block["entropy"][-1] <= math.log(12) + 1e-6
-    for block in measure.health(model, tokens[:, :2]):
+    for block in measure.attention_stats(model, tokens[:, :2]):
         assert 0 <= block["entropy"][0] <= block["entropy"][-1] <= math.log(2) + 1e-6
         assert block["top"][0] >= 0.5 - 1e-6
 
@@ -297,7 +297,7 @@ def test_health_of_a_language_model_is_that_of_its_last_token(attention):
 @pytest.mark.parametrize("attention", ["nala", "softmax"])
 def test_the_weights_of_a_language_model_do_not_look_ahead(attention):
     options = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16, "attention": attention}
-    blocks = measure.asked(NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12)))
+    blocks = measure.attention_inputs(NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12)))
     assert len(blocks) == 2
     for block in blocks:
         for name in ("softmax", "cosine", "relu", None):
@@ -311,25 +311,27 @@ def test_health_is_that_of_a_model_without_dropout():
     """In training mode, too: the same twice."""
     options = {"vocab_size": 9, "num_layers": 2, "dim": 16, "dropout": 0.5}
     model, tokens = NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12))
-    first, second = (measure.health(model.train(), tokens) for _ in range(2))
-    assert first == second == measure.health(model.eval(), tokens)
+    first, second = (measure.attention_stats(model.train(), tokens) for _ in range(2))
+    assert first == second == measure.attention_stats(model.eval(), tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_classify_and_health_of_a_model_in_any_dtype(dtype):
     images, model = bytes_of(), small_vit()
-    want = measure.classify(model.float(), images), measure.health(model, images)[0]["entropy"]
+    logits = measure.classify(model.float(), images)
+    spread = measure.attention_stats(model, images)[0]["entropy"]
     model, tolerance = model.to(dtype), 0.05 if dtype == torch.bfloat16 else 1e-3
-    assert_close(measure.classify(model, images).float(), want[0], rtol=0, atol=tolerance / 10)
-    assert measure.health(model, images)[0]["entropy"] == pytest.approx(want[1], abs=tolerance)
+    assert_close(measure.classify(model, images).float(), logits, rtol=0, atol=tolerance / 10)
+    found = measure.attention_stats(model, images)[0]["entropy"]
+    assert found == pytest.approx(spread, abs=tolerance)
 
 
 def test_a_learned_norm_scale_is_in_the_power():
     model = NaLaLM(LMConfig(vocab_size=9, num_layers=1, dim=16, norm_scale=None))
     tokens = torch.randint(9, (5, 12))
-    before = measure.health(model, tokens)[0]["power"]
+    before = measure.attention_stats(model, tokens)[0]["power"]
     model.blocks[0].attention.norm_scale.data.fill_(1e9)  # tanh of nearly nothing
-    after = measure.health(model, tokens)[0]["power"]
+    after = measure.attention_stats(model, tokens)[0]["power"]
     assert after == pytest.approx([1.5] * 5)
     assert before[-1] > 1.5 + 1e-3
 
@@ -337,6 +339,6 @@ def test_a_learned_norm_scale_is_in_the_power():
 def test_asking_leaves_no_hook_behind_even_after_an_error():
     model = small_vit().float()
     with pytest.raises(ValueError, match="images must be"):
-        measure.asked(model, bytes_of()[:, :2])
-    measure.asked(model, bytes_of())
+        measure.attention_inputs(model, bytes_of()[:, :2])
+    measure.attention_inputs(model, bytes_of())
     assert all(not block.attention._forward_pre_hooks for block in model.blocks)

@@ -102,7 +102,7 @@ def one_thread_a_kernel():
 def test_a_notebook_shows_what_is_committed(path):
     """The same texts, numbers to 2 %, pictures of the same look, but for the cells that are tagged:
     they vary, yet show something. If it is the committed outputs that are old: python
-    tests/notebooks.py."""
+    tests/tools/notebooks.py."""
     committed, fresh = read(path), run(path, FOLDER)
     assert warnings_of(fresh) == []
     for old, new in zip(committed.cells, fresh.cells, strict=True):

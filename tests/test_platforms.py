@@ -11,7 +11,7 @@ import pytest
 import torch
 from scripts import environment, flags_of
 
-from nala_min import bench
+from nala_min.lab import bench
 
 ROOT = Path(__file__).parent.parent
 MODULES = {

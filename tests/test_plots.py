@@ -148,7 +148,7 @@ def test_health_draws_medians_and_the_middle_nine_tenths():
     nala = {"query_norm": [1.0, 2.0, 3.0, 4.0, 5.0], "entropy": [0.0, 1.0, 2.0, 3.0, 4.0]}
     nala = nala | {"power": [2.0, 2.5, 3.0, 3.5, 4.0]}
     softmax = {"query_norm": [2.0, 3.0, 4.0, 5.0, 9.0], "entropy": [1.0, 1.0, 1.0, 1.0, 1.0]}
-    figure = plots.health([nala, nala], [softmax, softmax])
+    figure = plots.attention_stats([nala, nala], [softmax, softmax])
     norm, power, spread = figure.axes
     labels = [axes.get_ylabel().split()[0] for axes in figure.axes]
     assert labels == ["norm", "power", "entropy"]
@@ -167,7 +167,7 @@ def test_health_draws_medians_and_the_middle_nine_tenths():
 def test_health_draws_what_is_possible_and_where_tanh_reacts():
     """Norms up to 2; powers from 1.5 to 4.5; entropies up to log(64)."""
     row = {"query_norm": [1.0] * 5, "power": [2.0] * 5, "entropy": [0.5] * 5}
-    norm, power, axes = plots.health([row], [row], num_keys=64).axes
+    norm, power, axes = plots.attention_stats([row], [row], num_keys=64).axes
     (line,) = (line for line in axes.get_lines() if line.get_linestyle() == ":")
     assert list(line.get_ydata()) == [pytest.approx(4.159, abs=1e-3)] * 2
     assert any("even over 64 keys: 4.16" in text.get_text() for text in axes.texts)

@@ -8,8 +8,9 @@ from statistics import mean
 import faults
 import pytest
 
-from nala_min import bench, compare, runcard
-from nala_min.studies import STUDIES
+from nala_min import runcard
+from nala_min.lab import bench, compare
+from nala_min.lab.studies import STUDIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -175,7 +176,8 @@ def test_a_study_s_card_is_of_the_study_as_it_is(study):
     assert card["config"]["variants"] == list(now.variants)
     task = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(now.task).items()}
     assert card["config"]["task"] == {k: v for k, v in task.items() if k not in ("file", "folder")}
-    assert card["command"] == f"python -m nala_min.compare --study {study}"
+    command = card["command"].replace("nala_min.compare", "nala_min.lab.compare")  # before lab/
+    assert command == f"python -m nala_min.lab.compare --study {study}"
 
 
 def test_what_the_readme_concludes_is_in_the_cards():
@@ -361,8 +363,8 @@ def test_what_mutants_showed_is_the_run_card():
     share = found["caught"] / (found["caught"] + survivors)
     assert share >= 0.95 and card["config"]["every"] == 2
     said = (
-        f"Of {found['mutants']} mutants of `model.py`, every second one that `tests/mutate.py`"
-        f" makes, {equivalent} do just what it does, as far as we can see; of the others the tests"
-        f" caught {found['caught']}, {share:.1%}"
+        f"Of {found['mutants']} mutants of `model.py`, every second one that"
+        f" `tests/tools/mutate.py` makes, {equivalent} do just what it does, as far as we can see;"
+        f" of the others the tests caught {found['caught']}, {share:.1%}"
     ).replace("%", " %")
     assert said in " ".join(README.split())

@@ -11,7 +11,7 @@ import torch
 from scripts import assert_mistake, files_below, flags_of, run_here, run_process
 
 import train_shakespeare
-from nala_min import LMConfig, NaLaLM, data, runcard, train
+from nala_min import LMConfig, NaLaLM, checkpoint, data, runcard, synthetic
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps över 5 € dogs.\n" for i in range(44))
 SIZES = {"layers": 1, "heads": 2, "dim": 16, "block": 8, "batch": 2, "steps": 3, "dropout": 0.25}
@@ -93,7 +93,7 @@ def test_the_run_card_has_the_recipe_and_the_text(trained):
 
 
 def test_the_loss_on_the_card_is_that_of_the_checkpoint_on_the_last_tenth(trained):
-    saved = train.load_checkpoint(trained.run / "checkpoint.pt")
+    saved = checkpoint.load_checkpoint(trained.run / "checkpoint.pt")
     characters = sorted(set(TEXT))
     assert saved["extra"] == CONFIG | {
         "data": trained.card["data"],
@@ -127,7 +127,7 @@ def test_the_last_tenth_is_not_trained_on(run, files, monkeypatch):
     for name in ("text", "other"):
         windows = ["--batch", 100, "--steps", 2]  # some would be of the last tenth
         assert run(*FLAGS, *windows, "--data", f"{name}.txt", "--out", name).returncode == 0
-        weights.append(train.load_checkpoint(files / name / "checkpoint.pt")["model"])
+        weights.append(checkpoint.load_checkpoint(files / name / "checkpoint.pt")["model"])
         card = runcard.read_json(files / name / "card.json")
         losses.append(card["results"]["validation_loss"])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -153,9 +153,9 @@ def test_without_network_and_data_the_stand_in_is_announced_and_named(tmp_path):
     assert "NO SHAKESPEARE" in result.stdout
     assert "Warning" not in result.stderr
     card = runcard.read_json(tmp_path / "run" / "card.json")
-    assert card["data"]["name"] == data.STAND_IN
+    assert card["data"]["name"] == synthetic.STAND_IN
     assert card["data"]["sha256"] != data.SHAKESPEARE.sha256
-    assert f"the last tenth of {data.STAND_IN}" in result.stdout
+    assert f"the last tenth of {synthetic.STAND_IN}" in result.stdout
     assert list((tmp_path / "cache" / "nala_min").iterdir()) == []
 
 

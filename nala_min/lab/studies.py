@@ -1,4 +1,4 @@
-"""What nala_min.compare compares: attentions, the tasks they are trained on, and the studies."""
+"""What compare.py compares: attentions, the tasks they are trained on, and the studies."""
 
 from __future__ import annotations
 
@@ -157,10 +157,10 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Numbers by name, among them self.result."""
 
-    def health(self, model: nn.Module) -> list[dict[str, Any]] | None:
+    def attention_stats(self, model: nn.Module) -> list[dict[str, Any]] | None:
         return None
 
-    def about(self) -> dict[str, Any]:
+    def data_info(self) -> dict[str, Any]:
         """The data, for the card."""
         return {"name": "generated"}
 
@@ -229,14 +229,14 @@ class Recall(Task):
         keys = random.random((count, self.symbols)).argsort(axis=1)[:, :pairs]
         values = random.integers(self.symbols, size=(count, pairs))
         order = random.random((count, pairs)).argsort(axis=1)
-        asked = np.take_along_axis(keys, order, axis=1)
-        tokens = torch.from_numpy(self.write(keys, values, asked))
+        queries = np.take_along_axis(keys, order, axis=1)
+        tokens = torch.from_numpy(self.write(keys, values, queries))
         return tokens, torch.from_numpy(np.take_along_axis(values, order, axis=1))
 
-    def write(self, keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    def write(self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
         """The text that tells the pairs and asks for them."""
         told = keys * (self.symbols + 1) + values
-        return np.concatenate([told, asked * (self.symbols + 1) + self.symbols], axis=1)
+        return np.concatenate([told, queries * (self.symbols + 1) + self.symbols], axis=1)
 
     def answers(self, model: nn.Module, tokens: Tensor, pairs: int) -> Tensor:
         """Logits (B, pairs, symbols)."""
@@ -256,8 +256,8 @@ class Recall(Task):
             found[f"accuracy at {pairs} pairs"] = right.float().mean().item()
         return found
 
-    def health(self, model: nn.Module) -> list[dict[str, Any]]:
-        return measure.health(model, self.examples(self.pairs[-1], 32, UNSEEN, 0)[0])
+    def attention_stats(self, model: nn.Module) -> list[dict[str, Any]]:
+        return measure.attention_stats(model, self.examples(self.pairs[-1], 32, UNSEEN, 0)[0])
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
         return plots.recall(rows, self.pairs)
@@ -278,9 +278,9 @@ class Binding(Recall):
     def length(self, pairs: int) -> int:
         return 3 * pairs
 
-    def write(self, keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    def write(self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
         told = np.stack([keys, self.symbols + values], axis=2)
-        return np.concatenate([told.reshape(len(keys), -1), asked], axis=1)
+        return np.concatenate([told.reshape(len(keys), -1), queries], axis=1)
 
 
 class Bare(GatedAttention):
@@ -397,7 +397,7 @@ class Text(Task):
         sizes = _blocks(variant, *self.sizes) | {"dropout": self.dropout}
         return NaLaLM(LMConfig(vocab_size=len(vocabulary.characters), **sizes))
 
-    def about(self) -> dict[str, Any]:
+    def data_info(self) -> dict[str, Any]:
         text = _text(self.file, self.block)[0]
         return {"name": text.name, "sha256": text.sha256}
 
@@ -412,9 +412,9 @@ class Text(Task):
         tokens = _text(self.file, self.block)[3]
         return {"validation loss": measure.validation_loss(model, tokens, self.block, self.every)}
 
-    def health(self, model: nn.Module) -> list[dict[str, Any]]:
+    def attention_stats(self, model: nn.Module) -> list[dict[str, Any]]:
         tokens = _text(self.file, self.block)[3]
-        return measure.health(model, next(data.all_windows(tokens, self.block, 64))[0])
+        return measure.attention_stats(model, next(data.all_windows(tokens, self.block, 64))[0])
 
 
 _images = cache(data.load_images)
@@ -439,7 +439,7 @@ class Pictures(Task):
         model = NaLaViT(ViTConfig(patch_size=self.patch, **_blocks(variant, *self.sizes)))
         return model.to(memory_format=torch.channels_last)
 
-    def about(self) -> dict[str, Any]:
+    def data_info(self) -> dict[str, Any]:
         return {"name": self.load().name, "sha256": self.load().sha256}
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -455,8 +455,8 @@ class Pictures(Task):
         found = measure.score(measure.classify(model, images), labels)
         return {name.replace("_", " "): value for name, value in found.items()}
 
-    def health(self, model: nn.Module) -> list[dict[str, Any]]:
-        return measure.health(model, self.load().test[0][:100])
+    def attention_stats(self, model: nn.Module) -> list[dict[str, Any]]:
+        return measure.attention_stats(model, self.load().test[0][:100])
 
 
 # --- Studies --------------------------------------------------------------------------------------

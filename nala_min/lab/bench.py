@@ -1,5 +1,6 @@
-"""How fast, in how much memory? `python -m nala_min.bench` measures attention against the number of
-tokens, decoding against the context, and whole training steps, NaLa beside the fused softmax.
+"""How fast, in how much memory? `python -m nala_min.lab.bench` measures attention against the
+number of tokens, decoding against the context, and whole training steps, NaLa beside the fused
+softmax.
 
 What is compared takes turns in one run, so that a slow minute slows all of it. Timed is the call
 alone, its backward pass included where it says so. Inputs are made before, laid out as a model has
@@ -189,9 +190,9 @@ def attention_rows(
                     given = [*features, v] if form == "product" else inputs
                     for name, call in passes(attention, given).items():
                         calls[form, name] = call
-            about = {"length": length, "causal": causal}
+            case = {"length": length, "causal": causal}
             yield [
-                {"form": form, "pass": name, **about, **row}
+                {"form": form, "pass": name, **case, **row}
                 for (form, name), row in take_turns(calls, device, budget).items()
             ]
 
@@ -412,7 +413,7 @@ def main() -> None:
     results = measure(settings, device)
     data = {"name": "standard normal queries, keys and values"}
     card = runcard.run_card(config, data, device, time.perf_counter() - start, results)
-    card["command"] = card["command"].replace("bench.py", "-m nala_min.bench")
+    card["command"] = card["command"].replace("bench.py", "-m nala_min.lab.bench")
     settings.out.mkdir(parents=True, exist_ok=True)
     name = f"speed_{device.type}_{'peers' if settings.peers else settings.dtype}"
     runcard.write_json(settings.out / f"{name}.json", card)

@@ -1,9 +1,10 @@
 """Mutation testing: do the tests notice every small fault in nala_min/model.py?
 
-`python tests/mutate.py` makes mutants of model.py, copies with one change each, and runs the tests
-against each. A mutant is caught if a test fails, or is kept busy for too long. One that passes them
-all shows behaviour that no test pins down, unless it is equivalent: EQUIVALENT says why. Results go
-to runs/mutation, from where an interrupted run goes on, until model.py or the tests change.
+`python tests/tools/mutate.py` makes mutants of model.py, copies with one change each, and runs the
+tests against each. A mutant is caught if a test fails, or is kept busy for too long. One that
+passes them all shows behaviour that no test pins down, unless it is equivalent: EQUIVALENT says
+why. Results go to runs/mutation, from where an interrupted run goes on, until model.py or the tests
+change.
 
 A mutant has to be caught by what it does. So test_bug_zoo.py, test_course_notebook.py,
 test_ledger.py, test_shape_comments.py and the notebooks' tests do not take part: they read
@@ -39,10 +40,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = "nala_min/model.py"
 # What catches most and soonest comes first: pytest stops at the first failure.
-TESTS = [f"tests/test_{name}.py" for name in ("model", "arguments", "measure", "train")]
+TESTS = [
+    f"tests/test_{name}.py" for name in ("model", "arguments", "measure", "train", "checkpoint")
+]
 SECONDS = 60  # for one test: several times what the slowest takes
 MEMORY = 4 * 2**30  # bytes: a loop without end may also collect without end
 LAST = "last_test.txt"
@@ -292,7 +295,7 @@ def run_tests(folder: Path, first: list[str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    sys.path[:] = [x for x in sys.path if x != str(ROOT / "tests")]  # the copy's helpers instead
+    sys.path[:] = [x for x in sys.path if x != str(Path(__file__).parent)]  # the copy's instead
     options = f"-x -q --tb=short -p no:cacheprovider -o faulthandler_timeout={SECONDS}"
     options += " -o faulthandler_exit_on_timeout=true"
     sys.exit(pytest.main([*options.split(), *TESTS], plugins=[Order(first)]))
@@ -406,11 +409,11 @@ def main() -> None:
         sys.path.insert(0, str(ROOT))  # not above: a mutant's process must not find this package
         from nala_min import runcard
 
-        about = {"name": MODEL, "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
+        data_info = {"name": MODEL, "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
         config = {"every": flags.every, "only": flags.only, "tests": TESTS}
         seconds = time.perf_counter() - start
-        card = runcard.run_card(config, about, torch.device("cpu"), seconds, results)
-        card["command"] = card["command"].replace("mutate.py", "tests/mutate.py")
+        card = runcard.run_card(config, data_info, torch.device("cpu"), seconds, results)
+        card["command"] = card["command"].replace("mutate.py", "tests/tools/mutate.py")
         runcard.write_json(flags.out, card)
 
 

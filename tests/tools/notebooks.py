@@ -1,5 +1,5 @@
-"""Run the notebooks in fresh kernels. `python tests/notebooks.py [NAME ...]` runs those whose name
-begins with one of NAMES, or all, and writes what they show into their files."""
+"""Run the notebooks in fresh kernels. `python tests/tools/notebooks.py [NAME ...]` runs those whose
+name begins with one of NAMES, or all, and writes what they show into their files."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LIVE = "application/vnd.jupyter.widget-view+json"  # a widget: dead without its kernel

@@ -1,5 +1,5 @@
-"""Does norm-awareness help, and when? `python -m nala_min.compare` trains what a study compares,
-each several times, and writes one run card with all of it.
+"""Does norm-awareness help, and when? `python -m nala_min.lab.compare` trains what a study
+compares, each several times, and writes one run card with all of it.
 
 A study is a task and the attentions that are compared on it: the same block, data in the same
 order, steps, schedule and seeds, and parameters as equal as they can be. A run has one CPU thread,
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from nala_min import plots, runcard, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
-from nala_min.studies import STUDIES, VARIANTS, Study, Task, Variant, apply
+from nala_min.lab.studies import STUDIES, VARIANTS, Study, Task, Variant, apply
 
 # --- Runs -----------------------------------------------------------------------------------------
 
@@ -65,8 +65,8 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         **{key: value for key, value in history[-1].items() if key != "step"},
     }
     plain = variant.change == Variant().change and not variant.options
-    health = task.health(model) if plain else None  # it reads plain models only
-    return row | ({"health": health} if health else {})
+    stats = task.attention_stats(model) if plain else None  # it reads plain models only
+    return row | ({"attention_stats": stats} if stats else {})
 
 
 def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[s
 
 def _identity(task: Task) -> dict[str, Any]:
     """What a run that is to be taken for done must have been trained on."""
-    return {"task": repr(task), "data": task.about()}
+    return {"task": repr(task), "data": task.data_info()}
 
 
 def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ def main() -> None:
         study = chosen(settings, name)
         folder = settings.out / (name + "-quick" * settings.quick)
         try:
-            about = study.task.about()
+            data_info = study.task.data_info()
         except (OSError, ValueError) as error:
             raise UsageError(f"--data, --data-dir: {error}") from error
         print(f"{name}: {len(study.variants)} attentions, {study.seeds} seeds.")
@@ -224,9 +224,10 @@ def main() -> None:
         config["task"] = {key: x for key, x in shown.items() if key not in ("file", "folder")}
         seconds = sum(row["seconds"] for row in rows)
         card = runcard.run_card(
-            config, about, torch.device(settings.device), seconds, {"runs": rows}
+            config, data_info, torch.device(settings.device), seconds, {"runs": rows}
         )
-        card["command"] = f"python -m nala_min.compare --study {name}" + " --quick" * settings.quick
+        command = f"python -m nala_min.lab.compare --study {name}"
+        card["command"] = command + " --quick" * settings.quick
         card["hardware"]["threads"] = 1  # of each run
         runcard.write_json(folder.with_suffix(".json"), card)
         plots.write(study.task.draw(rows), folder.with_suffix(".png"))

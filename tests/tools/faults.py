@@ -1,14 +1,13 @@
 """Break the training scripts in every way that happens to people, and see what is lost.
 
-`python tests/faults.py` does all of it (half an hour on two cores) and writes the run card of the
-README's table, notebooks/results/faults.json; `--times 2` is quick; `--out` names another folder.
-Moments are random; `--seed` fixes them as far as a clock can. test_faults.py calls the same
+`python tests/tools/faults.py` does all of it (half an hour on two cores) and writes the run card of
+the README's table, notebooks/results/faults.json; `--times 2` is quick; `--out` names another
+folder. Moments are random; `--seed` fixes them as far as a clock can. test_faults.py calls the same
 functions. "Lost" is what of a run that was broken and resumed differs from one that was not.
 """
 
 import argparse
 import os
-import pydoc_data.topics
 import random
 import shutil
 import signal
@@ -21,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nala_min import data, runcard, train  # noqa: E402
+from nala_min import checkpoint, data, runcard, synthetic, train  # noqa: E402
 from nala_min.flags import run_script  # noqa: E402
 
 SCRIPTS = ("train_shakespeare", "train_cifar")
@@ -42,7 +41,7 @@ FLAGS = {
 
 def prepare(folder):
     """Write a text, and images of noise, for the scripts to train on."""
-    text = "".join(pydoc_data.topics.topics.values())[:100_000]
+    text = synthetic.python_manual()[:100_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
     (folder / "images").mkdir()
     noise = np.random.default_rng(1)
@@ -70,10 +69,10 @@ def child(script, phase, flags):
         return noting
 
     if phase:
-        fit, point, write = train.fit, train._Run.add_point, train.write_whole
+        fit, point, write = train.fit, checkpoint.Run.add_point, checkpoint.write_whole
         train.fit = during("training", fit)
-        train._Run.add_point = during("evaluation", point)
-        train.write_whole = during("writing", write)
+        checkpoint.Run.add_point = during("evaluation", point)
+        checkpoint.write_whole = during("writing", write)
         os.pwrite(place, b"-", 0)
     sys.argv = [f"{script}.py", *flags]
     run_script(module.main)
@@ -155,7 +154,7 @@ def tensors_of(value, name=""):
 def differences(folder, one, other):
     """What of two finished runs is not the same to the last bit: model, optimisers, history, the
     results on the card. Time is not compared."""
-    saved = [train.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
+    saved = [checkpoint.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
     found = [name for name in saved[0] if name != "seconds" and name not in saved[1]]
     first, second = (tensors_of(each) for each in saved)
     found += [name for name in first.keys() ^ second.keys()]
@@ -186,8 +185,8 @@ def kills(script, folder, times, dice):
     while sum(hit.values()) < times:
         name, chains = f"chain{chains}", chains + 1
         for _ in range(4):
-            least = min(hit.values())
-            wanted = dice.choice([phase for phase in PHASES if hit[phase] == least])
+            fewest = min(hit.values())
+            wanted = dice.choice([phase for phase in PHASES if hit[phase] == fewest])
             job = Job(script, folder, "--out", name, *resume_flag(folder, name))
             pause = dice.uniform(0, 0.25)
             moment = [None]
@@ -406,10 +405,10 @@ def main():
     for script in SCRIPTS:
         with tempfile.TemporaryDirectory() as folder:
             prepare(folder := Path(folder))
-            about = results[script] = {}
+            found = results[script] = {}
 
-            def tried(name, count, lost, about=about, script=script, **more):
-                about[name] = {"times": count, "lost": lost} | more
+            def tried(name, count, lost, found=found, script=script, **more):
+                found[name] = {"times": count, "lost": lost} | more
                 print(f"{script}, {name}: {count} times, lost: {lost or 'nothing'} {more or ''}")
 
             few = max(2, settings.times // 4)
@@ -425,10 +424,10 @@ def main():
             tried("killed worker", count, lost, difference=far)
     print(table(results))
     config = {"times": settings.times, "seed": settings.seed, "flags": FLAGS}
-    about = {"name": "Python manual, and images of noise"}
+    data_info = {"name": "Python manual, and images of noise"}
     seconds = time.perf_counter() - start
-    card = runcard.run_card(config, about, torch.device("cpu"), seconds, results)
-    card["command"] = card["command"].replace("faults.py", "tests/faults.py")
+    card = runcard.run_card(config, data_info, torch.device("cpu"), seconds, results)
+    card["command"] = card["command"].replace("faults.py", "tests/tools/faults.py")
     settings.out.mkdir(parents=True, exist_ok=True)
     runcard.write_json(settings.out / "faults.json", card)
 

@@ -1,0 +1,2 @@
+"""Programs that measure the rest: speed (bench), fair comparisons (compare) and what they compare
+(studies)."""
