@@ -33,6 +33,7 @@ class Settings(train.Settings):
 
     NAME = "cifar"
     PRESETS = PRESETS
+    CAUSAL = False
 
     data: str = flag("cifar10", "images", choices=["cifar10", "synthetic"], decides=False)
     data_dir: Path | None = flag(
@@ -70,6 +71,7 @@ def build_model(config: dict[str, Any]) -> NaLaViT:
 def load_model(out: Path, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
     """The model of an earlier run, and what the run was."""
     saved = load_checkpoint(out / "checkpoint.pt", "patch", "classes")
+    train.load_attentions(saved["extra"], causal=False)
     model = build_model(saved["extra"]).to(device)
     model.load_state_dict(saved["model"])
     return model, saved["extra"]

@@ -68,6 +68,7 @@ def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
 def sample(settings: Settings, device: torch.device) -> None:
     """Print a sample from the checkpoint of an earlier run."""
     saved = load_checkpoint(settings.out / "checkpoint.pt", "characters")
+    train.load_attentions(saved["extra"], causal=True)
     vocabulary = data.Vocabulary(saved["extra"]["characters"])
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)

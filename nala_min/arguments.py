@@ -1,11 +1,11 @@
-"""Checks of arguments, so that model.py need not make them: each error names the argument, what it
-must be and what it is.
+"""The border: what the package exports, with its arguments checked, so that model.py holds none of
+it. Each error names the argument, what it must be and what it is.
 
-`@checked(q="B H N D", k="B H N D")` above a function gives the shapes of its tensors, in letters of
-model.py's glossary: a letter is the same size wherever it stands, "..." any sizes that go together.
-All that is not a tensor is checked by its name, which means the same everywhere: see RULES. What
-has neither is refused when the function is defined, so that no argument can be forgotten. Calls
-from within a checked function, and those that torch.compile traces, are not checked.
+`checked(q="B H N D", k="B H N D")` gives the shapes of a function's tensors in model.py's letters:
+a letter is the same size wherever it stands, "..." any sizes that go together. What is not a tensor
+is checked by its name, which means the same everywhere: see RULES. What has neither is refused when
+the function is defined, so no argument can be forgotten. Calls from within a checked function, and
+those that torch.compile traces, are not checked.
 """
 
 from __future__ import annotations
@@ -16,22 +16,29 @@ import math
 import reprlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nala_min import model
+
 DOUBLE = torch.float64  # is not mixed with less
+FEATURE_MAPS = ("cosine", "split", "elu", "relu")
+MODES = ("auto", "parallel", "quadratic", "chunked", "recurrent")
 Rule = Callable[[str, Any], None]  # takes name and value, raises TypeError or ValueError
 
 
-def checked(**specs: str | Sequence[str] | type) -> Callable[[Callable], Callable]:
+def checked(
+    also: Callable[[dict[str, Any]], None] | None = None, **specs: str | Sequence[str] | type
+) -> Callable[[Callable], Callable]:
     """Decorator that checks a function's arguments before it runs.
 
-    specs: for an argument its shape, as "B H N D" or "B N bool" (floating, if none of KINDS is
-    named), the words it may be, or its type. Raises TypeError for an argument without spec or
-    rule.
+    specs: for an argument its shape, such as "B H N D" or "B N bool" (floating, if none of KINDS is
+    named), the words it may be, or its type. also: checks what must go together, given all
+    arguments by name. Raises TypeError for an argument without spec or rule.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -49,6 +56,8 @@ def checked(**specs: str | Sequence[str] | type) -> Callable[[Callable], Callabl
             given = dict(zip(names, args, strict=False)) | kwargs
             ordered = [n for n in dict.fromkeys((*names, *given)) if n in given]
             check({n: given[n] for n in ordered if given[n] is not None or n in needed}, specs)
+            if also:
+                also(given)
             _here.inside = True
             try:
                 return function(*args, **kwargs)
@@ -90,7 +99,11 @@ def check(given: dict[str, Any], specs: dict[str, Any] | None = None) -> None:
             if name in ("k", "v") and (value.dtype == DOUBLE) != (first[1].dtype == DOUBLE):
                 raise TypeError(f"{name} must be {first[1].dtype}, as {first[0]} is: {_got(value)}")
         elif isinstance(spec, tuple | list):
-            _check_word(name, value, spec)
+            if not (callable in spec and callable(value)):
+                _check_word(name, value, [word for word in spec if isinstance(word, str)])
+        elif spec is callable:
+            if not callable(value):
+                raise TypeError(f"{name} must be a function: {_got(value)}")
         elif isinstance(spec, type):
             if not isinstance(value, spec):
                 raise TypeError(f"{name} must be a {spec.__name__.lower()}: {_got(value)}")
@@ -207,3 +220,176 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("causal", "return_state"), _truth),
     "attention": _names,
 }
+
+
+# --- What the package exports ---------------------------------------------------------------------
+
+
+def _check_attention(given: dict[str, Any]) -> None:
+    """What must go together in linear_attention and nala_attention."""
+    mode, causal, state = (given.get(name) for name in ("mode", "causal", "state"))
+    if mode in ("quadratic", "chunked", "recurrent") and not causal:
+        raise ValueError(f"mode={mode!r} is causal: pass causal=True")
+    if state is not None or given.get("return_state"):
+        if mode in ("parallel", "quadratic") or not causal:
+            raise ValueError("a state needs causal=True and a mode other than 'parallel'")
+    dim, positions = given["q"].shape[3], given.get("rope_positions")
+    if state is not None and "query_features" not in given:
+        num_features = dim * (1 if given.get("feature_map") in ("elu", "relu") else 2)
+        if state.shape[2] != num_features:
+            raise ValueError(f"state must have F = {num_features} features: {tuple(state.shape)}")
+    if positions is not None and dim % (2 * positions.shape[1]):
+        axes = positions.shape[1]
+        raise ValueError(f"rope_positions: {dim} channels are not divisible by 2 x {axes} axes")
+
+
+def _check_softmax(given: dict[str, Any]) -> None:
+    if given.get("state") is not None and given.get("key_mask") is not None:
+        raise ValueError("key_mask must be None with a state: it knows nothing of earlier keys")
+
+
+_QKV = {"q": "B H N D", "k": "B H N D", "v": "B H N M"}
+_LINEAR = {"mode": MODES, "key_mask": "B N bool", "state": "B H F M+1"}
+_LINEAR |= {"rope_positions": "N A real"}
+_NALA = {"feature_map": FEATURE_MAPS, "norm_scale": "... 1 1"}
+
+PUBLIC: dict[str, dict[str, Any]] = {  # of model.py, and what checked is told of them
+    "decompose": {"x": "... D"},
+    "query_power": {"norm": "...", "norm_scale": "..."},
+    "query_magnitude": {"direction": "... D", "power": "... 1"},
+    "key_magnitude": {"k": "... D"},
+    "cosine_map": {"magnitude": "... D", "direction": "... D"},
+    "sign_split": {"magnitude": "... D", "direction": "... D"},
+    "query_features": {"q": "... D", "feature_map": FEATURE_MAPS, "norm_scale": "... 1"},
+    "key_features": {"k": "... D", "feature_map": FEATURE_MAPS},
+    "nala_attention": {**_QKV, **_LINEAR, **_NALA, "also": _check_attention},
+    "linear_attention": {
+        **_QKV,
+        "query_features": callable,
+        "key_features": callable,
+        **_LINEAR,
+        "also": _check_attention,
+    },
+    "softmax_attention": {
+        "q": "B H N D",
+        "k": "B H K D",
+        "v": "B H K M",
+        "key_mask": "B K bool",
+        "state": tuple,
+        "also": _check_softmax,
+    },
+    "attention_weights": {
+        "q": "B H N D",
+        "k": "B H N D",
+        **_NALA,
+        "feature_map": (*FEATURE_MAPS, "softmax", callable),
+        "key_mask": "B N bool",
+        "rope_positions": "N A real",
+    },
+    "entropy": {"weights": "... N"},
+}
+
+
+def public(name: str) -> Callable:
+    """model.py's function called name, with its arguments checked. It is looked up in each call, so
+    that whoever edits or replaces it there is heard."""
+    function = getattr(model, name)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(model, name)(*args, **kwargs)
+
+    if name == "nala_attention":  # name its options, which are those of linear_attention
+        own = list(inspect.signature(function).parameters.values())[:-1]
+        options = inspect.signature(model.linear_attention).parameters.values()
+        options = [p for p in options if p.kind is p.KEYWORD_ONLY]
+        call.__signature__ = inspect.signature(function).replace(parameters=own + options)
+    return checked(**PUBLIC[name])(call)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig(model.Config):
+    """What both models need. Raises TypeError or ValueError for what does not fit together."""
+
+    def __post_init__(self) -> None:
+        check({n: x for n, x in vars(self).items() if (n, x) != ("norm_scale", None)})
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide dim={self.dim}")
+        if len(self.attentions) != self.num_layers:
+            raise ValueError(
+                f"attention={self.attention!r} names {len(self.attentions)} blocks,"
+                f" not num_layers={self.num_layers}"
+            )
+        for name in self.attentions:
+            if name not in model.ATTENTIONS:
+                raise ValueError(f"attention={name!r} is not one of {tuple(model.ATTENTIONS)}")
+            takes = inspect.signature(model.ATTENTIONS[name]).parameters
+            if self.rope and not takes.keys() & {"rope_positions", "options"}:
+                raise ValueError(f"rope='numerator' is for linear attention, not for {name!r}")
+        if self.rope not in (None, "numerator"):
+            raise ValueError(f"rope={self.rope!r} is neither None nor 'numerator'")
+
+    def check_rope(self, axes: int) -> None:
+        dim = self.dim // self.num_heads
+        if self.rope and dim % (2 * axes):
+            raise ValueError(f"rope: {dim} channels of a head are not divisible by 2 x {axes} axes")
+
+    @property
+    def kind(self) -> str:
+        """What the model is: "linear", "softmax", or "hybrid" if only some blocks are linear."""
+        linear = sum(name != "softmax" for name in self.attentions)
+        return {0: "softmax", self.num_layers: "linear"}.get(linear, "hybrid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig(BlockConfig):
+    """Sizes and choices of a NaLaLM."""
+
+    vocab_size: int  # V
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_rope(axes=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(BlockConfig):
+    """Sizes and choices of a NaLaViT. The released backbone is a hybrid, linear attention in early
+    blocks and softmax in late ones: attention=("split", "split", "softmax", "softmax")."""
+
+    conv_size: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_rope(axes=2)
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size={self.patch_size} is not a power of 2")
+        if self.dim % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide dim={self.dim}")
+        if self.conv_size % 2 == 0:
+            raise ValueError(f"conv_size={self.conv_size} is even: it has no middle")
+
+
+class NaLaLM(model.NaLaLM):
+    __doc__ = model.NaLaLM.__doc__
+
+    @checked(tokens="B N token", state=Sequence)
+    @functools.wraps(model.NaLaLM.forward)
+    def forward(self, tokens, state=None):
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"state must be of {len(self.blocks)} blocks: {len(state)}")
+        return super().forward(tokens, state)
+
+    @checked(tokens="B N token")
+    @functools.wraps(model.NaLaLM.generate)
+    def generate(self, tokens, num_tokens, **options):
+        return super().generate(tokens, num_tokens, **options)
+
+
+class NaLaViT(model.NaLaViT):
+    __doc__ = model.NaLaViT.__doc__
+
+    @checked(images="B 3 R S")
+    @functools.wraps(model.NaLaViT.forward)
+    def forward(self, images):
+        return super().forward(images)

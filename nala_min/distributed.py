@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from nala_min.arguments import checked
-from nala_min.model import FEATURE_MAPS, key_features, nala_attention
+from nala_min.arguments import FEATURE_MAPS, checked
+from nala_min.model import key_features, nala_attention
 
 PATIENCE = timedelta(hours=2)  # for a process that downloads while the others wait
 

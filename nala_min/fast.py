@@ -1,34 +1,46 @@
-"""Attention in less time and memory: the numbers of Eqs. (13) and (15), their gradients by hand.
+"""Attention in less time and memory: Eqs. (13) and (15) of model.py, for any features.
 
-model.py is written to be read, this file to be run; tests hold the two to the same outputs and
-gradients. Autograd would keep every intermediate tensor of the features for its backward pass. Here
-the sequence is taken in segments, which fit into a processor's cache, and of a long one only q, k,
-v, the output, a normaliser a token and a state a segment are kept: the backward pass computes a
-segment's features anew.
+model.py is written to be read, this file to be run. Autograd would keep every intermediate tensor
+for the backward pass. Here a sequence is taken in segments that fit into a processor's cache. Of a
+long one only q, k, v, the output, a normaliser per token and a state per segment are kept: the
+backward pass computes the features again. Two things make the gradient short.
 
-Two things make the gradient short. The gradient of linear attention is linear attention: with
-total_t = q_t S_t and S_t = sum over i <= t of k_i^T v_i, and a gradient g of the totals,
+The gradient of linear attention is linear attention: with total_t = q_t S_t, where S_t is the sum
+of k_i^T v_i over i <= t, and a gradient g of the totals,
 
   dq_t = g_t S_t^T,   dv_i = k_i R_i,   dk_i = v_i R_i^T,   R_i = sum over t >= i of q_t^T g_t,
 
-so that one state runs forwards in time and one backwards. And the two features of a channel,
-a cos(theta) and a sin(theta), are a vector in a plane: what stretches it changes log(a), what turns
-it changes theta.
+so one state runs forwards in time and one backwards. And the gradient of the paper's features is
+known by hand: a cos(theta) and a sin(theta) are a vector in a plane. What stretches it changes
+log(a), what turns it changes theta.
 
-Letters are those of model.py's glossary, and L tokens in a segment. Where totals are computed, q, k
-and v stand for phi_q, phi_k and [v 1].
+model.py is there to be edited, so this file proves itself: before it serves a kind of call for the
+first time, and whenever anything in model.py has changed, a few tokens go through model.py and
+through here (`examined`). Where the gradient by hand differs, autograd differentiates the features.
+Where that differs, too, model.py does the work.
+
+Letters are those of model.py, and L tokens in a segment. Where totals are computed, q, k and v
+stand for phi_q, phi_k and [v 1].
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
+import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import ExitStack
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import Function
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 SEGMENT = 2**17  # numbers of q in a segment on a CPU: the fastest power of 2
 LARGE_SEGMENT = 2**26  # on another device, which wants few large steps; not measured yet
@@ -37,54 +49,297 @@ LARGE_SEGMENT = 2**26  # on another device, which wants few large steps; not mea
 KEEP = 11 * 2**20
 
 
-class Kernel(NamedTuple):
-    """The features of model.py, and what their gradients depend on."""
+class Call(NamedTuple):
+    """What is asked: of readable, linear_attention of model.py, and how it is answered here."""
 
+    readable: Callable
     query: Callable[[Tensor], Tensor]  # (..., D) to (..., F)
     key: Callable[[Tensor], Tensor]
-    feature_map: str
-    lam: float
-    tau: float
-    alpha: float
-    norm_scale: float | Tensor
+    by_hand: bool  # whether query_gradient and key_gradient are theirs
+    causal: bool
+    chunk_size: int
+    key_mask: Tensor | None
+    segments: list[slice]  # of the tokens
+    budget: int | None  # numbers to keep for the backward pass; None: there will be none
+
+
+def attention(
+    readable: Callable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query: Callable[[Tensor], Tensor],
+    key: Callable[[Tensor], Tensor],
+    *,
+    causal: bool,
+    chunk_size: int | None,
+    key_mask: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """What readable returns with return_state for these arguments, or None where it is to answer
+    itself: inside torch.compile and torch.func, for forward-mode derivatives, for one token."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if q.numel() == 0 or q.is_meta or (causal and q.shape[2] == 1):
+        return None
+    if any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+        return None
+    with torch.autocast(q.device.type, enabled=False):
+        verdict = examined(readable, query, key, q, v, causal)
+        if verdict is None:
+            return None
+        if chunk_size is None:
+            chunk_size = _balanced_chunk(verdict.num_features, q.shape[2], v.shape[3] + 1)
+        segments = _segments(q, chunk_size if causal else 1)
+        by_hand, budget = verdict.by_hand, KEEP if torch.is_grad_enabled() else None
+        return _answer(
+            Call(readable, query, key, by_hand, causal, chunk_size, key_mask, segments, budget),
+            *(q, k, v, state),
+        )
+
+
+def _answer(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None):
+    if not call.causal:
+        return _Parallel.apply(call, q, k, v, _learned(call.query)), None
+    if state is not None:
+        state = state.to(torch.promote_types(q.dtype, torch.float32))
+    return _Chunked.apply(call, q, k, v, _learned(call.query), state)
+
+
+def _learned(query: Callable) -> Tensor | None:
+    """The norm_scale that the paper's query features may learn, and no others can here."""
+    scale = getattr(query, "keywords", {}).get("norm_scale")
+    return scale if isinstance(scale, Tensor) else None
+
+
+def _balanced_chunk(num_features: int, num_tokens: int, size: int) -> int:
+    """The power of 2, at least 16, below the C at which what is computed within chunks,
+    N C (F + M), costs as much as what is between them, 2 N F M; one chunk for up to 64 tokens."""
+    even = 2 * num_features * size / (num_features + size)
+    return 64 if num_tokens <= 64 else 2 ** max(int(math.log2(even)), 4)
+
+
+def _segments(q: Tensor, multiple: int) -> list[slice]:
+    """The tokens of q cut into pieces of SEGMENT numbers, a multiple of tokens each."""
+    batch, heads, num_tokens, dim = q.shape
+    numbers = SEGMENT if q.device.type == "cpu" else LARGE_SEGMENT
+    length = multiple * max(numbers // (batch * heads * dim * multiple), 1)
+    return [slice(i, i + length) for i in range(0, num_tokens, length)]
+
+
+# --- Whether this file does what model.py does ----------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """How a kind of call is served."""
+
+    by_hand: bool
+    num_features: int
+
+
+class _Verdicts(NamedTuple):
+    """Verdicts by kind of call, and the code that they are about: all that model.py names."""
+
+    names: tuple
+    code: tuple
+    found: dict[Any, Verdict | None]
+
+
+_known: weakref.WeakKeyDictionary[Callable, _Verdicts] = weakref.WeakKeyDictionary()
+
+
+def examined(
+    readable: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
+) -> Verdict | None:
+    """How this file serves a call, if it does; tried once per process, code and kind of call.
+
+    A kind is what the outcome may depend on: features and what they are told, heads, channels,
+    direction, device.
+    """
+    names = tuple(readable.__globals__.values())
+    code = tuple([(id(x), x.__code__, x.__defaults__) for x in names if type(x) is FunctionType])
+    known = _known.get(readable)
+    if known is None or known.code != code or [*map(id, known.names)] != [*map(id, names)]:
+        known = _known[readable] = _Verdicts(names, code, {})
+    try:
+        kind = (causal, q.shape[1], q.shape[3], v.shape[3], q.device, _kind(query), _kind(key))
+        if kind not in known.found:
+            if len(known.found) > 1000:  # features that are made anew for every call
+                known.found.clear()
+            known.found[kind] = _examine(readable, query, key, q, v, causal)
+        return known.found[kind]
+    except TypeError:  # features that cannot be hashed
+        return None
+
+
+def _kind(features: Callable) -> Any:
+    """What tells features apart: themselves, or what functools.partial binds, tensors by shape."""
+    if not isinstance(features, functools.partial):
+        return features
+    told = features.keywords.items()
+    shapes = [(n, (x.shape, x.requires_grad) if isinstance(x, Tensor) else x) for n, x in told]
+    return features.func, features.args, tuple(shapes)
+
+
+def _examine(
+    readable: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
+) -> Verdict | None:
+    """Try it, first with the gradient by hand, and say what held."""
+    with ExitStack() as stack:  # what goes on outside has no part in it
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
+        for by_hand in (True, False):
+            call = Call(readable, query, key, by_hand, causal, 4, None, [], None)
+            if by_hand and not _may_be_by_hand(call):
+                continue
+            try:
+                if num_features := _holds(call, q, v):
+                    return Verdict(by_hand, num_features)
+            except Exception:  # what readable or the features do not take: they shall say so
+                pass
+    return None
+
+
+def _holds(call: Call, q: Tensor, v: Tensor) -> int | None:
+    """F, if outputs and gradients of a few tokens are those of readable: in several segments and
+    chunks, with zeros, padding and a state. A gradient by hand is tried for norms from 1e-3 to 1e3,
+    which other features need not bear."""
+    tensors = _sample(q, v, decades=3 if call.by_hand else 0)
+    scale = _learned(call.query)
+    if scale is not None:
+        if not call.by_hand:
+            return None
+        scale = (scale[:1] if scale.ndim == 4 else scale).detach().to(tensors[0])
+        call = call._replace(query=functools.partial(call.query, norm_scale=scale))
+    phi = call.query(tensors[0].detach()), call.key(tensors[1].detach())
+    if any(x.requires_grad for x in phi):  # they learn what no gradient here would reach
+        return None
+    if scale is not None:
+        tensors.append(scale.requires_grad_())
+    if call.causal:
+        shape = *phi[1].shape[:2], phi[1].shape[3], v.shape[3] + 1
+        tensors.append(torch.zeros(shape).to(tensors[0]).requires_grad_())
+        tensors[-1].data[0] = 0.01
+    seen = torch.arange(24, device=q.device) % 7 != 5
+    call = call._replace(
+        key_mask=torch.stack([seen, torch.zeros_like(seen)]),
+        segments=[slice(i, i + 8) for i in range(0, 24, 8)],
+        budget=3 * phi[1][:, :, :8].numel(),  # for some segments, not for all
+    )
+
+    def everything(answer: Callable) -> list[Tensor]:
+        results = answer(call, *tensors[:3], tensors[-1] if call.causal else None)
+        results = [x for x in results if x is not None]
+        readings = [torch.arange(x.numel()).to(x).cos().view(x.shape) for x in results]
+        grads = torch.autograd.grad(
+            results, tensors, readings, allow_unused=True, materialize_grads=True
+        )
+        return [*results, *grads]
+
+    return phi[1].shape[3] if _close(everything(_answer), everything(_ask_readable)) else None
+
+
+def _ask_readable(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None):
+    """The same call, of model.py's own forms."""
+    how = {"causal": call.causal, "mode": "chunked" if call.causal else "parallel"}
+    how |= {"chunk_size": call.chunk_size, "key_mask": call.key_mask, "state": state}
+    return call.readable(q, k, v, call.query, call.key, return_state=True, **how)
+
+
+def _sample(q: Tensor, v: Tensor, decades: float) -> list[Tensor]:
+    """Queries, keys and values, 2 x 24 tokens, with as many heads and channels. Queries differ in
+    size by 10 to the power of so many decades up and down, keys by a third of them."""
+    draw = torch.Generator().manual_seed(0)
+    kind = {"dtype": torch.float32 if q.device.type == "mps" else torch.float64}
+    tensors = []
+    for dim, power in ((q.shape[3], decades), (q.shape[3], decades / 3), (v.shape[3], 0)):
+        x = torch.randn(2, q.shape[1], 24, dim, generator=draw, **kind)
+        sizes = 10 ** torch.linspace(-power, power, 24, **kind)
+        tensors.append(x * sizes[torch.randperm(24, generator=draw), None])
+    queries, keys, _ = tensors
+    queries[:, :, 1], queries[:, :, 9, ::2], keys[:, :, 2], keys[:, :, 10, 1::2] = 0, 0, 0, 0
+    return [x.to(q.device).requires_grad_() for x in tensors]
+
+
+def _close(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    """Whether rows agree to 1e-6 of their norm, or nearly vanish beside the largest row."""
+    for x, y in zip(found, wanted, strict=True):
+        rough = 1e-3 if y.dtype == torch.float32 else 1e-6
+        size = y.norm(dim=-1)
+        bound = rough * size + 1e-6 * rough * size.amax()
+        if x.shape != y.shape or not ((x - y).norm(dim=-1) <= bound).all():  # NaN is not
+            return False
+    return True
+
+
+def _may_be_by_hand(call: Call) -> bool:
+    """Whether these may be the paper's features, in model.py's own code: what comes from elsewhere
+    could change without our notice."""
+    namespace = call.readable.__globals__
+    query, key = (getattr(features, "keywords", {}) for features in (call.query, call.key))
+    return (
+        query.keys() == {"feature_map", "lam", "alpha", "tau", "norm_scale"}
+        and key.keys() == {"feature_map", "lam", "alpha"}
+        and all(
+            x.__globals__ is namespace or x.__module__ in sys.stdlib_module_names
+            if type(x) is FunctionType
+            else isinstance(x, type) or not callable(x)
+            for x in namespace.values()
+        )
+    )
 
 
 # --- Gradients of the features --------------------------------------------------------------------
 # x: (..., D), phi: (..., F), the features of x, and grad: (..., F), the gradient of a loss with
-# respect to them. Return the gradient with respect to x, (..., D).
+# respect to them. Return the gradient with respect to x, (..., D), and to norm_scale, (..., 1).
 
 
-def query_gradient(x: Tensor, phi: Tensor, grad: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+def by_autograd(features: Callable, x: Tensor, grad: Tensor) -> Tensor:
+    """Of any features, which are computed once more for it."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        phi = features(x)
+        if not phi.requires_grad:  # constant
+            return torch.zeros_like(x)
+        return torch.autograd.grad(phi, x, grad)[0]
+
+
+def query_gradient(
+    x: Tensor, phi: Tensor, grad: Tensor, *, feature_map, lam, tau, alpha, norm_scale
+) -> tuple[Tensor, Tensor]:
     """Of Eqs. (7) and (9) or (11), and also with respect to norm_scale, (..., 1), for each query.
 
     Leaves out what would move all features of a query by one factor, which Eq. (5) cancels.
     """
-    if kernel.feature_map in ("elu", "relu"):
-        return _baseline_gradient(phi, grad, kernel.feature_map), torch.zeros_like(grad[..., :1])
+    if feature_map in ("elu", "relu"):
+        return _baseline_gradient(phi, grad, feature_map), torch.zeros_like(grad[..., :1])
     norm, direction = _decompose(x)
-    scaled = norm / kernel.norm_scale  # (..., 1)
+    scaled = norm / norm_scale  # (..., 1)
     tanh = torch.tanh(scaled)  # (..., 1)
     stretch = _stretch(phi, grad)  # (..., D)
     size = direction.abs()
     tiny = torch.finfo(size.dtype).tiny
     ratio = (size / size.amax(dim=-1, keepdim=True).clamp_min_(tiny)).clamp_min_(tiny)
     # log(a) = p log(ratio): through p, and through |x|
-    slope = kernel.lam * (1 - tanh * tanh) * (stretch * ratio.log_()).sum(dim=-1, keepdim=True)
-    stretch *= kernel.lam * (kernel.tau + tanh)
+    slope = lam * (1 - tanh * tanh) * (stretch * ratio.log_()).sum(dim=-1, keepdim=True)
+    stretch *= lam * (tau + tanh)
     dx = stretch.div_(x.masked_fill(x == 0, math.inf))
-    dx.addcmul_(direction, slope / kernel.norm_scale)
-    if kernel.feature_map == "cosine":
-        _add_turn(dx, phi, grad, norm, direction, kernel.alpha)
-    return dx, -slope * scaled / kernel.norm_scale
+    dx.addcmul_(direction, slope / norm_scale)
+    if feature_map == "cosine":
+        _add_turn(dx, phi, grad, norm, direction, alpha)
+    return dx, -slope * scaled / norm_scale
 
 
-def key_gradient(x: Tensor, phi: Tensor, grad: Tensor, kernel: Kernel) -> Tensor:
+def key_gradient(x: Tensor, phi: Tensor, grad: Tensor, *, feature_map, lam, alpha) -> Tensor:
     """Of Eqs. (8) and (9) or (11)."""
-    if kernel.feature_map in ("elu", "relu"):
-        return _baseline_gradient(phi, grad, kernel.feature_map)
-    dx = _stretch(phi, grad).mul_(kernel.lam).div_(x.masked_fill(x == 0, math.inf))
-    if kernel.feature_map == "cosine":
-        _add_turn(dx, phi, grad, *_decompose(x), kernel.alpha)
+    if feature_map in ("elu", "relu"):
+        return _baseline_gradient(phi, grad, feature_map)
+    dx = _stretch(phi, grad).mul_(lam).div_(x.masked_fill(x == 0, math.inf))
+    if feature_map == "cosine":
+        _add_turn(dx, phi, grad, *_decompose(x), alpha)
     return dx
 
 
@@ -220,169 +475,165 @@ def _exclusive_cumsum(sums: Tensor, backwards: bool) -> Tensor:
 # --- Segment by segment ---------------------------------------------------------------------------
 
 
-def applies(q: Tensor) -> bool:
-    """Whether this file may be used: torch.compile and torch.func work on model.py's own forms."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return q.numel() > 0
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel: Kernel,
-    causal: bool,
-    key_mask: Tensor | None,
-    state: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor | None]:
-    """What nala_attention returns with return_state, the state being None if not causal.
-
-    Shapes as there. Can be differentiated once; to go further, take another mode.
-    """
-    if state is not None:
-        state = state.to(torch.promote_types(q.dtype, torch.float32))
-    room = KEEP if torch.is_grad_enabled() else None
-    if not causal:
-        return _Parallel.apply(q, k, v, kernel.norm_scale, kernel, key_mask, room), None
-    if chunk_size is None:
-        chunk_size = _balanced_chunk(kernel.feature_map, *q.shape[2:], v.shape[3] + 1)
-    return _Chunked.apply(q, k, v, state, kernel.norm_scale, kernel, key_mask, room, chunk_size)
-
-
-def _balanced_chunk(feature_map: str, num_tokens: int, dim: int, size: int) -> int:
-    """The power of 2, at least 16, below the C at which what is computed within chunks,
-    N C (F + M), costs as much as what is between them, 2 N F M; one chunk for up to 64 tokens."""
-    num_features = dim if feature_map in ("elu", "relu") else 2 * dim
-    even = 2 * num_features * size / (num_features + size)
-    return 64 if num_tokens <= 64 else 2 ** max(int(math.log2(even)), 4)
-
-
 def _backward(backward: Callable) -> Callable:
-    """A backward pass in full precision even under autocast, that cannot be differentiated."""
+    """A backward pass in full precision even under autocast. Where it is itself differentiated or
+    vectorised, model.py's own forms have the gradient."""
 
     def run(ctx, *grads):
         with torch.autocast(ctx.device_type, enabled=False):
-            return backward(ctx, *grads)
+            if torch.is_grad_enabled() or any(map(_is_batched, grads)):
+                return None, *_readable_gradient(ctx, grads)
+            return None, *backward(ctx, *grads)
 
-    return staticmethod(once_differentiable(run))
+    return staticmethod(run)
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether it stands for many gradients: torch.autograd.grad(..., is_grads_batched=True)."""
+    functorch = torch._C._functorch
+    return grad is not None and (
+        functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+    )
+
+
+def _readable_gradient(ctx, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    needed = ctx.needs_input_grad[1:]
+    inputs = ctx.saved_tensors[: len(needed)]  # q, k, v, norm_scale and, of _Chunked, a state
+    with torch.enable_grad():
+        results = _ask_readable(ctx.call, *inputs[:3], inputs[4] if ctx.call.causal else None)
+    given = [(x, grad) for x, grad in zip(results, grads, strict=False) if grad is not None]
+    found = torch.autograd.grad(
+        [x for x, _ in given],
+        [x for x, need in zip(inputs, needed, strict=True) if need],
+        [grad for _, grad in given],
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    found = iter(found)
+    return [next(found) if need else None for need in needed]
 
 
 class _Chunked(Function):
     """Eq. (15)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, state, norm_scale, kernel, key_mask, room, chunk_size):
-        out, saved, shelf = torch.empty_like(v), [], _Shelf(room)
-        segments = _segments(q, chunk_size)
-        for segment in segments:
-            before, features = state, _features(kernel, key_mask, segment, q, k)
-            total, state, scores = chunked(*features, _values(v, segment), before, chunk_size)
+    def forward(ctx, call, q, k, v, scale, state):
+        inputs, kept, budget = (q, k, v, scale, state), [], _Budget(call.budget)
+        out = torch.empty_like(v)
+        for segment in call.segments:
+            before, phi_q = state, call.query(_part(q, segment))
+            phi_k = _key_features(call, segment, k)
+            total, state, scores = chunked(
+                phi_q, phi_k, _values(v, segment), before, call.chunk_size
+            )
             mass = _divide(total, out[:, :, segment])
-            if room is not None:
-                saved += [mass, before, *shelf.keep(*features, scores)]
-        ctx.save_for_backward(_tensor(norm_scale), q, k, v, key_mask, out, *saved)
-        ctx.kernel, ctx.segments, ctx.chunk_size = kernel, segments, chunk_size
-        ctx.device_type = q.device.type
+            if call.budget is not None:
+                kept += [mass, before, *budget.keep(phi_q, phi_k, scores)]
+        ctx.save_for_backward(*inputs, out, *kept)
+        ctx.call, ctx.device_type = call, q.device.type
         ctx.set_materialize_grads(False)
         return out, state
 
     @_backward
     def backward(ctx, grad_out, grad_state):
-        _, q, k, v, key_mask, out, *saved = ctx.saved_tensors
-        kernel, grads = ctx.kernel, [torch.empty_like(x) for x in (q, k, v)]
-        grad_scale = _zero_of(kernel.norm_scale)
-        for segment in reversed(ctx.segments):
-            mass, state, phi_q, phi_k, scores = saved[-5:]
-            del saved[-5:]
+        q, k, v, _, _, out, *kept = ctx.saved_tensors
+        call, grads, grad_scale = ctx.call, [torch.empty_like(x) for x in (q, k, v)], None
+        for segment in reversed(call.segments):
+            mass, state, phi_q, phi_k, scores = kept[-5:]
+            del kept[-5:]
             if scores is None:
-                phi_q, phi_k = _features(kernel, key_mask, segment, q, k)
+                phi_q, phi_k = call.query(_part(q, segment)), _key_features(call, segment, k)
             grad = _total_gradient(grad_out, out, mass, segment)
-            values = _values(v, segment)
             dphi_q, dphi_k, dvalues, grad_state = chunked_gradient(
-                phi_q, phi_k, values, state, scores, grad, grad_state, ctx.chunk_size
+                phi_q, phi_k, _values(v, segment), state, scores, grad, grad_state, call.chunk_size
             )
-            dq, dscale = query_gradient(_part(q, segment), phi_q, dphi_q, kernel)
-            dk = key_gradient(_part(k, segment), phi_k, dphi_k, kernel)
+            dq, grad_scale = _query_gradient(call, segment, q, phi_q, dphi_q, grad_scale)
+            dk = _key_gradient(call, segment, k, phi_k, dphi_k)
             for whole, part in zip(grads, (dq, dk, dvalues[..., :-1]), strict=True):
                 whole[:, :, segment] = part
-            grad_scale = _add_scale(grad_scale, dscale)
-        grad_state = grad_state if ctx.needs_input_grad[3] else None
-        return *grads, grad_state, grad_scale, None, None, None, None
+        return *grads, grad_scale, grad_state if ctx.needs_input_grad[5] else None
 
 
 class _Parallel(Function):
     """Eq. (13): one state, of all tokens."""
 
     @staticmethod
-    def forward(ctx, q, k, v, norm_scale, kernel, key_mask, room):
-        out, saved, shelf = torch.empty_like(v), [], _Shelf(room)
-        segments, state = _segments(q, 1), 0
-        for segment in segments:
-            phi_k = _key_features(kernel, key_mask, segment, k)
+    def forward(ctx, call, q, k, v, scale):
+        out, kept, budget, state = torch.empty_like(v), [], _Budget(call.budget), 0
+        for segment in call.segments:
+            phi_k = _key_features(call, segment, k)
             state = state + phi_k.mT @ _values(v, segment)  # (B, H, F, M + 1)
-            saved += shelf.keep(phi_k)
-        for segment in segments:
-            phi_q = kernel.query(_part(q, segment))
+            kept += budget.keep(phi_k)
+        for segment in call.segments:
+            phi_q = call.query(_part(q, segment))
             mass = _divide(phi_q @ state, out[:, :, segment])
-            saved += [mass, *shelf.keep(phi_q)]
-        ctx.save_for_backward(_tensor(norm_scale), q, k, v, key_mask, out, state, *saved)
-        ctx.kernel, ctx.segments, ctx.device_type = kernel, segments, q.device.type
+            kept += [mass, *budget.keep(phi_q)]
+        ctx.save_for_backward(q, k, v, scale, out, state, *kept)
+        ctx.call, ctx.device_type = call, q.device.type
         return out
 
     @_backward
     def backward(ctx, grad_out):
-        _, q, k, v, key_mask, out, state, *saved = ctx.saved_tensors
-        kernel, grads = ctx.kernel, [torch.empty_like(x) for x in (q, k, v)]
-        grad_scale, grad_state = _zero_of(kernel.norm_scale), 0
-        for segment in reversed(ctx.segments):
-            phi_q, mass = saved.pop(), saved.pop()
+        q, k, v, _, out, state, *kept = ctx.saved_tensors
+        call, grads, grad_scale = ctx.call, [torch.empty_like(x) for x in (q, k, v)], None
+        grad_state = 0
+        for segment in reversed(call.segments):
+            phi_q, mass = kept.pop(), kept.pop()
             if phi_q is None:
-                phi_q = kernel.query(_part(q, segment))
+                phi_q = call.query(_part(q, segment))
             grad = _total_gradient(grad_out, out, mass, segment)
             grad_state = grad_state + phi_q.mT @ grad  # (B, H, F, M + 1)
-            part = _part(q, segment)
-            grads[0][:, :, segment], dscale = query_gradient(part, phi_q, grad @ state.mT, kernel)
-            grad_scale = _add_scale(grad_scale, dscale)
-        for segment in reversed(ctx.segments):
-            phi_k = saved.pop()
+            dphi_q = grad @ state.mT
+            grads[0][:, :, segment], grad_scale = _query_gradient(
+                call, segment, q, phi_q, dphi_q, grad_scale
+            )
+        for segment in reversed(call.segments):
+            phi_k = kept.pop()
             if phi_k is None:
-                phi_k = _key_features(kernel, key_mask, segment, k)
+                phi_k = _key_features(call, segment, k)
             dphi_k = _values(v, segment) @ grad_state.mT
-            grads[1][:, :, segment] = key_gradient(_part(k, segment), phi_k, dphi_k, kernel)
+            grads[1][:, :, segment] = _key_gradient(call, segment, k, phi_k, dphi_k)
             grads[2][:, :, segment] = (phi_k @ grad_state)[..., :-1]
-        return *grads, grad_scale, None, None, None
+        return *grads, grad_scale
 
 
-class _Shelf:
-    """Keeps features for the backward pass while there is room for their numbers."""
+class _Budget:
+    """Keeps features for the backward pass as long as their numbers are within it."""
 
-    def __init__(self, room: int | None) -> None:
-        self.room = room or 0
+    def __init__(self, numbers: int | None) -> None:
+        self.left = numbers or 0
 
     def keep(self, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        self.room -= sum(x.numel() for x in tensors)
-        return tensors if self.room >= 0 else (None,) * len(tensors)
+        self.left -= sum(x.numel() for x in tensors)
+        return tensors if self.left >= 0 else (None,) * len(tensors)
 
 
-def _segments(q: Tensor, multiple: int) -> list[slice]:
-    """The tokens of q cut into pieces of SEGMENT numbers, a multiple of tokens each."""
-    batch, heads, num_tokens, dim = q.shape
-    numbers = SEGMENT if q.device.type == "cpu" else LARGE_SEGMENT
-    length = multiple * max(numbers // (batch * heads * dim * multiple), 1)
-    return [slice(i, i + length) for i in range(0, num_tokens, length)]
-
-
-def _features(kernel, key_mask, segment, q, k):
-    return kernel.query(_part(q, segment)), _key_features(kernel, key_mask, segment, k)
-
-
-def _key_features(kernel, key_mask, segment, k):
-    phi_k = kernel.key(_part(k, segment))  # (B, H, L, F)
-    if key_mask is not None:  # out of numerator and denominator alike
-        phi_k = phi_k.masked_fill(~key_mask[:, None, segment, None], 0.0)
+def _key_features(call: Call, segment: slice, k: Tensor) -> Tensor:
+    phi_k = call.key(_part(k, segment))  # (B, H, L, F)
+    if call.key_mask is not None:  # out of numerator and normaliser
+        phi_k = phi_k.masked_fill(~call.key_mask[:, None, segment, None], 0.0)
     return phi_k
+
+
+def _key_gradient(call: Call, segment: slice, k: Tensor, phi: Tensor, grad: Tensor) -> Tensor:
+    if call.by_hand:
+        return key_gradient(_part(k, segment), phi, grad, **call.key.keywords)
+    if call.key_mask is not None:
+        grad = grad.masked_fill(~call.key_mask[:, None, segment, None], 0.0)
+    return by_autograd(call.key, _part(k, segment), grad)
+
+
+def _query_gradient(
+    call: Call, segment: slice, q: Tensor, phi: Tensor, grad: Tensor, grad_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of one segment, and with respect to a norm_scale of this segment and those before."""
+    if not call.by_hand:
+        return by_autograd(call.query, _part(q, segment), grad), None
+    dq, dscale = query_gradient(_part(q, segment), phi, grad, **call.query.keywords)
+    if (scale := _learned(call.query)) is not None:
+        dscale = dscale.sum_to_size(scale.shape)
+        grad_scale = dscale if grad_scale is None else grad_scale + dscale
+    return dq, grad_scale
 
 
 def _part(x: Tensor, segment: slice) -> Tensor:
@@ -412,17 +663,3 @@ def _total_gradient(grad_out: Tensor | None, out: Tensor, mass: Tensor, segment:
     torch.div(grad_out[:, :, segment], mass, out=grad[..., :-1])
     torch.neg((grad[..., :-1] * out).sum(dim=-1), out=grad[..., -1])
     return grad
-
-
-def _tensor(norm_scale: float | Tensor) -> Tensor | None:
-    """To be saved, so that autograd notices a change in place."""
-    return norm_scale if isinstance(norm_scale, Tensor) else None
-
-
-def _zero_of(norm_scale: float | Tensor) -> Tensor | None:
-    return torch.zeros_like(norm_scale) if isinstance(norm_scale, Tensor) else None
-
-
-def _add_scale(grad_scale: Tensor | None, dscale: Tensor) -> Tensor | None:
-    """The gradient with respect to norm_scale, summed to its shape."""
-    return None if grad_scale is None else grad_scale + dscale.sum_to_size(grad_scale.shape)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +25,8 @@ from nala_min.model import (
     decompose,
     entropy,
     key_features,
+    linear_attention,
+    nala_attention,
     query_features,
     query_power,
 )
@@ -141,26 +144,45 @@ class AttentionInputs(NamedTuple):
     x: Tensor  # (B, N, E) or (B, R, S, E)
     q: Tensor  # (B, H, N, D)
     k: Tensor  # (B, H, N, D)
-    options: dict[str, Any]  # of nala_attention
+    options: dict[str, Any]  # of the layer's attention
 
-    def weights(self, feature_map: str | None) -> Tensor:
-        """The weights (B, H, N, N) that feature_map, None for softmax, makes of q and k."""
-        name = feature_map or "softmax"
+    def weights(self, feature_map: str | None = None) -> Tensor:
+        """The weights (B, H, N, N) that the layer's attention makes of q and k, or that another
+        feature_map or "softmax" would make of them."""
+        attention, options = feature_map or self.layer.attend, self.options
+        if feature_map == "softmax":
+            options = {}
         return attention_weights(
-            self.q, self.k, causal=self.layer.causal, feature_map=name, **self.options
+            self.q, self.k, causal=self.layer.causal, feature_map=attention, **options
         )
 
-    def mass(self) -> Tensor:
-        """What linear attention over all keys divides by, (B, H, N): phi(q) times the sum of
-        phi(k), Eq. (5), with a query's largest channel scaled to 1, Eq. (12)."""
-        name = self.layer.feature_map
-        phi_q = query_features(self.q, name, **self.chosen("lam", "tau", "alpha", "norm_scale"))
-        phi_k = key_features(self.k, name, **self.chosen("lam", "alpha"))  # (B, H, N, F)
-        return (phi_q * phi_k.sum(dim=2, keepdim=True)).sum(dim=-1)
+    def told(self) -> dict[str, Any]:
+        """What the layer's attention is told, by its name in ATTENTIONS or by the config."""
+        return getattr(self.layer.attend, "keywords", {}) | self.options
 
-    def chosen(self, *names: str) -> dict[str, Any]:
-        """Those of the options that have one of names."""
-        return {name: x for name, x in self.options.items() if name in names}
+    def is_(self, function: Callable) -> bool:
+        """Whether the layer's attention is function, whatever it is told."""
+        return getattr(self.layer.attend, "func", self.layer.attend) is function
+
+    def mass(self) -> Tensor | None:
+        """What linear attention over all keys divides by, (B, H, N): phi(q) times the sum of
+        phi(k), Eq. (5), NaLa's with a query's largest channel scaled to 1, Eq. (12). None for
+        another attention."""
+        told = self.told()
+        if self.is_(nala_attention):
+            shared = chosen(told, "feature_map", "lam", "alpha")
+            query = partial(query_features, **shared, **chosen(told, "tau", "norm_scale"))
+            key = partial(key_features, **shared)
+        elif self.is_(linear_attention):
+            query, key = told["query_features"], told["key_features"]
+        else:
+            return None
+        return (query(self.q) * key(self.k).sum(dim=2, keepdim=True)).sum(dim=-1)
+
+
+def chosen(told: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Those of told that have one of names."""
+    return {name: x for name, x in told.items() if name in names}
 
 
 @torch.no_grad()
@@ -183,7 +205,7 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
     found = []
     for layer, (x, state) in seen:
         q, k, _, _ = (layer.split_heads(y) for y in layer.project(x).chunk(4, dim=-1))
-        found.append(AttentionInputs(layer, x, q, k, layer.options(x, state)))
+        found.append(AttentionInputs(layer, x, q, k, layer.options(x, state.position)))
     return found
 
 
@@ -192,28 +214,28 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
     """How each block attends, first to last, while model reads inputs as in attention_inputs.
 
     For each block its attention and, over all heads and examples, the QUANTILES of: query_norm and,
-    if its kernel has one, power, Eq. (7), of every token; entropy in nats and top, the weight of
-    the heaviest key, of every patch, but of a text only of the last token, which sees all others;
-    of linear attention also least_normaliser, the smallest of what it divides by.
+    of NaLa, power, Eq. (7), of every token; entropy in nats and top, the weight of the heaviest
+    key, of every patch, but of a text only of the last token, which sees all others; of linear
+    attention also least_normaliser, the smallest of what it divides by. An attention that is a
+    module has no weights in common for all channels of a value, and so no entropy.
     """
     blocks = []
     for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):
-        feature_map = block.layer.feature_map
         norm, _ = decompose(block.q)  # (B, H, N, 1)
-        weights = block.weights(feature_map)  # (B, H, N, N)
-        if block.layer.causal:
-            weights = weights[:, :, -1:]  # (B, H, 1, N)
         numbers = {"query_norm": norm}
-        if feature_map in ("cosine", "split"):
-            numbers["power"] = query_power(norm, **block.chosen("lam", "tau", "norm_scale"))
-        numbers |= {"entropy": entropy(weights), "top": weights.amax(dim=-1)}
+        told = block.told()
+        if block.is_(nala_attention) and told.get("feature_map") not in ("elu", "relu"):
+            numbers["power"] = query_power(norm, **chosen(told, "lam", "tau", "norm_scale"))
+        last = slice(-1, None) if block.layer.causal else slice(None)
+        if not isinstance(block.layer.attend, nn.Module):
+            weights = block.weights()[:, :, last]  # (B, H, 1 or N, N)
+            numbers |= {"entropy": entropy(weights), "top": weights.amax(dim=-1)}
         levels = torch.tensor(QUANTILES, dtype=torch.float32)
         found = {
             key: torch.quantile(x.float().cpu(), levels).tolist() for key, x in numbers.items()
         }
-        if feature_map is not None:
-            mass = block.mass()[:, :, -1:] if block.layer.causal else block.mass()
-            found["least_normaliser"] = mass.min().item()
+        if (mass := block.mass()) is not None:
+            found["least_normaliser"] = mass[:, :, last].min().item()
         blocks.append({"attention": name} | found)
     return blocks
 

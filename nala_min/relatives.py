@@ -1,76 +1,98 @@
-"""The closest relatives of NaLa, for comparison: each is an attention with the arguments of
-GatedAttention.attend, so that `layer.attend = partial(focused, layer)` puts it into a block. They
-are for training and for measuring: they keep no state, and so cannot write a token at a time.
+"""Other attentions, registered by name, so that `--attention NAME` takes them like any other: the
+closest relatives of NaLa, and whatever a file of yours defines, `--attention FILE.py`.
 
-All but one are linear attention, Eq. (5), with other features. ReLU leaves features that are not
-negative as they are, so feature_map="relu" of nala_attention takes them.
+Most are linear attention, Eq. (5), with other features. Where features learn, they are computed
+first, and linear_attention is given what is ready.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import math
+import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nala_min.model import (
-    GatedAttention,
+    ATTENTIONS,
+    Config,
     decompose,
     key_features,
+    linear_attention,
     nala_attention,
     query_features,
     query_power,
 )
 
+# --- The closest relatives of NaLa ----------------------------------------------------------------
 
-def focused(layer: GatedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict, state: None):
-    """Focused linear attention (FLatten, arXiv 2308.00442): ReLU(x) to the power of 3 a channel,
+
+def focused_features(x: Tensor) -> Tensor:
+    """Focused linear attention (FLatten, arXiv 2308.00442): ReLU(x) to the power of 3 per channel,
     its norm kept. Its depthwise convolution is local(v) of Eq. (16)."""
-    return _linear(layer, _focus(q), _focus(k), v)
+    norm, direction = decompose(F.relu(x))  # (..., 1), (..., D)
+    return norm * decompose(direction.pow(3))[1]  # (..., D)
 
 
-def _focus(x: Tensor) -> Tensor:
-    norm, direction = decompose(F.relu(x))  # (B, H, N, 1), (B, H, N, D)
-    return norm * decompose(direction.pow(3))[1]  # (B, H, N, D)
+def clipped_query_features(q: Tensor) -> Tensor:
+    """NaLa without its cosine map: the power of Eq. (7), of what ReLU leaves."""
+    norm, direction = decompose(q)  # (..., 1), (..., D)
+    return clipped_power(direction, query_power(norm))
 
 
-def clipped(layer: GatedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict, state: None):
-    """NaLa without its cosine map: the same powers, Eqs. (7) and (8), of what ReLU leaves."""
-    norm, direction = decompose(q)  # (B, H, N, 1), (B, H, N, D)
-    power = query_power(norm, norm_scale=options["norm_scale"])  # (B, H, N, 1)
-    return _linear(layer, _power(direction, power), _power(k, 3.0), v)
+def clipped_key_features(k: Tensor) -> Tensor:
+    """NaLa without its cosine map: the power of Eq. (8), of what ReLU leaves."""
+    return clipped_power(k, 3.0)
 
 
-def _power(x: Tensor, power: Tensor | float) -> Tensor:
+def clipped_power(x: Tensor, power: Tensor | float) -> Tensor:
     """ReLU(x)^power, with a finite slope at 0."""
     kept = x > 0
     return torch.where(kept, x, 1.0).pow(power) * kept
 
 
-def learn_polarity(layer: GatedAttention) -> None:
-    """Give layer the exponents that polar learns: of each channel, from 1 to 4, at first 2.5."""
-    size = layer.num_heads, 1, layer.out.in_features // layer.num_heads
-    layer.exponent = nn.Parameter(torch.zeros(size))  # (H, 1, D)
+def given(features: Tensor) -> Tensor:
+    """What is features already."""
+    return features
 
 
-def polar(layer: GatedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict, state: None):
+class Polar(nn.Module):
     """Polarity-aware linear attention (PolaFormer, arXiv 2501.15061): half of the value's channels
-    by pairs of equal sign, the other half by pairs of opposite sign, with learned exponents. The
-    gate of Eq. (16) is in the place of its learned signs of the two halves."""
-    power = 1 + 3 * torch.sigmoid(layer.exponent)
-    signs = [_power(x, power) for x in (q, -q, k, -k)]  # (B, H, N, D) each
-    phi_q = torch.cat(signs[:2], dim=-1)  # (B, H, N, 2D)
-    same, opposite = torch.cat(signs[2:], dim=-1), torch.cat(signs[:1:-1], dim=-1)
-    first, second = v.chunk(2, dim=-1)  # (B, H, N, M / 2) each
-    o = [_linear(layer, phi_q, *pair)[0] for pair in ((same, first), (opposite, second))]
-    return torch.cat(o, dim=-1), None
+    by pairs of equal sign, the other half by pairs of opposite sign. Each channel's exponent is
+    learned, from 1 to 4, at first 2.5. The gate of Eq. (16) takes the place of its learned signs of
+    the two halves."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        size = config.num_heads, 1, config.dim // config.num_heads
+        self.exponent = nn.Parameter(torch.zeros(size))  # (H, 1, D)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal, state=None, return_state=False):
+        power = 1 + 3 * torch.sigmoid(self.exponent)
+        plus_q, minus_q, plus_k, minus_k = (clipped_power(x, power) for x in (q, -q, k, -k))
+        phi_q = torch.cat([plus_q, minus_q], dim=-1)  # (B, H, N, 2D)
+        same, opposite = (torch.cat(x, dim=-1) for x in ((plus_k, minus_k), (minus_k, plus_k)))
+        halves = zip((same, opposite), v.chunk(2, dim=-1), state or (None, None), strict=True)
+        results = [
+            linear_attention(phi_q, *x, given, given, causal=causal, state=y, return_state=True)
+            for *x, y in halves
+        ]
+        (first, second), states = zip(*results, strict=True)
+        out = torch.cat([first, second], dim=-1)
+        return (out, states if causal else None) if return_state else out
 
 
 def magnitude_aware(
-    layer: GatedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict, state: None
-):
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, state=None, return_state=False
+) -> Tensor | tuple[Tensor, Any]:
     """Magnitude-aware linear attention (MALA, arXiv 2507.00698): weights beta a_i - gamma with
     a_i = phi(q) phi(k_i), S their sum, beta = 1 + 1 / S, gamma = S / n over n visible keys. They
     sum to 1, may be negative, and get sharper as S grows with the query: the output is (1 + S)
@@ -78,17 +100,136 @@ def magnitude_aware(
 
     phi is elu + 1; we divide a_i by n sqrt(D), so that S does not grow with n.
     """
-    o = nala_attention(q, k, v, feature_map="elu", causal=layer.causal)  # (B, H, N, M)
+    linear, values, read = state or (None, 0.0, 0)  # [S z] of Eq. (14), sum of v, number of tokens
+    o, after = nala_attention(
+        q, k, v, feature_map="elu", causal=causal, state=linear, return_state=True
+    )  # (B, H, N, M), (B, H, F, M + 1)
     phi_q, phi_k = query_features(q, "elu"), key_features(k, "elu")  # (B, H, N, D) each
-    mean = _running_mean if layer.causal else partial(torch.mean, dim=2, keepdim=True)
-    s = (phi_q * mean(phi_k)).sum(dim=-1, keepdim=True) / math.sqrt(q.shape[-1])  # (B, H, N, 1)
-    return (1 + s) * o - s * mean(v), None
+    if causal:
+        keys = phi_k.cumsum(dim=2)
+        keys = keys if linear is None else keys + linear[..., -1].unsqueeze(2)  # (B, H, N, D)
+        values = v.cumsum(dim=2) + values  # (B, H, N, M)
+        n = read + torch.arange(1, q.shape[2] + 1, device=q.device)[:, None]  # (N, 1)
+    else:
+        keys, values, n = phi_k.sum(2, keepdim=True), v.sum(2, keepdim=True), k.shape[2]
+    s = (phi_q * keys / n).sum(dim=-1, keepdim=True) / math.sqrt(q.shape[-1])  # (B, H, N, 1)
+    out = ((1 + s) * o - s * values / n).to(v.dtype)
+    state = (after, values[:, :, -1:], read + q.shape[2]) if causal else None
+    return (out, state) if return_state else out
 
 
-def _running_mean(x: Tensor) -> Tensor:
-    """Over each token and those before it, (B, H, N, ...)."""
-    return x.cumsum(dim=2) / torch.arange(1, x.shape[2] + 1, device=x.device)[:, None]
+ATTENTIONS["focused"] = partial(
+    linear_attention, query_features=focused_features, key_features=focused_features
+)
+ATTENTIONS["clipped"] = partial(
+    linear_attention, query_features=clipped_query_features, key_features=clipped_key_features
+)
+ATTENTIONS["polar"] = Polar
+ATTENTIONS["magnitude-aware"] = magnitude_aware
+
+# --- Yours ----------------------------------------------------------------------------------------
 
 
-def _linear(layer: GatedAttention, phi_q: Tensor, phi_k: Tensor, v: Tensor) -> tuple[Tensor, None]:
-    return nala_attention(phi_q, phi_k, v, feature_map="relu", causal=layer.causal), None
+def is_file(name: str) -> bool:
+    """Whether an attention's name is that of a file."""
+    return name.endswith(".py")
+
+
+def register(path: str, dim: int, *, causal: bool) -> str:
+    """Register what the file at path defines, under the name path. Returns the file's SHA-256.
+
+    The file defines query_features(q) and key_features(k), (..., D) to non-negative (..., F), for
+    linear_attention; or attention(q, k, v, *, causal, state=None, return_state=False), which takes
+    and returns what nala_attention does. Its state is its own affair. Both are tried on a few
+    tokens of dim channels. The file runs as any script of yours does.
+
+    Raises ValueError, in one line, for a file that cannot be read or run, defines neither, or
+    whose functions do not do that.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    module = _run_file(path, f"attention_{digest[:12]}")
+    names = ("query_features", "key_features")
+    found = [getattr(module, name, None) for name in names]
+    attention = getattr(module, "attention", None)
+    if (attention is None) == (found == [None, None]) or None in found != [None, None]:
+        raise ValueError(f"{path} must define query_features and key_features, or else attention")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if attention is None:
+                _try_features(dict(zip(names, found, strict=True)), dim)
+                attention = partial(linear_attention, **dict(zip(names, found, strict=True)))
+            elif not isinstance(attention, type):
+                _try_attention(attention, dim, causal)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    ATTENTIONS[path] = attention
+    return digest
+
+
+def _run_file(path: str, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _called(name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        message = str(error).partition("\n")[0]
+        raise ValueError(f"{name} fails: {type(error).__name__}: {message}") from error
+
+
+def _try_features(functions: dict[str, Callable], dim: int) -> None:
+    x = 2 * torch.randn(2, 3, 5, dim, generator=torch.Generator().manual_seed(0))
+    x[:, :, 3] = 0
+    sizes = []
+    for name, function in functions.items():
+        phi = _called(name, function, x)
+        shape = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
+        if shape[:3] != (2, 3, 5) or len(shape) != 4:
+            raise ValueError(f"{name} must return (2, 3, 5, F) of {tuple(x.shape)}: {shape}")
+        if not phi.is_floating_point():
+            raise ValueError(f"{name} must return floating numbers: {phi.dtype}")
+        if not phi.isfinite().all() or phi.min() < 0:
+            raise ValueError(f"{name} must be finite and not negative: {phi.min().item():.3g}")
+        sizes.append(phi.shape[3])
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "query_features and key_features must be of one size:"
+            f" {sizes[0]} and {sizes[1]} features"
+        )
+
+
+def _try_attention(attention: Callable, dim: int, causal: bool) -> None:
+    q, k, v = torch.randn(3, 2, 3, 6, dim, generator=torch.Generator().manual_seed(0))
+
+    def run(part: slice, state: Any = None) -> tuple[Tensor, Any]:
+        tensors = (x[:, :, part] for x in (q, k, v))
+        options = {"causal": causal, "state": state, "return_state": True}
+        result = _called("attention", attention, *tensors, **options)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ValueError("attention must return output and state with return_state=True")
+        if not isinstance(result[0], Tensor) or result[0].shape != v[:, :, part].shape:
+            shape = tuple(getattr(result[0], "shape", ()))
+            raise ValueError(f"attention must return {tuple(v[:, :, part].shape)}: {shape}")
+        return result
+
+    whole, _ = run(slice(None))
+    if not whole.isfinite().all():
+        raise ValueError("attention must be finite")
+    if causal:
+        head, state = run(slice(4))
+        tail, _ = run(slice(4, None), state)
+        if not torch.allclose(head, whole[:, :, :4], rtol=1e-3, atol=1e-4):
+            raise ValueError("attention sees the future: a later token changes an earlier output")
+        if not torch.allclose(tail, whole[:, :, 4:], rtol=1e-3, atol=1e-4):
+            raise ValueError("attention does not go on from its state: a text cut in two differs")

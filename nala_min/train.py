@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from nala_min import distributed
+from nala_min import distributed, relatives
+from nala_min.arguments import BlockConfig
 from nala_min.checkpoint import Run, Stop
 from nala_min.flags import UsageError, flag
-from nala_min.model import BlockConfig
 
 # --- What every script is told --------------------------------------------------------------------
 
@@ -32,12 +32,13 @@ class Settings:
 
     NAME: ClassVar[str] = ""  # of the run's folder
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    CAUSAL: ClassVar[bool] = True  # whether a token sees the past only
 
     preset: str | None = flag(
         None, "sizes and recipe (default: gpu with CUDA, else cpu)", choices=["cpu", "gpu"]
     )
     attention: str = flag(
-        "nala", "kernel of every block, or one for each: nala,nala,softmax,softmax"
+        "nala", "name or FILE.py of every block's, or one for each: nala,nala,softmax,softmax"
     )
     seed: int = flag(1, "of initial weights, data order and dropout")
     out: Path | None = flag(
@@ -70,13 +71,19 @@ class Settings:
             raise UsageError(f"--batch {self.batch} cannot be shared by {processes} processes")
         if self.dropout >= 1:
             raise UsageError(f"--dropout {self.dropout} is not a share from 0 to less than 1")
+        self.files: dict[str, str] = {}  # SHA-256 of each file that --attention names
         try:
-            BlockConfig(**block_options(self.config()), conv_size=1)
+            options = block_options(self.config())
+            for name in filter(relatives.is_file, self.attention.split(",")):
+                dim = max(1, self.dim // self.heads)
+                self.files[name] = relatives.register(name, dim, causal=self.CAUSAL)
+            BlockConfig(**options, conv_size=1)
         except ValueError as error:
             raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed {self.seed} is not a number from 0 to 2^63 - 1")
-        attention = self.attention.replace(",", "-")  # there may be one for each block
+        names = self.attention.split(",")  # there may be one for each block
+        attention = "-".join(Path(n).stem if relatives.is_file(n) else n for n in names)
         run = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
         for name, default in self.PRESETS[self.preset].items():  # other flags, another folder
             if getattr(self, name) != default:
@@ -85,12 +92,26 @@ class Settings:
 
     def config(self) -> dict[str, Any]:
         """What decides the result, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
+        flags = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
+        files = getattr(self, "files", {})
+        return flags | ({"attention_sha256": files} if files else {})
 
     def recipe(self, device: torch.device) -> Recipe:
         """How to train: ten points on the curve, and on a CUDA card in bfloat16."""
         every, half = max(1, self.steps // 10), device.type == "cuda"
         return Recipe(self.steps, self.lr, eval_every=every, bfloat16=half, seed=self.seed)
+
+
+def load_attentions(config: dict[str, Any], *, causal: bool) -> None:
+    """Register the files that a saved run's attention was in. Raises UsageError for one that is not
+    there any more, or has changed."""
+    for name, digest in config.get("attention_sha256", {}).items():
+        try:
+            found = relatives.register(name, config["dim"] // config["heads"], causal=causal)
+        except ValueError as error:
+            raise UsageError(f"the run's attention: {error}") from error
+        if found != digest:
+            raise UsageError(f"{name} is not what the run was trained with: it has changed since")
 
 
 def block_options(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,6 @@ FUNCTIONS = {
     if name in nala_min.__all__ and inspect.isfunction(value)
 } | {
     "sequence_parallel_attention": distributed.sequence_parallel_attention,
-    "rotary_angles": nala_min.model.rotary_angles,
-    "rotate": nala_min.model.rotate,
     "NaLaLM": LM.forward,
     "generate": LM.generate,
     "NaLaViT": VIT.forward,
@@ -42,9 +40,11 @@ RIGHT = {  # an example for each name; where a function wants another, it stands
     **{"lam": 2.0, "tau": 0.5, "alpha": 3, "num_features": 4, "chunk_size": 4, "seed": 1},
     **{"num_tokens": 2, "temperature": 1.0, "top_k": 3, "causal": True, "return_state": False},
     **{"feature_map": "split", "mode": "auto", "group": None},
+    **{"query_features": torch.relu, "key_features": torch.relu},
 }
 LM_STATE = LM(torch.zeros(B, 1, dtype=torch.long))[1]
 OTHER = {
+    ("linear_attention", "state"): torch.zeros(B, H, D, M + 1),
     ("softmax_attention", "state"): (torch.zeros(B, H, 2, D), torch.zeros(B, H, 2, M)),
     ("NaLaLM", "state"): LM_STATE,
 }
@@ -181,12 +181,16 @@ def test_the_first_argument_is_the_measure_in_whatever_order_they_come():
         nala_min.nala_attention(v=RIGHT["v"], k=k[:, :, :5], q=q)
 
 
-@pytest.mark.parametrize("function", ["nala_attention", "softmax_attention", "attention_weights"])
+@pytest.mark.parametrize(
+    "function", ["nala_attention", "linear_attention", "softmax_attention", "attention_weights"]
+)
 def test_sizes_that_queries_keys_and_values_share_are_compared(function):
     """Written out, as the cases above come from the very specs that they prove."""
     shared = {"k": (0, 1, 3), "v": (0, 1, 2), "key_mask": (0, 1)}
-    if function == "nala_attention":
+    if function in ("nala_attention", "linear_attention"):
         shared |= {"k": (0, 1, 2, 3), "rope_positions": (0,), "state": (0, 1, 2, 3)}
+    if function == "linear_attention":
+        shared["state"] = (0, 1, 3)  # how many features there are, only the features know
     for name in shared.keys() & inspect.signature(FUNCTIONS[function]).parameters.keys():
         for dim in shared[name]:
             shape = list(RIGHT[name].shape)

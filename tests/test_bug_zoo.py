@@ -3,6 +3,7 @@ planted in a copy of model.py. Each must be rejected by the proof that is named 
 proof proves nothing."""
 
 import pytest
+import test_edits
 import test_model as proofs
 import torch
 from mutants import SOURCE, load_model, mutant
@@ -19,52 +20,53 @@ ZOO = {
     ),
     # flash-linear-attention #594, #850
     "normaliser summed over heads": (
-        "numerator, denominator = total[..., :-1], total[..., -1:]",
-        "numerator, denominator = total[..., :-1], total[..., -1:].sum(1, keepdim=True)",
+        "numerator, normaliser = sums[..., :-1], sums[..., -1:]",
+        "numerator, normaliser = sums[..., :-1], sums[..., -1:].sum(1, keepdim=True)",
         proofs.test_heads_and_batches_do_not_mix,
         {"mode": "chunked"},
     ),
     # performer-pytorch #40
     "multiplied by the denominator": (
-        "out = numerator / denominator.masked_fill(denominator == 0, math.inf)",
-        "out = numerator * denominator",
+        "out = numerator / normaliser.masked_fill(normaliser == 0, math.inf)",
+        "out = numerator * normaliser",
         proofs.test_published_forms,
         {"case": "cosine/unit"},
     ),
     # flash-linear-attention #267
     "decoding forgets the earlier keys' normaliser": (
-        "attend = partial(",
-        "state = None if state is None else F.pad(state[..., :-1], (0, 1))\n"
-        "        attend = partial(",
+        "if causal and state is None:",
+        "if causal and state is not None:\n"
+        "            state = F.pad(state[..., :-1], (0, 1))\n"
+        "        if causal and state is None:",
         proofs.test_causal_forms_equal_the_loop,
         {"feature_map": "cosine", "form": "cut and resumed", "num_tokens": 7},
     ),
     # flash-linear-attention #875
     "no gradient through the denominator": (
-        "out = numerator / denominator.masked_fill",
-        "out = numerator / denominator.detach().masked_fill",
+        "out = numerator / normaliser.masked_fill",
+        "out = numerator / normaliser.detach().masked_fill",
         proofs.test_gradcheck,
         {"feature_map": "cosine", "mode": "chunked"},
     ),
     # lightning-attention #28
     "the rows after the last whole chunk are lost": (
-        "if padding := -num_tokens % chunk_size:",
+        "padding = -num_tokens % chunk_size",
         "whole = num_tokens // chunk_size * chunk_size\n"
         "    phi_q = F.pad(phi_q[:, :, :whole], (0, 0, 0, num_tokens - whole))\n"
-        "    if padding := -num_tokens % chunk_size:",
+        "    padding = -num_tokens % chunk_size",
         proofs.test_causal_forms_equal_the_loop,
         {"feature_map": "cosine", "form": "chunked by 64", "num_tokens": 65},
     ),
     # linear-attention-transformer, bucket size above 1
     "a chunk does not see its own tokens": (
-        "intra = (q @ k.mT).tril() @ values",
-        "intra = (q @ k.mT).tril(-1) @ values",
+        "intra = (q @ k.mT).tril() @ v",
+        "intra = (q @ k.mT).tril(-1) @ v",
         proofs.test_causal_forms_equal_the_loop,
         {"feature_map": "cosine", "form": "chunked by 16", "num_tokens": 63},
     ),
     "a chunk sees its own future": (
-        "intra = (q @ k.mT).tril() @ values",
-        "intra = (q @ k.mT) @ values",
+        "intra = (q @ k.mT).tril() @ v",
+        "intra = (q @ k.mT) @ v",
         proofs.test_the_future_changes_no_past_output,
         {"feature_map": "cosine", "mode": "chunked", "size": 1.0},
     ),
@@ -76,15 +78,16 @@ ZOO = {
     ),
     # performer-pytorch: stabiliser over the whole sequence
     "keys scaled by the largest of the whole sequence": (
-        "phi_q, phi_k = query(q), key(k)  # (B, H, N, F), (B, H, N, F)",
-        "phi_q, phi_k = query(q), key(k)\n        phi_k = phi_k / phi_k.amax((2, 3), keepdim=True)",
+        "phi_k = key_features(at_least_float32(k))  # (B, H, N, F)",
+        "phi_k = key_features(at_least_float32(k))\n"
+        "        phi_k = phi_k / phi_k.amax((2, 3), keepdim=True)",
         proofs.test_the_future_changes_no_past_output,
         {"feature_map": "cosine", "mode": "chunked", "size": 1e9},
     ),
     # the published forms of NaLaFormer
     "a zero query is NaN": (
-        "direction = x / norm.masked_fill(norm == 0, 1.0)",
-        "direction = x / norm",
+        "x / norm.masked_fill(norm == 0, 1.0)",
+        "x / norm",
         proofs.test_degenerate_inputs_stay_finite,
         {
             "feature_map": "cosine",
@@ -107,21 +110,21 @@ ZOO = {
         },
     ),
     "no mass is NaN": (
-        "denominator.masked_fill(denominator == 0, math.inf)",
-        "denominator",
+        "normaliser.masked_fill(normaliser == 0, math.inf)",
+        "normaliser",
         proofs.test_no_mass_gives_output_and_gradient_zero,
         {"feature_map": "relu", "mode": "quadratic", "nothing": "keys"},
     ),
     "an eps swallows small keys": (
-        "denominator.masked_fill(denominator == 0, math.inf)",
-        "(denominator + 1e-6)",
+        "normaliser.masked_fill(normaliser == 0, math.inf)",
+        "(normaliser + 1e-6)",
         proofs.test_rows_sum_to_one,
         {"feature_map": "cosine", "mode": "bidirectional", "query_scale": 1.0, "key_scale": 1e-2},
     ),
     # flash-linear-attention #1261
     "elu + 1 is rounded to 0": (
-        "return F.relu(x) + torch.exp(below)",
-        "return F.elu(x) + 1",
+        "F.relu(x) + x.masked_fill(x > 0, 0.0).exp()",
+        "F.elu(x) + 1",
         proofs.test_elu_survives_very_negative_bfloat16,
         {},
     ),
@@ -160,7 +163,7 @@ ZOO = {
     ),
     # the mapping without its quarter of pi: cos(2) < 0
     "angles span more than a quarter turn": (
-        "return (magnitude.unsqueeze(-2) * angles.sin()).flatten(-2)",
+        "return torch.cat([magnitude * rest.sin(), magnitude * theta.sin()], dim=-1)",
         "angle = torch.tanh(alpha * direction)\n"
         "    return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)",
         proofs.test_weights_are_not_negative,
@@ -168,28 +171,28 @@ ZOO = {
     ),
     # the published mapping, whose two features cancel
     "angles about zero round to negative weights": (
-        "return (magnitude.unsqueeze(-2) * angles.sin()).flatten(-2)",
-        "angle = angles[..., 1, :] - math.pi / 4\n"
+        "return torch.cat([magnitude * rest.sin(), magnitude * theta.sin()], dim=-1)",
+        "angle = theta - math.pi / 4\n"
         "    return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)",
         proofs.test_weights_are_not_negative,
         {"feature_map": "cosine", "dtype": torch.float32},
     ),
     # none of these is known from elsewhere: ways to get an image wrong
     "a patch sees only those before it": (
-        "if self.causal else {}",
-        'if self.causal else {"causal": True}',
+        '"causal": self.causal,',
+        '"causal": True,',
         proofs.test_every_patch_sees_every_other,
         {"attention": "nala"},
     ),
     "patches are taken column by column": (
-        "x = x.flatten(1, -2)",
-        "x = x.transpose(1, -2).flatten(1, -2)",
+        "x.flatten(1, -2).unflatten(",
+        "x.transpose(1, -2).flatten(1, -2).unflatten(",
         proofs.test_split_heads_takes_patches_row_by_row,
         {},
     ),
     "rope counts patches along one line": (
-        "positions = state.position + grid.flatten(0, -2)",
-        "positions = state.position + torch.arange(len(grid.flatten(0, -2)))[:, None]",
+        "position + torch.cartesian_prod(*axes).view(-1, len(axes))",
+        "position + torch.arange(x.shape[1] * x.shape[2])[:, None]",
         proofs.test_rope_on_a_grid_knows_row_and_column,
         {"attention": "nala"},
     ),
@@ -206,12 +209,27 @@ ZOO = {
         {"options": {}, "training": False},
     ),
     "an image is mirrored at its edges": (
-        "padding=size // 2, groups=dim)",
-        'padding=size // 2, groups=dim, padding_mode="reflect")',
+        "padding=padding, groups=dim)",
+        'padding=padding, groups=dim, padding_mode="zeros" if causal else "reflect")',
         proofs.test_gated_block_on_a_grid_by_hand,
         {"attention": "nala"},
     ),
 }
+
+
+# Ours: fast.py was sure that the features were the paper's, so that outputs of an edited model.py
+# were right and its gradients silently wrong.
+SURE = ("n / (1 + n) for tanh", "a linear angle", "one factor more in the key")
+
+
+@pytest.mark.parametrize("name", SURE)
+def test_a_gradient_that_is_silently_wrong_is_rejected(monkeypatch, name):
+    broken = test_edits.edited(name)
+    test_edits.check_gradients(broken, True, 17)
+    monkeypatch.setattr(test_edits.fast, "examined", test_edits.believing)
+    test_edits.check_outputs(broken, True, 17)
+    with pytest.raises(AssertionError):
+        test_edits.check_gradients(broken, True, 17)
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -1064,7 +1064,7 @@ ALTERNATIVES = {
         "torch.relu(-q) * torch.relu(-k)",
         "q.clamp(max=0) * k.clamp(max=0)",
     ),
-    ("query_magnitude", "scale detached, as in model.py"): (
+    ("query_magnitude", "scale detached, from the direction"): (
         "ratio = q.abs() / largest",
         "ratio = (q / norm.masked_fill(norm == 0, 1.0)).abs()\n"
         "    largest = ratio.detach().amax(dim=-1, keepdim=True)\n"

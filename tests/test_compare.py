@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nala_min import nala_attention, plots, runcard
+import nala_min
+from nala_min import ATTENTIONS, nala_attention, plots, runcard
 from nala_min.flags import UsageError, run_script
 from nala_min.lab import compare
-from nala_min.lab.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Variant, apply
-from nala_min.model import BlockState
+from nala_min.lab.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
@@ -22,9 +22,10 @@ BINDING = STUDIES["binding"].task
 
 def built(task, name, seed=1):
     torch.manual_seed(seed)
-    model = task.build(VARIANTS[name])
-    apply(VARIANTS[name], task.layers(model))
-    return model
+    net = task.build(VARIANTS[name])
+    for layer in task.layers(net):
+        VARIANTS[name].change(layer)
+    return net
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
@@ -178,14 +179,16 @@ def test_half_the_heads_make_a_state_as_large_as_nalas(name, heads, features):
 def test_a_variant_attends_as_it_says(name, options):
     layer = built(RECALL, name).blocks[0].attention
     q, k, v = torch.randn(3, 1, 2, 9, 16)
-    out, _ = layer.attend(q, k, v, layer.options(torch.zeros(1, 9, 32), BlockState()), None)
+    out = layer.attend(q, k, v, causal=True, **layer.options(torch.zeros(1, 9, 32), 0))
     assert_close(out, nala_attention(q, k, v, causal=True, **options))
 
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n.split()[0] in ("lam", "tau", "alpha")])
 def test_a_changed_number_is_the_one_in_the_name(name):
     option, value = name.split()
-    assert VARIANTS[name] == Variant(options={option: float(value)})
+    assert VARIANTS[name] == Variant(name)
+    assert ATTENTIONS[name].func is nala_min.model.nala_attention
+    assert ATTENTIONS[name].keywords == {option: float(value)}
 
 
 def test_a_gate_that_is_always_open_and_no_convolution():
@@ -444,4 +447,4 @@ def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
 
 
 def test_a_variant_that_changes_nothing_is_the_plain_model():
-    assert Variant().options == {} and VARIANTS["nala"] == Variant()
+    assert Variant().change(None) is None and VARIANTS["nala"] == Variant()

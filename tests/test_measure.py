@@ -7,7 +7,6 @@ import torch
 from torch.testing import assert_close
 
 from nala_min import (
-    ATTENTIONS,
     LMConfig,
     NaLaLM,
     NaLaViT,
@@ -19,6 +18,7 @@ from nala_min import (
 )
 from nala_min.data import normalise
 
+FIVE = ("nala", "split", "elu", "relu", "softmax")
 NORMS = torch.tensor([0.01, 1.0, 4.0, 16.0])
 
 
@@ -156,7 +156,7 @@ def test_attention_maps_are_the_weights_of_the_block_s_own_queries_and_keys(
 
 @pytest.mark.parametrize(
     "options",
-    [{"attention": name} for name in ATTENTIONS]
+    [{"attention": name} for name in FIVE]
     + [{"attention": ("softmax", "split")}, {"norm_scale": None}, {"norm_scale": 3.0}]
     + [{"rope": "numerator"}, {"rope": "numerator", "attention": "elu"}],
     ids=str,
@@ -168,14 +168,13 @@ def test_the_map_of_the_block_s_own_kernel_makes_what_its_attention_makes(option
     layer = model.blocks[-1].attention
     for name in ("project", "local", "norm"):
         spy(getattr(layer, name), seen, name)
-    kernel = ATTENTIONS[model.config.attentions[-1]] or "softmax"
-    (weights,) = measure.attention_maps(model, bytes_of(), feature_maps=[kernel]).values()
+    (weights,) = measure.attention_maps(model, bytes_of(), feature_maps=[None]).values()
     v = seen["project"][1].chunk(4, dim=-1)[2]
     o = seen["norm"][0] - seen["local"][1][0]  # what is normalised is o + local(v)
     assert_close(torch.einsum("bhwrs,brse->bhwe", weights, v), o)
 
 
-@pytest.mark.parametrize("attention", [*ATTENTIONS, ("split", "softmax"), ("softmax", "nala")])
+@pytest.mark.parametrize("attention", [*FIVE, ("split", "softmax"), ("softmax", "nala")])
 @pytest.mark.parametrize("block", [0, 1])
 def test_attention_maps_are_not_negative_and_sum_to_one(attention, block):
     """Or, under ReLU, to the share of the two heads that have any mass left."""
@@ -269,7 +268,7 @@ def test_health_of_an_image_model_by_hand(attention, in_float64):
             assert block["power"] == pytest.approx(quantiles(power), rel=1e-5)
         else:
             assert "power" not in block
-        name = ATTENTIONS[block["attention"]] or "softmax"
+        name = block["attention"].replace("nala", "cosine")
         if name == "softmax":
             weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
         else:
@@ -304,7 +303,8 @@ def test_the_weights_of_a_language_model_do_not_look_ahead(attention):
             weights = block.weights(name)
             assert weights.shape == (5, 2, 12, 12)
             assert (weights.triu(1) == 0).all() and (weights >= 0).all()
-        assert torch.equal(weights, block.weights("softmax"))  # None is softmax
+        own = "cosine" if attention == "nala" else "softmax"
+        assert torch.equal(weights, block.weights(own))  # None is the block's own
 
 
 def test_health_is_that_of_a_model_without_dropout():

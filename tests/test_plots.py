@@ -7,7 +7,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from nala_min import NaLaViT, ViTConfig, entropy, measure, model, plots
+from nala_min import NaLaViT, ViTConfig, entropy, measure, plots
+from nala_min.arguments import FEATURE_MAPS
 
 LOSSES = {"train_loss": [3.0, 2.0, 1.5], "validation_loss": [4.0, 3.0, 2.75]}
 ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
@@ -38,7 +39,7 @@ def test_drawing_leaves_the_caller_s_style_alone():
 
 
 def test_the_looks_can_be_told_apart_without_colour():
-    assert set(plots.LOOKS) == {*model.FEATURE_MAPS, "softmax"}
+    assert set(plots.LOOKS) == {*FEATURE_MAPS, "softmax"}
     assert len({look["linestyle"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
     assert len({look["color"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
 

@@ -1,6 +1,8 @@
-"""relatives.py: each attention against its paper's sum over keys, written as a loop in float64."""
+"""relatives.py: each attention against its paper's sum over keys, written as a loop in float64; and
+what a file of one's own must define."""
 
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -8,26 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from nala_min import LMConfig, NaLaLM, ViTConfig, nala_attention, relatives
-from nala_min.model import GatedAttention
+from nala_min import ATTENTIONS, LMConfig, NaLaLM, NaLaViT, ViTConfig, nala_attention, relatives
+from nala_min.model import Config
 
 B, H, N, D = 2, 3, 7, 4
-OPTIONS = {"norm_scale": 1.0, "rope_positions": None}
-NAMES = ("focused", "clipped", "polar", "magnitude_aware")
+NAMES = ("focused", "clipped", "polar", "magnitude-aware")
 
 
-def layer(causal):
-    config = LMConfig(vocab_size=5, num_heads=H, dim=H * D)
-    if not causal:
-        config = ViTConfig(num_heads=H, dim=H * D)
-    made = GatedAttention(config, "relu").double()
-    relatives.learn_polarity(made)
-    made.exponent.data = torch.randn(H, 1, D, dtype=torch.float64)
+def attention(name):
+    """The attention called name, in float64; what it learns is not what it starts with."""
+    made = ATTENTIONS[name]
+    if isinstance(made, type):
+        made = made(Config(num_heads=H, dim=H * D)).double()
+        made.exponent.data = torch.randn(H, 1, D, dtype=torch.float64)
     return made
 
 
-def qkv():
-    return torch.randn(3, B, H, N, D, dtype=torch.float64)
+def qkv(num_tokens=N):
+    return torch.randn(3, B, H, num_tokens, D, dtype=torch.float64)
 
 
 def weighted(weight, q, k, v, causal):
@@ -57,15 +57,13 @@ def powers(q, k, h):
 )
 def test_linear_relatives_are_the_loop(name, weight, causal):
     q, k, v = qkv()
-    out, state = getattr(relatives, name)(layer(causal), q, k, v, OPTIONS, None)
-    assert state is None
-    assert_close(out, weighted(weight, q, k, v, causal))
+    assert_close(attention(name)(q, k, v, causal=causal), weighted(weight, q, k, v, causal))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_polar_gives_half_to_equal_and_half_to_opposite_signs(causal):
-    made, (q, k, v) = layer(causal), qkv()
-    power = 1 + 3 * torch.sigmoid(made.exponent.detach())[:, 0]
+    polar, (q, k, v) = attention("polar"), qkv()
+    power = 1 + 3 * torch.sigmoid(polar.exponent.detach())[:, 0]
 
     def weight(sign, q, k, h):
         chosen = q * k * sign > 0
@@ -73,7 +71,7 @@ def test_polar_gives_half_to_equal_and_half_to_opposite_signs(causal):
 
     same = weighted(partial(weight, 1), q, k, v, causal)
     opposite = weighted(partial(weight, -1), q, k, v, causal)
-    out, _ = relatives.polar(made, q, k, v, OPTIONS, None)
+    out = polar(q, k, v, causal=causal)
     assert_close(out, torch.cat([same[..., : D // 2], opposite[..., D // 2 :]], dim=-1))
 
 
@@ -88,43 +86,190 @@ def test_magnitude_aware_weights_are_beta_a_minus_gamma(causal):
         w = (1 + 1 / s) * a - s / n
         assert_close(w.sum().item(), 1.0)
         want[b, h, t] = w @ v[b, h, :n]
-    assert_close(relatives.magnitude_aware(layer(causal), q, k, v, OPTIONS, None)[0], want)
+    assert_close(attention("magnitude-aware")(q, k, v, causal=causal), want)
 
 
 def test_a_longer_query_is_sharper_to_magnitude_aware_attention_only_in_size():
     """What is added to linear attention grows with S."""
     q, k, v = qkv()
-    made, q = layer(causal=False), q.abs()
+    q = q.abs()
     plain = nala_attention(q * 9, k, v, feature_map="elu")
-    far = [relatives.magnitude_aware(made, c * q, k, v, OPTIONS, None)[0] for c in (1, 9)]
+    far = [attention("magnitude-aware")(c * q, k, v) for c in (1, 9)]
     assert (far[1] - plain).norm() > 2 * (far[0] - plain).norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_may_be_cut_anywhere(name):
+    """The state that is handed on, as for nala_attention."""
+    attend, (q, k, v) = attention(name), qkv(20)
+    want, pieces, state, start = attend(q, k, v, causal=True), [], None, 0
+    for size in (1, 5, 1, 1, 12):
+        piece = (x[:, :, start : start + size] for x in (q, k, v))
+        out, state = attend(*piece, causal=True, state=state, return_state=True)
+        pieces.append(out)
+        start += size
+    assert_close(torch.cat(pieces, dim=2), want)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_queries_and_keys_have_finite_outputs_and_gradients(name):
     q, k, v = (x.clone() for x in qkv())
     q[:, :, 2], k[:, :, 3], q[:, :, 4, 0], k[:, :, 5, 1] = 0, 0, 0, 0
-    made = layer(causal=True)
     for x in (q, k, v):
         x.requires_grad_()
-    out, _ = getattr(relatives, name)(made, q, k, v, OPTIONS, None)
+    out = attention(name)(q, k, v, causal=True)
     out.square().sum().backward()
     assert out.isfinite().all()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_trains_with_it(name):
-    model = NaLaLM(LMConfig(vocab_size=7, num_layers=1, num_heads=2, dim=8, attention="relu"))
-    attention = model.blocks[0].attention
-    relatives.learn_polarity(attention)
-    attention.attend = partial(getattr(relatives, name), attention)
+def test_a_model_trains_with_it_and_goes_on_from_its_state(name):
+    model = NaLaLM(LMConfig(vocab_size=7, num_layers=1, num_heads=2, dim=8, attention=name))
     tokens = torch.randint(7, (2, 9))
     before = model(tokens)[0]
     changed = tokens.clone()
     changed[:, 5] = (tokens[:, 5] + 1) % 7
     after = model(changed)[0]
     assert_close(before[:, :5], after[:, :5])  # causal
+    head, state = model(tokens[:, :4])
+    assert_close(torch.cat([head, model(tokens[:, 4:], state)[0]], dim=1), before)
     before.sum().backward()
-    assert attention.project.weight.grad[: 2 * 8].abs().sum() > 0
-    assert (attention.exponent.grad is not None) == (name == "polar")
+    layer = model.blocks[0].attention
+    assert layer.project.weight.grad[: 2 * 8].abs().sum() > 0
+    assert isinstance(layer.attend, torch.nn.Module) == (name == "polar")
+    if name == "polar":
+        assert layer.attend.exponent.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nala", "split", "elu", "relu", "softmax"])
+def test_a_model_survives_pickling_and_sees_images(name):
+    vit = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=16, attention=name)).double()
+    images = torch.randn(2, 3, 9, 12, dtype=torch.float64)
+    again = pickle.loads(pickle.dumps(vit))
+    assert torch.equal(again(images), vit(images))
+
+
+# --- A file of one's own --------------------------------------------------------------------------
+
+FEATURES = """
+import torch
+
+def query_features(q):
+    return torch.cat([q.relu(), (-q).relu()], dim=-1)
+
+def key_features(k):
+    return torch.cat([k.relu(), (-k).relu()], dim=-1).square()
+"""
+ATTENTION = """
+import torch
+from nala_min.model import nala_attention
+
+def attention(q, k, v, *, causal, state=None, return_state=False):
+    out, after = nala_attention(q, k, v, causal=causal, state=state, return_state=True)
+    return (2 * out, after) if return_state else 2 * out
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(source):
+        path = tmp_path / "mine.py"
+        path.write_text(source, encoding="utf-8")
+        return str(path)
+
+    yield write
+    ATTENTIONS.pop(str(tmp_path / "mine.py"), None)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("source", [FEATURES, ATTENTION])
+def test_a_file_is_registered_under_its_name(write, source, causal):
+    path = write(source)
+    state = torch.get_rng_state()
+    digest = relatives.register(path, D, causal=causal)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(digest) == 64 and digest == relatives.register(path, D, causal=causal)
+    q, k, v = qkv()
+    out = ATTENTIONS[path](q, k, v, causal=causal)
+    if source == ATTENTION:
+        want = 2 * nala_attention(q, k, v, causal=causal)
+    else:
+        phi_q = torch.cat([q.relu(), (-q).relu()], dim=-1)
+        weights = phi_q @ torch.cat([k.relu(), (-k).relu()], dim=-1).square().mT
+        weights = weights.tril() if causal else weights
+        want = weights @ v / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    assert_close(out, want)
+    config = LMConfig(vocab_size=7, num_layers=1, num_heads=2, dim=8, attention=path)
+    assert config.kind == "linear"
+
+
+BROKEN = {  # what a file says, and what is said of it
+    "x = 1": "must define query_features and key_features, or else attention",
+    "def query_features(q): return q": "must define query_features and key_features",
+    FEATURES + ATTENTION: "must define query_features and key_features, or else attention",
+    "def f(:": "does not run: SyntaxError",
+    "import torch\nraise KeyError('k')": "does not run: KeyError",
+    "import sys\nsys.exit(3)": "does not run: SystemExit",
+    FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q"): (
+        "query_features must be finite and not negative: -"
+    ),
+    FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.relu()"): (
+        "query_features and key_features must be of one size: 4 and 8 features"
+    ),
+    FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.sum(-1)"): (
+        "query_features must return (2, 3, 5, F) of (2, 3, 5, 4): (2, 3, 5)"
+    ),
+    FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return 3"): (
+        "query_features must return (2, 3, 5, F) of (2, 3, 5, 4): int"
+    ),
+    FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q > 0"): (
+        "query_features must return floating numbers: torch.bool"
+    ),
+    FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.log()"): (
+        "query_features must be finite and not negative"
+    ),
+    FEATURES.replace("[q.relu(), (-q).relu()]", "[q, q2]"): "query_features fails: NameError",
+    FEATURES.replace("def query_features(q)", "def query_features()"): (
+        "query_features fails: TypeError"
+    ),
+    FEATURES.replace("def query_features(q):", "query_features = 3\ndef f(q):"): (
+        "query_features fails: TypeError: 'int' object is not callable"
+    ),
+    ATTENTION.replace("(2 * out, after) if return_state else 2 * out", "2 * out"): (
+        "attention must return output and state with return_state=True"
+    ),
+    ATTENTION.replace("(2 * out, after)", "(out[..., :1], after)"): (
+        "attention must return (2, 3, 6, 4): (2, 3, 6, 1)"
+    ),
+    ATTENTION.replace("(2 * out, after)", "(out / 0, after)"): "attention must be finite",
+    ATTENTION.replace("causal, state=None", "state=None"): "attention fails: TypeError",
+    ATTENTION.replace("2 * out, after", "out - out.mean(2, keepdim=True), after"): (
+        "attention sees the future"
+    ),
+    ATTENTION.replace("state=state, ", ""): "attention does not go on from its state",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", BROKEN)
+def test_a_file_that_will_not_do_is_refused_in_one_line(write, source):
+    path = write(source)
+    with pytest.raises(ValueError) as error:
+        relatives.register(path, D, causal=True)
+    message = str(error.value)
+    assert message.startswith(path) and "\n" not in message
+    assert BROKEN[source] in message
+    assert path not in ATTENTIONS
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    for name in ("nowhere.py", "."):
+        with pytest.raises(ValueError, match="cannot be read: "):
+            relatives.register(str(tmp_path / name), D, causal=True)
+
+
+def test_an_image_s_attention_may_see_everything(write):
+    path = write(ATTENTION.replace("2 * out, after", "out - out.mean(2, keepdim=True), after"))
+    relatives.register(path, D, causal=False)
+    with pytest.raises(ValueError, match="sees the future"):
+        relatives.register(path, D, causal=True)

@@ -16,7 +16,7 @@ from mutants import SOURCE
 import nala_min.model
 
 SHAPE = re.compile(r"\([^()]*,[^()]*\)")  # "(B, N)" and "(..., 1)", not "(13)" or "(B)"
-TAIL = re.compile(rf"# *({SHAPE.pattern})(, {SHAPE.pattern})*$")
+TAIL = re.compile(rf"#( .*:)? *({SHAPE.pattern})(, {SHAPE.pattern})*$")  # maybe after words
 STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)
 
 
@@ -104,6 +104,8 @@ def measure(module, run, sizes, comments):
         return trace_line
 
     before = sys.gettrace()
+    with torch.no_grad():
+        run(module)  # fast.py tries new kinds of calls on a few tokens of its own
     sys.settrace(trace_call)
     try:
         with torch.no_grad():
@@ -148,7 +150,7 @@ def lm_scenario(**options):
     prompt = torch.randint(sizes["V"], (sizes["B"], sizes["N"]))
 
     def run(module):
-        config = module.LMConfig(
+        config = module.Config(
             vocab_size=sizes["V"],
             num_layers=1,
             num_heads=sizes["H"],
@@ -164,13 +166,13 @@ def lm_scenario(**options):
 
 def vit_scenario(**options):
     """The image model, where patches lie along two axes and the image ends within the last ones."""
-    sizes = {"B": 2, "H": 3, "D": 6, "M": 6, "E": 18, "W": 7, "F": 12, "Y": 11}
+    sizes = {"B": 2, "H": 3, "D": 8, "M": 8, "E": 24, "W": 7, "F": 16, "Y": 11}
     sizes |= {"R": 4, "S": 5, "N": 20, "A": 2, "P": 2}
     height, width = (sizes["P"] * sizes[name] - 1 for name in "RS")
     images = torch.randn(sizes["B"], 3, height, width)
 
     def run(module):
-        config = module.ViTConfig(
+        config = module.Config(
             num_classes=sizes["Y"],
             num_layers=1,
             num_heads=sizes["H"],
@@ -186,9 +188,10 @@ def vit_scenario(**options):
 
 CHUNKED = {"causal": True, "mode": "chunked", "chunk_size": 3, "return_state": True}
 SCENARIOS = [
-    *(attention_scenario(name) for name in ("cosine", "split", "elu", "relu", "softmax")),
+    *(attention_scenario(name, mode="parallel") for name in ("cosine", "split", "elu", "relu")),
+    attention_scenario("softmax"),
     *(attention_scenario(name, **CHUNKED) for name in ("cosine", "elu")),
-    attention_scenario("cosine", causal=True, mode="parallel"),
+    attention_scenario("cosine", causal=True, mode="quadratic"),
     attention_scenario("cosine", causal=True, mode="recurrent", return_state=True),
     attention_scenario("cosine", **CHUNKED, rope_positions=torch.arange(13)[:, None]),
     weights_scenario(),
@@ -213,7 +216,7 @@ def measured():
 
 
 def test_every_shape_comment_is_true(measured):
-    assert len(COMMENTS) > 60
+    assert len(COMMENTS) > 50
     assert wrong_shape_comments(COMMENTS, measured) == []
 
 

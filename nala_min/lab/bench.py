@@ -24,17 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nala_min import plots, runcard, train
-from nala_min.flags import UsageError, flag, parse_flags, run_script
-from nala_min.measure import Recorder
-from nala_min.model import (
+from nala_min import (
     LMConfig,
     NaLaLM,
     key_features,
     nala_attention,
+    plots,
     query_features,
+    runcard,
     softmax_attention,
+    train,
 )
+from nala_min.flags import UsageError, flag, parse_flags, run_script
+from nala_min.measure import Recorder
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -144,7 +146,7 @@ def forms(causal: bool, compiled: bool) -> dict[str, Callable[..., Tensor]]:
     }
     if causal:
         found["readable"] = partial(attention, mode="chunked")
-        found["quadratic"] = partial(attention, mode="parallel")
+        found["quadratic"] = partial(attention, mode="quadratic")
     else:
         found["readable"] = partial(attention, mode="parallel")
     if compiled:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import shlex
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -25,19 +26,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nala_min import plots, runcard, train
+from nala_min import plots, relatives, runcard, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
-from nala_min.lab.studies import STUDIES, VARIANTS, Study, Task, Variant, apply
+from nala_min.lab.studies import STUDIES, VARIANTS, Study, Task, Variant, variant_of
 
 # --- Runs -----------------------------------------------------------------------------------------
 
 
 def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Train one variant once, or go on with it, in folder. Returns its row of the study's card."""
-    variant = VARIANTS[name]
+    identity = _identity(task, name)
+    variant = variant_of(name)
     torch.manual_seed(seed)
     model = task.build(variant)
-    apply(variant, task.layers(model))
+    for layer in task.layers(model):
+        variant.change(layer)
     model.to(device)
     recipe = train.Recipe(
         task.steps,
@@ -54,7 +57,7 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         loss=task.loss,
         evaluate=task.evaluate,
         checkpoint=(path := folder / "checkpoint.pt"),
-        extra={"variant": name, "seed": seed} | _identity(task),
+        extra={"variant": name, "seed": seed} | identity,
         resume=path.exists(),
     )
     row = {
@@ -64,8 +67,8 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         "seconds": round(seconds, 1),
         **{key: value for key, value in history[-1].items() if key != "step"},
     }
-    plain = variant.change == Variant().change and not variant.options
-    stats = task.attention_stats(model) if plain else None  # it reads plain models only
+    plain = variant.change == Variant().change  # what is read are plain models only
+    stats = task.attention_stats(model) if plain else None
     return row | ({"attention_stats": stats} if stats else {})
 
 
@@ -76,13 +79,17 @@ def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[s
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
             row = run(task, name, seed, folder, device)
-    runcard.write_json(folder / "row.json", _identity(task) | {"row": row})
+    runcard.write_json(folder / "row.json", _identity(task, name) | {"row": row})
     return row
 
 
-def _identity(task: Task) -> dict[str, Any]:
-    """What a run that is to be taken for done must have been trained on."""
-    return {"task": repr(task), "data": task.data_info()}
+def _identity(task: Task, name: str) -> dict[str, Any]:
+    """What a run that is to be taken for done must have been trained on, and with which content of
+    a file of yours, which is registered here."""
+    identity = {"task": repr(task), "data": task.data_info()}
+    if relatives.is_file(name):
+        identity["attention_sha256"] = relatives.register(name, task.channels, causal=task.CAUSAL)
+    return identity
 
 
 def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[str, Any]]:
@@ -93,7 +100,7 @@ def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[
         place = folder / f"{_slug(name)}_seed{seed}"
         done = runcard.read_json(place / "row.json") if (place / "row.json").exists() else {}
         row = done.pop("row", None)
-        if row and done == _identity(study.task):
+        if row and done == _identity(study.task, name):
             rows[name, seed] = row
         else:
             left.append((name, seed, place, device))
@@ -190,11 +197,14 @@ class Settings:
     device: str = flag("cpu", "where to run", choices=["cpu", "cuda", "mps"])
     data: Path | None = flag(None, "text for the study of text (default: Tiny Shakespeare)")
     data_dir: Path | None = flag(None, "folder of CIFAR-10, as for train_cifar.py")
+    attention: str | None = flag(None, "a FILE.py that defines yours, to be compared as well")
     out: Path = flag(Path("runs/compare"), "folder of the runs and of the studies' cards")
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= 61:  # as many as Windows can wait for
             raise UsageError(f"--workers {self.workers} is not from 1 to 61")
+        if self.attention is not None and not relatives.is_file(self.attention):
+            raise UsageError(f"--attention {self.attention} is not the name of a file, FILE.py")
 
 
 def chosen(settings: Settings, name: str) -> Study:
@@ -203,7 +213,9 @@ def chosen(settings: Settings, name: str) -> Study:
     own = {"file": settings.data, "folder": settings.data_dir}
     has = {key: value for key, value in own.items() if hasattr(study.task, key)}
     task = replace(study.task, **has, **(study.quick if settings.quick else {}))
-    return replace(study, task=task, seeds=1 if settings.quick else study.seeds)
+    variants = study.variants + ((settings.attention,) if settings.attention else ())
+    seeds = 1 if settings.quick else study.seeds
+    return replace(study, task=task, variants=variants, seeds=seeds)
 
 
 def main() -> None:
@@ -217,17 +229,26 @@ def main() -> None:
             data_info = study.task.data_info()
         except (OSError, ValueError) as error:
             raise UsageError(f"--data, --data-dir: {error}") from error
+        files = {}  # SHA-256 of what is compared and not ours
+        if settings.attention:
+            try:
+                identity = _identity(study.task, settings.attention)
+            except ValueError as error:
+                raise UsageError(f"--attention: {error}") from error
+            files = {"attention_sha256": {settings.attention: identity["attention_sha256"]}}
         print(f"{name}: {len(study.variants)} attentions, {study.seeds} seeds.")
         rows = run_all(study, folder, settings.workers, settings.device)
         shown = {key: str(x) if isinstance(x, Path) else x for key, x in vars(study.task).items()}
-        config = {"study": name, "seeds": study.seeds, "variants": list(study.variants)}
+        config = {"study": name, "seeds": study.seeds, "variants": list(study.variants)} | files
         config["task"] = {key: x for key, x in shown.items() if key not in ("file", "folder")}
         seconds = sum(row["seconds"] for row in rows)
         card = runcard.run_card(
             config, data_info, torch.device(settings.device), seconds, {"runs": rows}
         )
-        command = f"python -m nala_min.lab.compare --study {name}"
-        card["command"] = command + " --quick" * settings.quick
+        command = ["python", "-m", "nala_min.lab.compare", "--study", name]
+        command += ["--quick"] * settings.quick
+        command += ["--attention", settings.attention] * bool(settings.attention)
+        card["command"] = shlex.join(command)
         card["hardware"]["threads"] = 1  # of each run
         runcard.write_json(folder.with_suffix(".json"), card)
         plots.write(study.task.draw(rows), folder.with_suffix(".png"))

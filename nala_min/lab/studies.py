@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from nala_min import data, measure, plots, relatives
-from nala_min.model import ATTENTIONS, GatedAttention, LMConfig, NaLaLM, NaLaViT, ViTConfig
+from nala_min import ATTENTIONS, LMConfig, NaLaLM, NaLaViT, ViTConfig, data, measure, plots
+from nala_min.model import GatedAttention, nala_attention
 
 UNSEEN = 10**6  # a seed for tests, with which nothing is trained
 
@@ -29,24 +29,9 @@ class Variant:
     """An attention, and what is changed in a block for it."""
 
     attention: str = "nala"  # as in BlockConfig, or with a comma a name for each block
-    options: dict[str, float] = field(default_factory=dict)  # of nala_attention
     norm_scale: float | None = 1.0  # as in BlockConfig
     wide: bool = False  # half as many heads: a state as large as NaLa's, which has 2D features
     change: Callable[[GatedAttention], None] = lambda layer: None
-
-
-def _attend(function: Callable) -> Callable[[GatedAttention], None]:
-    """A change that puts one of relatives' attentions into a layer."""
-
-    def change(layer: GatedAttention) -> None:
-        layer.attend = partial(function, layer)
-
-    return change
-
-
-def _polar(layer: GatedAttention) -> None:
-    relatives.learn_polarity(layer)
-    _attend(relatives.polar)(layer)
 
 
 class _Open(nn.Module):
@@ -81,6 +66,15 @@ def _large(layer: GatedAttention) -> None:
     layer.project.weight.copy_(torch.cat([5 * q_k, v_gate]))
 
 
+# NaLa with one number changed. tanh(norm / 1e-9) is 1 whatever the norm is.
+CHANGED = {
+    **{f"lam {lam:g}": {"lam": lam} for lam in (1.0, 2.0, 4.0)},
+    **{f"tau {tau:g}": {"tau": tau} for tau in (0.0, 1.0)},
+    "alpha 2": {"alpha": 2.0},
+    "no query norm": {"norm_scale": 1e-9},
+}
+ATTENTIONS.update({name: partial(nala_attention, **told) for name, told in CHANGED.items()})
+
 VARIANTS: dict[str, Variant] = {
     "nala": Variant(),
     "split": Variant("split"),
@@ -90,23 +84,15 @@ VARIANTS: dict[str, Variant] = {
     "relu": Variant("relu"),
     "relu, same state": Variant("relu", wide=True),
     # The closest relatives.
-    "focused": Variant("relu", change=_attend(relatives.focused)),
-    "focused, same state": Variant("relu", wide=True, change=_attend(relatives.focused)),
-    "polar": Variant("relu", change=_polar),
-    "magnitude-aware": Variant("elu", change=_attend(relatives.magnitude_aware)),
-    "magnitude-aware, same state": Variant(
-        "elu", wide=True, change=_attend(relatives.magnitude_aware)
-    ),
+    "focused": Variant("focused"),
+    "focused, same state": Variant("focused", wide=True),
+    "polar": Variant("polar"),
+    "magnitude-aware": Variant("magnitude-aware"),
+    "magnitude-aware, same state": Variant("magnitude-aware", wide=True),
     # NaLa with one thing changed.
-    "lam 1": Variant(options={"lam": 1.0}),
-    "lam 2": Variant(options={"lam": 2.0}),
-    "lam 4": Variant(options={"lam": 4.0}),
-    "tau 0": Variant(options={"tau": 0.0}),
-    "tau 1": Variant(options={"tau": 1.0}),
-    "alpha 2": Variant(options={"alpha": 2.0}),
-    "no query norm": Variant(norm_scale=1e-9),  # tanh(norm / norm_scale) is 1 whatever the norm is
-    "no cosine map": Variant(change=_attend(relatives.clipped)),
-    "no cosine map, same state": Variant(wide=True, change=_attend(relatives.clipped)),
+    **{name: Variant(name) for name in CHANGED},
+    "no cosine map": Variant("clipped"),
+    "no cosine map, same state": Variant("clipped", wide=True),
     "tanh(norm/s)": Variant(norm_scale=None),
     "q and k 5 times as large": Variant(change=_large),  # at first
     "no gate": Variant(change=_no_gate),
@@ -117,13 +103,9 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def apply(variant: Variant, layers: list[GatedAttention]) -> None:
-    """Change a model's layers, which are of variant.attention already, into variant's."""
-    for layer in layers:
-        variant.change(layer)
-        if variant.options:
-            plain = layer.options
-            layer.options = lambda x, state, plain=plain: plain(x, state) | variant.options
+def variant_of(name: str) -> Variant:
+    """The variant called name; a file of yours is an attention by its own name."""
+    return VARIANTS.get(name) or Variant(name)
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
@@ -137,6 +119,13 @@ class Task(ABC):
     learning_rate: float
     muon: float | None = None
     result: ClassVar[str]  # the number that the table shows
+    CAUSAL: ClassVar[bool] = True  # whether a token sees the past only
+    sizes: ClassVar[tuple[int, int, int]]  # layers, heads, dim
+
+    @property
+    def channels(self) -> int:
+        """D, of a head."""
+        return self.sizes[2] // self.sizes[1]
 
     @abstractmethod
     def build(self, variant: Variant) -> nn.Module:
@@ -290,15 +279,16 @@ class Bare(GatedAttention):
     def __init__(self, size: int, dim: int, variant: Variant):
         nn.Module.__init__(self)
         self.num_heads, self.causal, self.rope = 1, False, None
-        self.feature_map, self.norm_scale = ATTENTIONS[variant.attention], variant.norm_scale
-        if self.norm_scale is None:
+        self.attend = ATTENTIONS[variant.attention]
+        self.norm_aware, self.norm_scale = variant.norm_scale is None, None
+        if self.norm_aware:
             self.norm_scale = nn.Parameter(torch.full((1,), math.sqrt(dim)))
         self.query = nn.Linear(size, dim, bias=False)
         self.key = nn.Linear(size, dim, bias=False)
 
     def forward(self, asks: Tensor, told: Tensor, values: Tensor) -> Tensor:
         q, k = self.query(asks)[:, None], self.key(told)[:, None]  # (B, 1, N, D)
-        return self.attend(q, k, values[:, None], self.options(told, None), None)[0][:, 0]
+        return self.attend(q, k, values[:, None], causal=False, **self.options(told, 0))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -316,9 +306,12 @@ class Sharpness(Task):
     GROUPS: ClassVar[int] = 4
     ITEMS: ClassVar[int] = 16
     CHANNELS: ClassVar[int] = 8  # of a value
+    CAUSAL: ClassVar[bool] = False
+    sizes: ClassVar[tuple[int, int, int]] = (1, 1, 16)
 
     def build(self, variant: Variant) -> Bare:
-        return Bare(self.GROUPS + self.ITEMS, 32 if variant.wide else 16, variant)
+        dim = self.channels * (2 if variant.wide else 1)
+        return Bare(self.GROUPS + self.ITEMS, dim, variant)
 
     def layers(self, model: nn.Module) -> list[GatedAttention]:
         return [model]
@@ -431,6 +424,7 @@ class Pictures(Task):
     tested: int | None = None  # on how many images; None: all
     folder: Path | None = None  # None: download
     result = "test accuracy"
+    CAUSAL: ClassVar[bool] = False
 
     def load(self) -> data.Images:
         return _images("cifar10", self.folder)
