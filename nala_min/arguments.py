@@ -227,6 +227,8 @@ RULES: dict[str, Rule] = {
 
 def _check_attention(given: dict[str, Any]) -> None:
     """What must go together in linear_attention and nala_attention."""
+    if not {"q", "k"} <= given.keys():
+        return  # Python says which is missing
     mode, causal, state = (given.get(name) for name in ("mode", "causal", "state"))
     if mode in ("quadratic", "chunked", "recurrent") and not causal:
         raise ValueError(f"mode={mode!r} is causal: pass causal=True")
@@ -235,7 +237,8 @@ def _check_attention(given: dict[str, Any]) -> None:
             raise ValueError("a state needs causal=True and a mode other than 'parallel'")
     dim, positions = given["q"].shape[3], given.get("rope_positions")
     if state is not None and "query_features" not in given:
-        num_features = dim * (1 if given.get("feature_map") in ("elu", "relu") else 2)
+        feature_map = given.get("feature_map", "cosine")
+        num_features = model.key_features(given["k"][:1, :1, :1].detach(), feature_map).shape[3]
         if state.shape[2] != num_features:
             raise ValueError(f"state must have F = {num_features} features: {tuple(state.shape)}")
     if positions is not None and dim % (2 * positions.shape[1]):
@@ -291,8 +294,8 @@ PUBLIC: dict[str, dict[str, Any]] = {  # of model.py, and what checked is told o
 
 
 def public(name: str) -> Callable:
-    """model.py's function called name, with its arguments checked. It is looked up in each call, so
-    that whoever edits or replaces it there is heard."""
+    """model.py's function called name, with its arguments checked. Each call looks it up, so that
+    an edit of model.py takes effect at once."""
     function = getattr(model, name)
 
     @functools.wraps(function)

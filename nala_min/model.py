@@ -10,7 +10,7 @@ The whole method, for one head. The numbers are this project's, not the paper's:
   (2)  decompose    x = |x| d(x)                                   norm, direction
   (3)  entropy      PSE = -sum_i w_i log w_i                       how spread weights are
   (4)  theorem      softmax: dPSE/d|q| <= 0, a longer query is sharper
-  (5)  linear       o_t = phi(q_t) S / phi(q_t) . z,  S = sum_i phi(k_i)^T v_i,  z = sum_i phi(k_i)
+  (5)  linear       o_t = phi(q_t) S / (phi(q_t) . z),  S = sum phi(k_i)^T v_i,  z = sum phi(k_i)
   (6)  theorem      homogeneous phi (ReLU): dPSE/d|q| = 0, the norm cancels in (5)
   (7)  query        p = lam (tau + tanh |q|),  a_q = |d(q)|^p      power, magnitude
   (8)  key          a_k = |k|^lam                                  a key keeps its norm
@@ -46,7 +46,7 @@ from nala_min import fast  # the same numbers in less time, for linear_attention
 
 
 def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm (..., 1) and direction (..., D) of x (..., D), Eq. (2). The zero vector's is 0."""
+    """Norm (..., 1) and direction (..., D) of x (..., D), Eq. (2): 0 for a zero vector, both."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
     return norm, x / norm.masked_fill(norm == 0, 1.0)  # (..., 1), (..., D)
 
@@ -175,9 +175,9 @@ def linear_attention(
     key_mask: Tensor | None = None, state: Tensor | None = None, return_state: bool = False,
     rope_positions: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Linear attention with any features, Eq. (5): o_t = phi(q_t) S / phi(q_t) . z.
+    """Linear attention with any features, Eq. (5): o_t = phi(q_t) S / (phi(q_t) . z).
 
-    q, k: (B, H, N, D), v: (B, H, N, M). Returns (B, H, N, M) in v's dtype; sums run in float32.
+    q, k: (B, H, N, D), v: (B, H, N, M). Returns (B, H, N, M) in v's dtype; float32 or more within.
     query_features, key_features: (..., D) to non-negative (..., F), each token by itself.
     causal: token t sees tokens 0 ... t only. key_mask: (B, N) bool, False for padding.
     mode: if causal, "quadratic" (or "parallel"), "recurrent" or "chunked" by chunk_size tokens: the

@@ -307,7 +307,9 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
     rows: the runs of a card of nala_min.lab.compare.
     """
     picture, axes = figure()
-    for name, look in VARIANTS.items():
+    files = {row["variant"] for row in rows if row["variant"].endswith(".py")}  # a reader's own
+    own = {name: {"label": name, "color": "#666666", "linestyle": "-."} for name in sorted(files)}
+    for name, look in (VARIANTS | own).items():
         runs = [row for row in rows if row["variant"] == name]
         if not runs:
             continue

@@ -200,6 +200,21 @@ def test_sizes_that_queries_keys_and_values_share_are_compared(function):
                 FUNCTIONS[function](**right(function) | {name: tensor})
 
 
+def test_a_missing_tensor_is_named():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'q'"):
+        nala_min.nala_attention(k=k, v=RIGHT["v"])
+
+
+def test_a_state_has_as_many_features_as_the_feature_map_makes(monkeypatch):
+    """Also one that was edited."""
+    monkeypatch.setattr(nala_min.model, "cosine_map", lambda magnitude, direction, alpha: magnitude)
+    _, state = nala_min.nala_attention(q, k, RIGHT["v"], causal=True, return_state=True)
+    assert state.shape[2] == D
+    nala_min.nala_attention(q, k, RIGHT["v"], causal=True, state=state)
+    with pytest.raises(ValueError, match="state must have F = 4 features"):
+        nala_min.nala_attention(q, k, RIGHT["v"], causal=True, state=RIGHT["state"])
+
+
 def test_tokens_that_the_model_does_not_know_are_named():
     for wrong in (-1, 7):
         with pytest.raises(ValueError, match=r"tokens must be from 0 to 6: "):

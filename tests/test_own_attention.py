@@ -1,0 +1,173 @@
+"""`--attention FILE.py`, as the README shows it: it trains, goes on, samples, is measured and
+compared like any other."""
+
+import re
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from scripts import assert_mistake, flags_of, run_here
+
+import train_cifar
+import train_shakespeare
+from nala_min import ATTENTIONS, data, runcard
+from nala_min.flags import run_script
+from nala_min.lab import compare
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLE, USE = re.findall(r"```python title=mine.py\n(.+?)```.+?```bash\n(.+?)```", README, re.S)[0]
+TEXT = "".join(f"Line {i}: the quick brown fox jumps over 5 dogs.\n" for i in range(44))
+SIZES = {"layers": 2, "heads": 2, "dim": 16, "batch": 2, "steps": 4}
+ATTENTION = """
+from nala_min.model import softmax_attention
+
+def attention(q, k, v, *, causal, state=None, return_state=False):
+    return softmax_attention(q, k, 2 * v, causal=causal, state=state, return_state=return_state)
+"""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=["features", "attention"])
+def folder(request, tmp_path):
+    source = EXAMPLE if request.param == "features" else ATTENTION
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    yield tmp_path
+    ATTENTIONS.pop("mine.py", None)
+
+
+def text_run(folder, *flags):
+    sizes = flags_of(SIZES | {"block": 8})
+    return run_here(train_shakespeare, folder, *sizes, "--data", "text.txt", *flags)
+
+
+def test_the_example_is_as_short_as_it_says():
+    assert len([line for line in EXAMPLE.splitlines() if line.strip()]) == 4
+    commands = [line.partition("#")[0].strip() for line in USE.strip().splitlines()]
+    assert commands == [
+        "python train_shakespeare.py --attention mine.py",
+        'python train_shakespeare.py --attention mine.py --sample 500 --prompt "ROMEO:"',
+        "python train_cifar.py --attention nala,nala,mine.py",
+        "python -m nala_min.lab.compare --study recall --attention mine.py",
+    ]
+
+
+def test_it_trains_goes_on_and_samples(folder):
+    mine = ("--attention", "mine.py")
+    whole = text_run(folder, *mine, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "attention mine.py" in whole.stdout
+    card = runcard.read_json(folder / "whole" / "card.json")
+    (digest,) = card["config"]["attention_sha256"].values()
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert [block["attention"] for block in card["results"]["attention_stats"]] == ["mine.py"] * 2
+    assert all("entropy" in block for block in card["results"]["attention_stats"])
+
+    text = text_run(folder, *mine, "--sample", "30", "--prompt", "Line", "--out", "whole")
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("Line") and len(text.stdout) == 4 + 30 + 1
+    by_name = run_here(train_shakespeare, folder, "--sample", "30", "--prompt", "Line",
+                       "--out", "whole", "--device", "cpu")  # fmt: skip
+    assert by_name.stdout == text.stdout
+
+    again = text_run(folder, *mine, "--out", "whole", "--resume")
+    assert again.returncode == 0, again.stderr
+    default = text_run(folder, *mine)
+    assert default.returncode == 0
+    (run,) = (folder / "runs").iterdir()
+    assert run.name.startswith("shakespeare_cpu_mine_seed1")
+
+
+def test_it_may_be_one_block_s_of_an_image_model(folder, monkeypatch):
+    few = data.drawn_images(num_train=40, num_test=20)
+    monkeypatch.setattr(data, "drawn_images", lambda: few)
+    flags = [*flags_of(SIZES | {"layers": 3}), "--data", "synthetic", "--out", "run"]
+    result = run_here(train_cifar, folder, *flags, "--attention", "nala,nala,mine.py")
+    assert result.returncode == 0, result.stderr
+    assert "attention nala,nala,mine.py" in result.stdout
+    stats = runcard.read_json(folder / "run" / "card.json")["results"]["attention_stats"]
+    assert [block["attention"] for block in stats] == ["nala", "nala", "mine.py"]
+    tested = run_here(train_cifar, folder, "--eval", "--data", "synthetic", "--out", "run")
+    assert tested.returncode == 0, tested.stderr
+
+
+def test_a_file_that_changed_is_another_attention(folder):
+    assert text_run(folder, "--attention", "mine.py", "--out", "run").returncode == 0
+    with (folder / "mine.py").open("a", encoding="utf-8") as file:
+        file.write("\n# another\n")
+    changed = text_run(folder, "--sample", "5", "--out", "run")
+    assert_mistake(changed, train_shakespeare, "mine.py is not what the run was trained with")
+    resumed = text_run(folder, "--attention", "mine.py", "--out", "run", "--resume")
+    assert_mistake(resumed, train_shakespeare, "attention_sha256")
+    (folder / "mine.py").unlink()
+    gone = text_run(folder, "--sample", "5", "--out", "run")
+    assert_mistake(gone, train_shakespeare, "mine.py cannot be read")
+
+
+@pytest.mark.parametrize("folder", ["features"], indirect=True)
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("x = 1", "mine.py must define query_features and key_features, or else attention"),
+        (EXAMPLE.replace(".softmax(dim=-1)", ""), "mine.py: query_features must be finite and not"),
+        ("def f(:", "mine.py does not run: SyntaxError"),
+    ],
+)
+def test_a_file_that_will_not_do_is_one_line(folder, source, said):
+    (folder / "mine.py").write_text(source, encoding="utf-8")
+    for script in (train_shakespeare, train_cifar):
+        result = run_here(script, folder, *flags_of(SIZES), "--attention", "mine.py")
+        assert_mistake(result, script, said)
+    result = run_here(train_shakespeare, folder, *flags_of(SIZES), "--attention", "other.py")
+    assert_mistake(result, train_shakespeare, "other.py cannot be read: No such file")
+
+
+@pytest.mark.parametrize("folder", ["features"], indirect=True)
+def test_it_is_compared(folder, monkeypatch, capsys):
+    """Among the others, in processes of their own; and what is done is not done again, until the
+    file changes."""
+    monkeypatch.chdir(folder)
+    small = compare.STUDIES["recall"]
+    task = replace(small.task, steps=2, pairs=(4, 64), tokens=256)
+    study = replace(small, task=task, variants=("nala", "elu"), seeds=1)
+    monkeypatch.setitem(compare.STUDIES, "recall", study)
+    argv = ["compare", "--study", "recall", "--attention", "mine.py", "--workers", "1"]
+    monkeypatch.setattr("sys.argv", argv)
+    run_script(compare.main)
+    assert "mine.py" in capsys.readouterr().out
+    card = runcard.read_json(folder / "runs" / "compare" / "recall.json")
+    assert [row["variant"] for row in card["results"]["runs"]] == ["nala", "elu", "mine.py"]
+    assert card["command"].endswith("--study recall --attention mine.py")
+    assert list(card["config"]["attention_sha256"]) == ["mine.py"]
+    assert "attention_stats" in card["results"]["runs"][-1]
+
+    ran = []
+    work = partial(lambda name: ran.append(name) or {"variant": name, "seed": 1})
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *_, **__: Here(work))
+    study = compare.chosen(compare.Settings(study="recall", attention="mine.py"), "recall")
+    compare.run_all(study, folder / "runs" / "compare" / "recall", 1, "cpu")
+    assert ran == []
+    (folder / "mine.py").write_text(EXAMPLE + "\n", encoding="utf-8")
+    compare.run_all(study, folder / "runs" / "compare" / "recall", 1, "cpu")
+    assert ran == ["mine.py"]
+
+
+class Here:
+    """An executor that notes whom it was to run, in this process."""
+
+    def __init__(self, work):
+        self.work = work
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, task, name, *rest):
+        job = Future()
+        job.set_result(self.work(name))
+        return job
