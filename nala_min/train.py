@@ -38,7 +38,7 @@ class Settings:
         None, "sizes and recipe (default: gpu with CUDA, else cpu)", choices=["cpu", "gpu"]
     )
     attention: str = flag(
-        "nala", "name or FILE.py of every block's, or one for each: nala,nala,softmax,softmax"
+        "nala", "of every block, a name or your FILE.py; or one for each: nala,nala,softmax,softmax"
     )
     seed: int = flag(1, "of initial weights, data order and dropout")
     out: Path | None = flag(
@@ -72,12 +72,14 @@ class Settings:
         if self.dropout >= 1:
             raise UsageError(f"--dropout {self.dropout} is not a share from 0 to less than 1")
         self.files: dict[str, str] = {}  # SHA-256 of each file that --attention names
-        try:
-            options = block_options(self.config())
-            for name in filter(relatives.is_file, self.attention.split(",")):
-                dim = max(1, self.dim // self.heads)
+        for name in filter(relatives.is_file, self.attention.split(",")):
+            dim = max(1, self.dim // self.heads)
+            try:
                 self.files[name] = relatives.register(name, dim, causal=self.CAUSAL)
-            BlockConfig(**options, conv_size=1)
+            except ValueError as error:
+                raise UsageError(f"--attention {error}") from error
+        try:
+            BlockConfig(**block_options(self.config()), conv_size=1)
         except ValueError as error:
             raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
         if not 0 <= self.seed < 2**63:
@@ -93,8 +95,7 @@ class Settings:
     def config(self) -> dict[str, Any]:
         """What decides the result, ready for JSON."""
         flags = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
-        files = getattr(self, "files", {})
-        return flags | ({"attention_sha256": files} if files else {})
+        return flags | ({"attention_sha256": self.files} if self.files else {})
 
     def recipe(self, device: torch.device) -> Recipe:
         """How to train: ten points on the curve, and on a CUDA card in bfloat16."""

@@ -120,7 +120,7 @@ def test_a_file_that_will_not_do_is_one_line(folder, source, said):
     (folder / "mine.py").write_text(source, encoding="utf-8")
     for script in (train_shakespeare, train_cifar):
         result = run_here(script, folder, *flags_of(SIZES), "--attention", "mine.py")
-        assert_mistake(result, script, said)
+        assert_mistake(result, script, f"--attention {said}")
     result = run_here(train_shakespeare, folder, *flags_of(SIZES), "--attention", "other.py")
     assert_mistake(result, train_shakespeare, "other.py cannot be read: No such file")
 

@@ -234,7 +234,7 @@ def main() -> None:
             try:
                 identity = _identity(study.task, settings.attention)
             except ValueError as error:
-                raise UsageError(f"--attention: {error}") from error
+                raise UsageError(f"--attention {error}") from error
             files = {"attention_sha256": {settings.attention: identity["attention_sha256"]}}
         print(f"{name}: {len(study.variants)} attentions, {study.seeds} seeds.")
         rows = run_all(study, folder, settings.workers, settings.device)

@@ -64,12 +64,8 @@ NAMES |= {new: old for old, new in NAMES.items()}
 # Mutants that do what model.py does: the key of each, as printed for a survivor, and the reason.
 EQUIVALENT: dict[str, str] = {
     "sign_split: `direction < 0` -> `direction <= 0`": "a channel of 0 has magnitude 0",
-    "_attend: `64` -> `65`": "chunks of any size give the same numbers",
-    "nala_attention: `q.shape[2]` -> `q.shape[3]`": "the recurrent form gives the same numbers",
-    "attention_weights: `one_hot.expand(*q.shape[:2], -1, -1)` -> `one_hot`": "it is broadcast",
-    "BlockConfig.__post_init__: `set(self.attentions)` -> `self.attentions`": (
-        "keys can be taken away from any sequence, which gives a set"
-    ),
+    "chunked: `64` -> `65`": "chunks of any size give the same numbers",
+    "linear_attention.sums_of: `64` -> `65`": "chunks of any size give the same numbers",
     "NaLaLM.generate: `F.softmax(logits / temperature, dim=-1)`"
     " -> `F.softmax(logits / temperature, dim=1)`": "there are two dimensions",
 }
