@@ -15,13 +15,17 @@ import inspect
 import math
 import reprlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.fx
+from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple as register_namedtuple
+from torch.utils._pytree import tree_leaves
 
 from nala_min import model
 
@@ -96,7 +100,8 @@ def check(given: dict[str, Any], specs: dict[str, Any] | None = None) -> None:
                 raise ValueError(
                     f"{name} must be on {first[1].device}, as {first[0]} is: {value.device}"
                 )
-            if name in ("k", "v") and (value.dtype == DOUBLE) != (first[1].dtype == DOUBLE):
+            mixed = (value.dtype == DOUBLE) != (first[1].dtype == DOUBLE)
+            if mixed and name in ("k", "v", "state"):
                 raise TypeError(f"{name} must be {first[1].dtype}, as {first[0]} is: {_got(value)}")
         elif isinstance(spec, tuple | list):
             if not (callable in spec and callable(value)):
@@ -115,7 +120,9 @@ def _check_tensor(name: str, value: Any, spec: str, sizes: dict[str, tuple[int, 
     *letters, last = spec.split()
     kind = last if last in KINDS else "floating"
     letters += [] if last in KINDS else [last]
-    shape = f"{kind} ({', '.join(letters)})"
+    shape = f"{KIND_NAMES.get(kind, kind)} ({', '.join(letters)})"
+    if isinstance(value, torch.fx.Proxy):
+        raise TypeError(f"{name} is traced by torch.fx, which cannot follow it: use torch.export")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, {shape}: {_got(value)}")
     if not KINDS[kind](value):
@@ -144,10 +151,16 @@ def _check_tensor(name: str, value: Any, spec: str, sizes: dict[str, tuple[int, 
 
 
 def _check_tokens(name: str, tokens: Tensor, size: int) -> None:
-    """On a CPU only: on another device a look at them would wait for it."""
-    if not tokens.is_cpu or torch._C._are_functorch_transforms_active() or not tokens.numel():
+    """On a CPU only: on another device a look at them would wait for it. A subclass may have no
+    values to look at."""
+    if type(tokens) is not Tensor or not tokens.is_cpu or not tokens.numel():
         return
-    least, most = (x.item() for x in tokens.aminmax())
+    if torch._C._are_functorch_transforms_active():
+        return
+    found = tokens.aminmax()
+    if type(found.min) is not Tensor:  # as under FakeTensorMode
+        return
+    least, most = found.min.item(), found.max.item()
     if least < 0 or most >= size:
         raise ValueError(f"{name} must be from 0 to {size - 1}: {least} to {most}")
 
@@ -162,6 +175,7 @@ def _check_leading(name: str, value: Tensor, before: list[int], sizes: dict) -> 
         ) from None
 
 
+KIND_NAMES = {"token": "int64 or int32", "real": "of real numbers"}
 KINDS: dict[str, Callable[[Tensor], bool]] = {
     "floating": Tensor.is_floating_point,
     "bool": lambda x: x.dtype == torch.bool,
@@ -210,7 +224,10 @@ _COUNT = _number("a positive whole number", lambda x: 0 < x < 2**63, whole=True)
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("lam", "alpha", "norm_scale"), _POSITIVE),
-    **dict.fromkeys(("tau", "temperature"), _NOT_NEGATIVE),
+    "tau": _NOT_NEGATIVE,
+    "temperature": _number(
+        "0, or a finite number from 1e-30", lambda x: not x or 1e-30 <= x < math.inf
+    ),
     **dict.fromkeys(("num_layers", "num_heads", "dim", "conv_size", "patch_size"), _COUNT),
     **dict.fromkeys(("vocab_size", "num_classes", "num_features"), _COUNT),
     **dict.fromkeys(("chunk_size", "top_k"), _COUNT),
@@ -247,6 +264,10 @@ def _check_attention(given: dict[str, Any]) -> None:
 
 
 def _check_softmax(given: dict[str, Any]) -> None:
+    if {"q", "k"} <= given.keys() and given.get("causal") and given.get("state") is None:
+        queries, keys = given["q"].shape[2], given["k"].shape[2]
+        if queries > keys:
+            raise ValueError(f"causal=True needs a key for each query: {queries} and {keys}")
     if given.get("state") is not None and given.get("key_mask") is not None:
         raise ValueError("key_mask must be None with a state: it knows nothing of earlier keys")
 
@@ -308,6 +329,22 @@ def public(name: str) -> Callable:
         options = [p for p in options if p.kind is p.KEYWORD_ONLY]
         call.__signature__ = inspect.signature(function).replace(parameters=own + options)
     return checked(**PUBLIC[name])(call)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards, also after an error, every module is as it was."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# torch.export writes states as what they are.
+register_namedtuple(model.BlockState, serialized_type_name="nala_min.BlockState")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,12 +418,22 @@ class NaLaLM(model.NaLaLM):
     def forward(self, tokens, state=None):
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"state must be of {len(self.blocks)} blocks: {len(state)}")
+        for each in state or ():
+            if not isinstance(each, model.BlockState):
+                raise TypeError(f"state must be of BlockState, as forward returns: {_got(each)}")
+            for x in tree_leaves(each):
+                if isinstance(x, Tensor) and x.shape[:1] != tokens.shape[:1]:
+                    raise ValueError(f"state must be of {len(tokens)} texts, as tokens: {len(x)}")
         return super().forward(tokens, state)
 
     @checked(tokens="B N token")
     @functools.wraps(model.NaLaLM.generate)
     def generate(self, tokens, num_tokens, **options):
-        return super().generate(tokens, num_tokens, **options)
+        with evaluating(self):
+            return super().generate(tokens, num_tokens, **options)
+
+    def _replicate_for_data_parallel(self):
+        raise TypeError("DataParallel cannot gather the state of a NaLaLM: use torchrun")
 
 
 class NaLaViT(model.NaLaViT):

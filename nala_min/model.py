@@ -122,7 +122,7 @@ def key_features(k: Tensor, feature_map="cosine", *, lam=3.0, alpha=20.0) -> Ten
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # a bfloat16 sum of 1s stops at 256
 
 
 # elu is elu(x) + 1, in a form that does not round to 0.
@@ -156,7 +156,6 @@ def recurrent(phi_q, phi_k, values, state):
 def chunked(phi_q, phi_k, values, state, chunk_size=64):
     """Eq. (15), causal: quadratic within a chunk, the state of Eq. (14) between chunks."""
     num_tokens = phi_q.shape[2]
-    chunk_size = min(chunk_size, num_tokens)
     padding = -num_tokens % chunk_size  # a key of zero features adds nothing
     q, k, v = (
         F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, chunk_size)) for x in (phi_q, phi_k, values)
@@ -201,7 +200,7 @@ def linear_attention(
             return recurrent(phi_q, phi_k, values, state)
         return chunked(phi_q, phi_k, values, state, chunk_size or 64)
 
-    with torch.autocast(q.device.type, enabled=False):  # a bfloat16 sum of ones stops at 256
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         phi_q = query_features(at_least_float32(q))  # (B, H, N, F)
         phi_k = key_features(at_least_float32(k))  # (B, H, N, F)
         if key_mask is not None:  # out of numerator and normaliser
@@ -256,7 +255,7 @@ def softmax_attention(q, k, v, *, causal=False, key_mask=None, state=None, retur
     if state is not None:
         k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
     mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
-    if causal and (state is not None or mask is not None):  # the kernel's own mask knows neither
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):  # else its own mask will do
         visible = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         mask, causal = (visible if mask is None else visible & mask), False
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)  # (B, H, N, M)
@@ -441,12 +440,12 @@ class NaLaLM(nn.Module):
             logits, state = self(text[-1], state)
             logits = logits[:, -1]  # (B, V)
             if top_k is not None:
-                threshold = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
-                logits = logits.masked_fill(logits < threshold, -math.inf)  # (B, V)
+                kept, index = logits.topk(min(top_k, logits.shape[1]))
+                logits = torch.full_like(logits, -math.inf).scatter(1, index, kept)  # (B, V)
             if temperature == 0:
                 text.append(logits.argmax(dim=-1, keepdim=True))
             else:
-                probs = F.softmax(logits / temperature, dim=-1)  # (B, V)
+                probs = F.softmax((logits - logits.amax(1, keepdim=True)) / temperature, dim=1)
                 text.append(torch.multinomial(probs, 1, generator=generator))
         self.train(was_training)
         return torch.cat(text, dim=1)

@@ -54,6 +54,7 @@ NUMBERS = {
     arguments._COUNT: [0, -1, 1.5, math.nan, "3", True, 2**70, [1]],
     arguments._truth: [0, 1, "yes", torch.tensor(True)],
     arguments._names: [5, ["nala", 5], b"nala"],
+    arguments.RULES["temperature"]: [math.nan, math.inf, -1.0, 1e-40, "3", True, 1j, [1.0]],
     arguments.RULES["dropout"]: [math.nan, 1.0, -0.1, "0.1", True],
     arguments.RULES["num_tokens"]: [-1, 1.5, "3", True, 2**70],
     arguments.RULES["seed"]: [-1, 1.5, "3", True, 2**70],

@@ -130,21 +130,21 @@ ZOO = {
     ),
     # fast-transformers #32, Sana #267
     "half precision is not summed in float32": (
-        "return x.to(torch.promote_types(x.dtype, torch.float32))",
-        "return x",
+        "return x.to(torch.promote_types(x.dtype, torch.float32))  # a",
+        "return x  # a",
         proofs.test_half_precision_counts_to_many_tokens,
         {"feature_map": "cosine", "readable": True, "causal": True, "dtype": torch.float16},
     ),
     "autocast lowers the sums": (
-        "with torch.autocast(q.device.type, enabled=False):",
+        'with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):',
         "if True:",
         proofs.test_autocast_changes_nothing,
         {"mode": "chunked"},
     ),
     # linear-attention-transformer and others: 2 GiB at B 4, H 8, N 2048 in float32
     "a state for every token": (
-        "chunk_size = min(chunk_size, num_tokens)",
-        "chunk_size = 1",
+        "padding = -num_tokens % chunk_size",
+        "chunk_size = 1\n    padding = -num_tokens % chunk_size",
         proofs.test_chunked_form_keeps_no_state_for_each_token,
         {"mode": "chunked"},
     ),

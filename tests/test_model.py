@@ -3,6 +3,7 @@ them with broken copies, which they must reject. Numbers in brackets are equatio
 
 import ast
 import inspect
+import io
 import itertools
 import math
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -233,6 +235,26 @@ def test_baselines_are_elu_plus_one_and_relu(model):
         assert torch.equal(features(x, "relu"), x.clamp_min(0))
         zero = torch.zeros(1, 1, requires_grad=True)  # elu is smooth: its slope at 0 is 1
         assert torch.autograd.grad(features(zero, "elu").sum(), zero)[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_features_are_float32_at_least(model, feature_map, dtype):
+    """Also those of one's own, in every form."""
+    q, k, v = (x.detach().to(dtype) for x in random_qkv(5))
+    for features in (model.query_features, model.key_features):
+        assert features(q, feature_map).dtype == torch.float32
+        assert features(q.double(), feature_map).dtype == torch.float64
+    seen = []
+
+    def own(x):
+        seen.append(x.dtype)
+        return torch.relu(x)
+
+    for mode in ("auto", "quadratic", "chunked", "recurrent"):
+        out = model.linear_attention(q, k, v, own, own, causal=True, mode=mode)
+        assert out.dtype == dtype
+    assert set(seen) <= {torch.float32, torch.float64} and seen[-4:] == [torch.float32] * 4
 
 
 def test_elu_survives_very_negative_bfloat16(model):
@@ -554,6 +576,20 @@ def test_softmax_attention_by_hand(model, causal):
             assert_close(rest[b, h, t - 2], want)
 
 
+def test_fewer_queries_than_keys_are_the_last_ones(model):
+    """One meaning, with a mask, without one, and after a state."""
+    q, k, v = (x.detach() for x in random_qkv(5))
+    want = model.softmax_attention(q, k, v, causal=True)[:, :, 3:]
+    mask = torch.ones(B, 5, dtype=torch.bool)
+    assert_close(model.softmax_attention(q[:, :, 3:], k, v, causal=True), want)
+    assert_close(model.softmax_attention(q[:, :, 3:], k, v, causal=True, key_mask=mask), want)
+    past = k[:, :, :3], v[:, :, :3]
+    new = (x[:, :, 3:] for x in (q, k, v))
+    assert_close(model.softmax_attention(*new, causal=True, state=past), want)
+    with pytest.raises(ValueError, match="causal=True needs a key for each query: 5 and 2"):
+        nala_min.softmax_attention(q, k[:, :, :2], v[:, :, :2], causal=True)
+
+
 @pytest.mark.parametrize("feature_map", [*FEATURE_MAPS, "softmax"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_weights_are_what_the_output_is_made_of(model, feature_map, causal):
@@ -767,9 +803,9 @@ def test_heads_that_cannot_be_turned_are_named(kind, dim):
         MODELS[kind](nala_min, dim=dim, rope="numerator", patch_size=1)
 
 
-def test_rotated_features_keep_their_dtype(model):
+def test_rotated_features_keep_their_dtype_and_their_shape(model):
     turned = model.rotate(torch.randn(3, 4), torch.rand(3, 2, dtype=torch.float64))
-    assert turned.dtype == torch.float32
+    assert turned.dtype == torch.float32 and turned.shape == (3, 4)
 
 
 # --- 5. The language model ------------------------------------------------------------------------
@@ -919,6 +955,110 @@ def test_generate_is_seeded_and_keeps_the_mode(model):
     assert lm.training
     assert torch.equal(lm.generate(prompt, 40, top_k=1), lm.generate(prompt, 40, temperature=0))
     assert torch.equal(lm.generate(prompt, 40, top_k=99, seed=1), a)
+
+
+def test_top_k_keeps_k_tokens_of_equal_logits(model):
+    """And a temperature of next to nothing takes the likeliest."""
+    lm, prompt = small_lm(model), torch.zeros(2000, 1, dtype=torch.long)
+    lm.head.weight.data.zero_()
+    for top_k in (1, 3, 99):
+        drawn = lm.generate(prompt, 1, top_k=top_k, seed=0)[:, 1]
+        assert len(drawn.unique()) == min(top_k, 11)
+    lm = small_lm(model)
+    for temperature in (1e-40, 1e-30):
+        got = lm.generate(prompt[:2], 20, temperature=temperature, seed=0)
+        assert torch.equal(got, lm.generate(prompt[:2], 20, temperature=0))
+
+
+def test_generate_gives_every_module_its_mode_back():
+    """Also after an error, and where a part was in another mode."""
+    lm = small_lm(nala_min, dropout=0.5).train()
+    lm.blocks[0].eval()
+    modes = [module.training for module in lm.modules()]
+    lm.generate(torch.zeros(1, 2, dtype=torch.long), 2)
+    assert [module.training for module in lm.modules()] == modes
+    lm.head.register_forward_hook(lambda *call: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lm.generate(torch.zeros(1, 2, dtype=torch.long), 2)
+    assert [module.training for module in lm.modules()] == modes
+
+
+def test_states_that_do_not_go_with_the_tokens_are_named():
+    lm, tokens = small_lm(nala_min), torch.zeros(2, 3, dtype=torch.long)
+    _, state = lm(tokens)
+    with pytest.raises(ValueError, match="state must be of 1 texts, as tokens: 2"):
+        lm(tokens[:1], state)
+    with pytest.raises(TypeError, match="state must be of BlockState, as forward returns: 1, int"):
+        lm(tokens, [1, 2])
+    _, state = nala_min.nala_attention(*random_qkv(3), causal=True, return_state=True)
+    for mode in ("auto", "chunked", "recurrent"):
+        with pytest.raises(TypeError, match=r"state must be torch\.float32, as q is: float64"):
+            low = (x.float() for x in random_qkv(3))
+            nala_min.nala_attention(*low, causal=True, state=state, mode=mode)
+
+
+# --- Where there are no values to look at ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": "numerator"}, {"attention": "softmax"}], ids=str)
+@pytest.mark.parametrize("kind", ["LM", "ViT"])
+def test_shapes_go_through_without_values(kind, options):
+    """On the device "meta", and of fake tensors, forwards and backwards."""
+    inputs = torch.zeros(2, 9, dtype=torch.long) if kind == "LM" else torch.randn(2, 3, 9, 6)
+    for context in (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True)):
+        with context:
+            net = MODELS[kind](nala_min, **options)
+            x = inputs.to("meta") if isinstance(context, torch.device) else inputs
+            out = net(x)[0] if kind == "LM" else net(x)
+            out.sum().backward()
+        assert out.shape == ((2, 9, 11) if kind == "LM" else (2, 7))
+        assert all(parameter.grad.shape == parameter.shape for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["LM", "ViT"])
+def test_an_exported_model_is_saved_and_does_the_same(kind):
+    net = MODELS[kind](nala_min).eval()
+    inputs = torch.randint(11, (2, 9)) if kind == "LM" else torch.randn(2, 3, 9, 6)
+    torch.export.save(torch.export.export(net, (inputs,)), content := io.BytesIO())
+    content.seek(0)
+    again = torch.export.load(content).module()
+    got, want = again(inputs), net(inputs)
+    assert_close(got, want)
+
+
+def test_what_cannot_be_followed_says_so():
+    lm = small_lm(nala_min)
+    with pytest.raises(TypeError, match=r"use torch\.export"):
+        torch.fx.symbolic_trace(lm)
+    with pytest.raises(TypeError, match=r"use torch\.export"):
+        torch.fx.symbolic_trace(lambda q, k, v: nala_min.nala_attention(q, k, v))
+    with pytest.raises(TypeError, match=r"DataParallel .* use torchrun"):
+        lm._replicate_for_data_parallel()  # which DataParallel asks for
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_angle(model, dtype):
+    places = torch.arange(3000)[:, None]
+    want = model.rotary_angles(places, 8)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(model.rotary_angles(places, 8), want)
+        q, k, v = (x.float() for x in random_qkv(40))
+        assert model.nala_attention(q, k, v, causal=True).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_keyword_that_nobody_takes_is_refused():
+    q, k, v = random_qkv(3)
+    for call in (nala_min.nala_attention, nala_min.linear_attention, nala_min.softmax_attention):
+        with pytest.raises(TypeError, match="casual"):
+            call(q, k, v, casual=True)
+    for feature_map in ("cosine", "softmax", "elu"):
+        with pytest.raises(TypeError, match="casual"):
+            nala_min.attention_weights(q, k, feature_map=feature_map, casual=True)
+    with pytest.raises(TypeError, match="lam"):
+        nala_min.attention_weights(q, k, feature_map="softmax", lam=3.0)
 
 
 def test_dropout_acts_in_training_only(model):

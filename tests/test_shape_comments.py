@@ -146,7 +146,7 @@ def weights_scenario():
 def lm_scenario(**options):
     """The model, where a value has as many channels as a key and a text is one chunk."""
     sizes = {"B": 2, "H": 3, "N": 13, "D": 6, "M": 6, "E": 18, "V": 17, "W": 5, "F": 12}
-    sizes |= {"T": 1, "C": sizes["N"], "A": 1}
+    sizes |= {"T": 1, "C": 64, "A": 1}
     prompt = torch.randint(sizes["V"], (sizes["B"], sizes["N"]))
 
     def run(module):

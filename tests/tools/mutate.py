@@ -64,10 +64,15 @@ NAMES |= {new: old for old, new in NAMES.items()}
 # Mutants that do what model.py does: the key of each, as printed for a survivor, and the reason.
 EQUIVALENT: dict[str, str] = {
     "sign_split: `direction < 0` -> `direction <= 0`": "a channel of 0 has magnitude 0",
+    "decompose: `1.0` -> `2.0`": "0 divided by any number is 0",
+    **dict.fromkeys(
+        (f'{name}: `"cosine"` -> `"XXcosine"`' for name in ("query_features", "key_features")),
+        "what has no other name is the cosine map; arguments.py refuses other names",
+    ),
+    'nala_attention: `"cosine"` -> `"XXcosine"`': "the same",
     "chunked: `64` -> `65`": "chunks of any size give the same numbers",
     "linear_attention.sums_of: `64` -> `65`": "chunks of any size give the same numbers",
-    "NaLaLM.generate: `F.softmax(logits / temperature, dim=-1)`"
-    " -> `F.softmax(logits / temperature, dim=1)`": "there are two dimensions",
+    "NaLaLM.generate: `dim=-1` -> `dim=1`": "there are two dimensions",
 }
 
 
