@@ -6,13 +6,21 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import types
 import typing
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import (
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from nala_min import distributed
 
@@ -41,6 +49,15 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
+def path(text: str) -> Path:
+    """A path from the command line, where ~ is the home folder, also behind "--out="."""
+    expanded = os.path.expanduser(text)  # Path's would take ./~ for it as well
+    if expanded.startswith("~"):
+        mend = "name the folder in full, or write ./ before ~"
+        raise argparse.ArgumentTypeError(f"{text}: no such home folder: {mend}")
+    return Path(expanded)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -49,11 +66,12 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
     """Read argv (the command line by default) into the dataclass settings, a flag a field.
 
-    Its docstring is the description; PRESETS, if it has them, stand in the help of what they set.
+    Its docstring is the description, if Python keeps it; PRESETS, if it has them, stand in the help
+    of what they set.
     Prints one line and exits with code 2 on a flag that is unknown or does not parse.
     """
     parser = _Parser(
-        description=settings.__doc__,
+        description=settings.__doc__ if sys.flags.optimize < 2 else None,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
     )
     hints = typing.get_type_hints(settings)
@@ -71,7 +89,8 @@ def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
         if kind is bool:
             options["action"] = "store_true"
         else:
-            options |= {"type": kind, "choices": item.metadata["choices"]}
+            read = path if kind is Path else kind
+            options |= {"type": read, "choices": item.metadata["choices"]}
             options["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
         parser.add_argument("--" + item.name.replace("_", "-"), **options)
     return settings(**vars(parser.parse_args(argv)))
@@ -80,12 +99,15 @@ def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main: a user's mistake is one line on stderr and exit code 2.
 
-    Under torchrun in each of its processes, of which only the first prints what goes well.
+    Under torchrun in each of its processes, of which only the first prints what goes well. What
+    cannot be printed is dropped: no run ends because nobody reads it.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's Ctrl-C
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may not know every character of a text
-    with distributed.job(), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        for name in ("SIGTERM", "SIGHUP"):  # a cluster's Ctrl-C; the terminal is closed
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, signal.default_int_handler)
+    with _output() as nowhere, distributed.job():
         try:
             with redirect_stdout(nowhere) if distributed.rank() else nullcontext():
                 main()
@@ -111,6 +133,59 @@ def run_script(main: Callable[[], None]) -> None:
             _exit(f"error: {error}", 1)
 
 
+class _Output:
+    """A standard stream, whoever made it, that drops what it cannot write and never raises."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:  # a console may not know every character of a text
+            encoding = getattr(self._stream, "encoding", None) or "ascii"
+            self._attempt("write", text.encode(encoding, "replace").decode(encoding))
+        except Exception as error:
+            self._drop(error)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def _attempt(self, method: str, *arguments: str) -> None:
+        try:
+            getattr(self._stream, method)(*arguments)
+        except Exception as error:
+            self._drop(error)
+
+    def _drop(self, error: Exception) -> None:
+        """After a broken pipe point its descriptor at nothing, or Python's own flush at exit fails,
+        with an exit code of 120. A stream that is only busy may be read again later."""
+        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            with suppress(Exception), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def _output() -> Iterator[TextIO]:
+    """Make both standard streams safe to write to inside the block. Gives a stream to nowhere."""
+    with ExitStack() as stack:
+        for _ in range(3):  # takes the descriptors of streams that were closed before Python began:
+            # no file of a run may get one, since libraries print to them
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        stack.enter_context(redirect_stdout(out := _Output(sys.stdout or nowhere)))
+        stack.enter_context(redirect_stderr(err := _Output(sys.stderr or nowhere)))
+        try:
+            yield nowhere
+        finally:
+            out.flush()
+            err.flush()
+
+
 def _exit(message: str, code: int) -> NoReturn:
+    message = " ".join(message.splitlines())  # what libraries raise may have many
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)

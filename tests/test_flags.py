@@ -1,15 +1,25 @@
 """Wrong values of every flag of every command, made from its dataclass: one line that names the
-flag, and exit code 2."""
+flag, and exit code 2. And standard streams of every kind: no run ends because of its output."""
 
+import io
+import os
+import signal
+import subprocess
+import sys
 import types
 import typing
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
+from scripts import environment, flags_of
 
 import train_cifar
 import train_shakespeare
-from nala_min.flags import parse_flags, run_script
+from nala_min import flags
+from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.lab import bench, compare
 
 COMMANDS = {
@@ -18,6 +28,10 @@ COMMANDS = {
     "bench.py": bench.Settings,
     "compare.py": compare.Settings,
 }
+ROOT = Path(__file__).parent.parent
+TEXT = ["Der Rabe flog im Mai.\n" * 40, "text.txt"]
+SMALL = {"layers": 1, "heads": 2, "dim": 8, "block": 8, "batch": 2, "steps": 3}
+TRAIN = [*flags_of(SMALL), "--data", TEXT[1], "--out", "run"]
 WRONG = {
     int: ["x", "1.5", "", "0x10", "-1", str(2**70)],
     float: ["x", "nan", "inf", "-0.5", "", "-1e400"],
@@ -69,3 +83,174 @@ def test_every_flag_has_a_wrong_value_or_is_free():
         tried = {case.values[1] for case in CASES if case.values[0] == command}
         free = {item.name.replace("_", "-") for item in fields(settings) if item.name in FREE}
         assert tried | free == {item.name.replace("_", "-") for item in fields(settings)}
+
+
+@dataclass
+class Place:
+    out: Path = flag(Path("runs"), "where")
+
+
+def test_a_tilde_is_the_home_folder_behind_an_equals_sign_too(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("USERPROFILE", "/home/somebody")  # on Windows
+    for argv in (["--out=~/x"], ["--out", "~/x"]):
+        assert parse_flags(Place, argv).out == Path("/home/somebody/x")
+    assert parse_flags(Place, ["--out=./~/x"]).out == Path("./~/x")
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(Place, ["--out=~nobody-of-that-name/x"])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "argument --out: ~nobody-of-that-name/x: no such home folder" in error
+    assert error.count("\n") == 1
+
+
+def test_without_docstrings_there_is_no_description(monkeypatch, capsys):
+    monkeypatch.setattr(flags.sys, "flags", types.SimpleNamespace(optimize=2))
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(Place, ["--help"])
+    assert exit.value.code == 0 and "Place(" not in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_line_even_if_its_message_has_many(capsys):
+    def main():
+        raise UsageError("one\ntwo\r\nthree")
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert capsys.readouterr().err.endswith("error: one two three\n")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
+def test_a_closed_terminal_is_a_ctrl_c_unless_it_is_to_be_ignored(before):
+    old = signal.signal(signal.SIGHUP, before)
+    try:
+        run_script(lambda: None)
+        asked = signal.default_int_handler if before == signal.SIG_DFL else before
+        assert signal.getsignal(signal.SIGHUP) == asked
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+# --- Standard streams -----------------------------------------------------------------------------
+
+
+class Foreign:
+    """Has as little as a stream can have."""
+
+    def __init__(self, error=None):
+        self.text, self.error = "", error
+
+    def write(self, text):
+        if self.error:
+            raise self.error
+        self.text += text
+
+
+def speak():
+    print("out", flush=True)
+    print("err", file=sys.stderr, flush=True)
+
+
+def test_a_stream_that_is_not_python_s_own_is_written_to(monkeypatch):
+    out, err = Foreign(), Foreign()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    run_script(speak)
+    assert (out.text, err.text) == ("out\n", "err\n")
+    assert sys.stdout is out and sys.stderr is err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(32, "Broken pipe"),
+        OSError(22, "Invalid argument"),
+        BlockingIOError(11, "busy"),
+        ValueError("I/O operation on closed file"),
+        RuntimeError("a kernel is gone"),
+        None,
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_stream_that_is_broken_closed_or_none_ends_nothing(error, monkeypatch):
+    done = []
+    for name in ("sys.stdout", "sys.stderr"):
+        monkeypatch.setattr(name, error and Foreign(error))
+
+    def main():
+        speak()
+        done.append(True)
+        raise UsageError("of which nobody hears")
+
+    with pytest.raises(SystemExit) as exit:
+        run_script(main)
+    assert done and exit.value.code == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437"])
+def test_what_a_console_cannot_show_is_a_question_mark(encoding, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    monkeypatch.setattr("sys.stdout", console)
+    run_script(lambda: print("5 € an hour © \udc80"))
+    assert console.buffer.getvalue() == b"5 ? an hour ? ?\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / TEXT[1]).write_text(TEXT[0], encoding="utf-8")
+    return tmp_path
+
+
+def assert_finished(folder):
+    assert {"checkpoint.pt", "card.json", "curve.png"} <= {
+        p.name for p in (folder / "run").iterdir()
+    }
+
+
+@pytest.mark.parametrize("streams", [["stdout"], ["stderr"], ["stdout", "stderr"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_run_whose_reader_goes_away_is_finished(streams, unbuffered, folder):
+    """As with `| head -1`: the pipe breaks at the first byte, or is found broken at the last."""
+    read, write = os.pipe()
+    os.close(read)
+    given = {name: subprocess.DEVNULL for name in ("stdout", "stderr")} | dict.fromkeys(
+        streams, write
+    )
+    command = [sys.executable, train_shakespeare.__file__, *TRAIN]
+    more = environment(folder) | {"PYTHONUNBUFFERED": unbuffered}
+    code = subprocess.run(
+        command, cwd=folder, env=os.environ | more, timeout=300, **given
+    ).returncode
+    os.close(write)
+    assert code == 0
+    assert_finished(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes descriptors")
+def test_a_run_without_streams_is_finished_and_no_file_takes_their_place(folder):
+    command = [sys.executable, train_shakespeare.__file__, *TRAIN]
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command],
+        cwd=folder,
+        env=os.environ | environment(folder),
+        timeout=300,
+    )
+    assert result.returncode == 0
+    assert_finished(folder)
+
+
+def test_a_script_runs_in_a_notebook(folder):
+    """Whose streams have no reconfigure, and no descriptor of their own."""
+    cell = nbformat.v4.new_code_cell(f"%run {train_shakespeare.__file__} {' '.join(TRAIN)}")
+    client = NotebookClient(
+        nbformat.v4.new_notebook(cells=[cell]),
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        coalesce_streams=True,
+    )
+    notebook = client.execute(env=os.environ | environment(folder) | {"PYTHONPATH": str(ROOT)})
+    shown = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
+    assert "Validation loss" in shown and "error" not in shown
+    assert_finished(folder)
