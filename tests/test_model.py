@@ -576,17 +576,20 @@ def test_softmax_attention_by_hand(model, causal):
             assert_close(rest[b, h, t - 2], want)
 
 
-def test_fewer_queries_than_keys_are_the_last_ones(model):
+@pytest.mark.parametrize("num_keys", [D, D + 1])
+def test_fewer_queries_than_keys_are_the_last_ones(model, num_keys):
     """One meaning, with a mask, without one, and after a state."""
-    q, k, v = (x.detach() for x in random_qkv(5))
+    q, k, v = (x.detach() for x in random_qkv(num_keys))
     want = model.softmax_attention(q, k, v, causal=True)[:, :, 3:]
-    mask = torch.ones(B, 5, dtype=torch.bool)
+    mask = torch.ones(B, num_keys, dtype=torch.bool)
     assert_close(model.softmax_attention(q[:, :, 3:], k, v, causal=True), want)
     assert_close(model.softmax_attention(q[:, :, 3:], k, v, causal=True, key_mask=mask), want)
     past = k[:, :, :3], v[:, :, :3]
     new = (x[:, :, 3:] for x in (q, k, v))
     assert_close(model.softmax_attention(*new, causal=True, state=past), want)
-    with pytest.raises(ValueError, match="causal=True needs a key for each query: 5 and 2"):
+    with pytest.raises(
+        ValueError, match=f"causal=True needs a key for each query: {num_keys} and 2"
+    ):
         nala_min.softmax_attention(q, k[:, :, :2], v[:, :, :2], causal=True)
 
 
@@ -793,6 +796,7 @@ def test_defaults_are_the_paper_s(model):
                     assert parameter.default == paper[parameter.name], (name, parameter)
                     found.add((function.__name__, parameter.name))
     assert len(found) == 3 + 1 + 1 + 4 + 2 + 4
+    assert inspect.signature(model.NaLaLM.generate).parameters["temperature"].default == 1.0
     assert nala_min.LMConfig(vocab_size=2).conv_size == 4 and nala_min.ViTConfig().conv_size == 5
 
 
