@@ -160,8 +160,8 @@ class AttentionInputs(NamedTuple):
         """What the layer's attention is told, by its name in ATTENTIONS or by the config."""
         return getattr(self.layer.attend, "keywords", {}) | self.options
 
-    def is_(self, function: Callable) -> bool:
-        """Whether the layer's attention is function, whatever it is told."""
+    def uses(self, function: Callable) -> bool:
+        """Whether the layer's attention is function, whatever its arguments."""
         return getattr(self.layer.attend, "func", self.layer.attend) is function
 
     def mass(self) -> Tensor | None:
@@ -169,11 +169,11 @@ class AttentionInputs(NamedTuple):
         phi(k), Eq. (5), NaLa's with a query's largest channel scaled to 1, Eq. (12). None for
         another attention."""
         told = self.told()
-        if self.is_(nala_attention):
+        if self.uses(nala_attention):
             shared = chosen(told, "feature_map", "lam", "alpha")
             query = partial(query_features, **shared, **chosen(told, "tau", "norm_scale"))
             key = partial(key_features, **shared)
-        elif self.is_(linear_attention):
+        elif self.uses(linear_attention):
             query, key = told["query_features"], told["key_features"]
         else:
             return None
@@ -224,7 +224,7 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
         norm, _ = decompose(block.q)  # (B, H, N, 1)
         numbers = {"query_norm": norm}
         told = block.told()
-        if block.is_(nala_attention) and told.get("feature_map") not in ("elu", "relu"):
+        if block.uses(nala_attention) and told.get("feature_map") not in ("elu", "relu"):
             numbers["power"] = query_power(norm, **chosen(told, "lam", "tau", "norm_scale"))
         last = slice(-1, None) if block.layer.causal else slice(None)
         if not isinstance(block.layer.attend, nn.Module):

@@ -156,9 +156,11 @@ def recurrent(phi_q, phi_k, values, state):
 def chunked(phi_q, phi_k, values, state, chunk_size=64):
     """Eq. (15), causal: quadratic within a chunk, the state of Eq. (14) between chunks."""
     num_tokens = phi_q.shape[2]
-    padding = -num_tokens % chunk_size  # a key of zero features adds nothing
+    num_chunks = -(-num_tokens // chunk_size)
+    if padding := num_chunks * chunk_size - num_tokens:  # a key of zero features adds nothing
+        phi_q, phi_k, values = (F.pad(x, (0, 0, 0, padding)) for x in (phi_q, phi_k, values))
     q, k, v = (
-        F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, chunk_size)) for x in (phi_q, phi_k, values)
+        x.unflatten(2, (num_chunks, chunk_size)) for x in (phi_q, phi_k, values)
     )  # (B, H, T, C, F), (B, H, T, C, F), (B, H, T, C, M + 1)
     added = k.mT @ v  # (B, H, T, F, M + 1)
     states = torch.cat([state[:, :, None], added], dim=2).cumsum(dim=2)  # (B, H, T + 1, F, M + 1)
@@ -274,11 +276,10 @@ def attention_weights(q: Tensor, k: Tensor, *, feature_map="cosine", **options) 
 
 def entropy(weights: Tensor) -> Tensor:
     """Entropy of weights (..., N) in nats, Eq. (3): the log of the effective number of keys. They
-    need not sum to 1. A row of zeros gives 0."""
+    need not sum to 1. A row of zeros gives 0; 0 log 0 is 0, with a finite slope."""
     total = weights.sum(dim=-1, keepdim=True)  # (..., 1)
     share = weights / total.masked_fill(total == 0, 1.0)  # (..., N)
-    tiny = torch.finfo(share.dtype).tiny  # 0 log 0 = 0, with a finite slope
-    return -(share * share.clamp_min(tiny).log()).sum(dim=-1)
+    return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(dim=-1)
 
 
 # --- 6. The gated block ---------------------------------------------------------------------------

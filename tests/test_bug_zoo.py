@@ -50,10 +50,10 @@ ZOO = {
     ),
     # lightning-attention #28
     "the rows after the last whole chunk are lost": (
-        "padding = -num_tokens % chunk_size",
+        "num_chunks = -(-num_tokens // chunk_size)",
         "whole = num_tokens // chunk_size * chunk_size\n"
         "    phi_q = F.pad(phi_q[:, :, :whole], (0, 0, 0, num_tokens - whole))\n"
-        "    padding = -num_tokens % chunk_size",
+        "    num_chunks = -(-num_tokens // chunk_size)",
         proofs.test_causal_forms_equal_the_loop,
         {"feature_map": "cosine", "form": "chunked by 64", "num_tokens": 65},
     ),
@@ -143,8 +143,8 @@ ZOO = {
     ),
     # linear-attention-transformer and others: 2 GiB at B 4, H 8, N 2048 in float32
     "a state for every token": (
-        "padding = -num_tokens % chunk_size",
-        "chunk_size = 1\n    padding = -num_tokens % chunk_size",
+        "num_chunks = -(-num_tokens // chunk_size)",
+        "chunk_size, num_chunks = 1, num_tokens",
         proofs.test_chunked_form_keeps_no_state_for_each_token,
         {"mode": "chunked"},
     ),

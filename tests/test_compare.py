@@ -156,6 +156,11 @@ def test_parameters_are_nearly_equal(task):
             assert parameters(name) == pytest.approx(ours, rel=0.01), name
 
 
+def test_what_is_called_same_state_is_wide_and_nothing_else_is():
+    for name, variant in VARIANTS.items():
+        assert variant.wide == name.endswith(", same state"), name
+
+
 @pytest.mark.parametrize(
     ("name", "heads", "features"), [("nala", 2, 32), ("elu, same state", 1, 32)]
 )

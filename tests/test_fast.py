@@ -14,7 +14,7 @@ from mutants import load_model
 from torch.testing import assert_close
 
 import nala_min
-from nala_min import fast, linear_attention, measure, nala_attention
+from nala_min import LMConfig, NaLaLM, fast, linear_attention, measure, nala_attention
 
 B, H, D, M = 2, 3, 8, 5
 FEATURE_MAPS = ("cosine", "split", "elu", "relu")
@@ -348,6 +348,22 @@ def test_compiled_is_eager():
         got = everything(compiled, [q, k, v])
     want = everything(functools.partial(nala_attention, causal=True), [q, k, v])
     assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_trains_at_changing_lengths():
+    """By the real backend; the second length is compiled for any."""
+    torch._dynamo.reset()
+    model = NaLaLM(LMConfig(vocab_size=7, num_layers=2, num_heads=2, dim=16))
+    compiled = torch.compile(model)
+    for num_tokens in (9, 70, 12):
+        tokens, grads = torch.randint(7, (2, num_tokens)), []
+        for net in (compiled, model):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's own, of its insides
+                loss = net(tokens)[0].square().sum()
+                grads.append(torch.autograd.grad(loss, list(model.parameters())))
+        assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
 # --- Features of one's own ------------------------------------------------------------------------

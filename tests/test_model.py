@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nala_min
 import train_cifar
+from nala_min import measure
 
 B, H, D, M = 2, 3, 4, 5
 FEATURE_MAPS = ("cosine", "split", "elu", "relu")
@@ -309,6 +310,17 @@ def test_chunked_form_keeps_no_state_for_each_token(model, mode):
     state = 2 * size * (size + 1)
     assert num_tokens * chunk_size < num_tokens * state / 8  # the bound below tells them apart
     assert largest.numel <= 2 * max((num_tokens // chunk_size + 1) * state, num_tokens * chunk_size)
+
+
+def test_whole_chunks_are_not_copied_to_be_padded(model):
+    """The readable form's memory: a text of one token less needs more."""
+    peaks = []
+    for num_tokens in (511, 512):
+        q, k, v = torch.randn(3, 1, 1, num_tokens, 64)
+        with measure.Recorder() as recorder:
+            model.nala_attention(q, k, v, causal=True, mode="chunked")
+        peaks.append(recorder.peak)
+    assert peaks[1] < 0.8 * peaks[0]
 
 
 # --- 3. The theorems ------------------------------------------------------------------------------

@@ -262,6 +262,15 @@ def test_a_file_that_will_not_do_is_refused_in_one_line(write, source):
     assert path not in ATTENTIONS
 
 
+def test_a_file_that_was_edited_is_registered_anew(write):
+    q, k, v = qkv()
+    outs = []
+    for source in (ATTENTION, ATTENTION.replace("2 * out", "3 * out")):
+        relatives.register(path := write(source), D, causal=True)
+        outs.append(ATTENTIONS[path](q, k, v, causal=True))
+    assert_close(3 * outs[0], 2 * outs[1])
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     for name in ("nowhere.py", "."):
         with pytest.raises(ValueError, match="cannot be read: "):
