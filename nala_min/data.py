@@ -6,8 +6,10 @@ import hashlib
 import http.client
 import os
 import tarfile
+import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,15 +36,16 @@ class Source:
     size: int  # bytes
     sha256: str
 
-    def is_at(self, path: Path) -> bool:
+    def is_at(self, path: Path | str) -> bool:
         """Whether path is this file, to the byte."""
+        path = Path(path)
         return (
             path.is_file() and path.stat().st_size == self.size and self.hash(path) == self.sha256
         )
 
     @staticmethod
-    def hash(path: Path) -> str:
-        with path.open("rb") as file:
+    def hash(path: Path | str) -> str:
+        with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -66,8 +69,14 @@ NO_DOWNLOAD = (OSError, ValueError, http.client.HTTPException)
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/nala_min, by default ~/.cache/nala_min."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nala_min"
+    """Where downloads are kept: $XDG_CACHE_HOME/nala_min, by default ~/.cache/nala_min, and for a
+    user without a home the folder of temporary files."""
+    if not (cache := os.environ.get("XDG_CACHE_HOME")):
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # no HOME, and an unknown user, as in many a container
+            cache = tempfile.gettempdir()
+    return Path(cache) / "nala_min"
 
 
 def fetch(source: Source, announce: Callable[[str], None] = print, hint: str = "") -> Path:
@@ -82,7 +91,7 @@ def fetch(source: Source, announce: Callable[[str], None] = print, hint: str = "
     return path
 
 
-def download(source: Source, path: Path, timeout: float = 20.0) -> None:
+def download(source: Source, path: Path | str, timeout: float = 20.0) -> None:
     """Fetch source to path, which appears only whole and only if its SHA-256 is the expected one.
 
     Shows progress, speed and time left. A transfer that breaks off goes on at once where it
@@ -90,6 +99,7 @@ def download(source: Source, path: Path, timeout: float = 20.0) -> None:
     timeout: seconds without an answer. Raises OSError or http.client.HTTPException if the transfer
     fails, ValueError if the bytes are not the expected ones: those are deleted.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.touch()
@@ -160,7 +170,7 @@ class Text:
 
 
 def load_text(
-    path: Path | None = None,
+    path: Path | str | None = None,
     *,
     source: Source = SHAKESPEARE,
     announce: Callable[[str], None] = print,
@@ -171,6 +181,7 @@ def load_text(
     Raises OSError if path cannot be read and ValueError if it is not UTF-8 text.
     """
     if path is not None:
+        path = Path(path)
         name = source.name if source.is_at(path) else path.name
         return Text(name, path.read_bytes().decode("utf-8"))
     try:
@@ -200,7 +211,7 @@ class Vocabulary:
         unknown = sorted(set(text) - index.keys())
         if unknown:
             raise ValueError(f"{''.join(unknown)!r} does not occur in the text trained on")
-        return torch.tensor([index[character] for character in text], dtype=torch.long)  # (N,)
+        return torch.tensor([index[c] for c in text], dtype=torch.long, device="cpu")  # (N,)
 
     def decode(self, tokens: Tensor) -> str:
         return "".join(self.characters[i] for i in tokens.tolist())
@@ -230,7 +241,8 @@ def random_windows(
     resumed run goes on with the batch it would have seen.
     """
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - block_size, batch_size)
-    windows = tokens[torch.from_numpy(starts)[:, None] + torch.arange(block_size + 1)]
+    places = torch.from_numpy(starts[:, None] + np.arange(block_size + 1))
+    windows = tokens[places.to(tokens.device)]
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -278,7 +290,7 @@ class Images:
 
 def load_images(
     name: str = "cifar10",
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     url: str | None = None,
     *,
     source: Source = CIFAR10,
@@ -293,7 +305,7 @@ def load_images(
     if name == "synthetic":
         return drawn_images()
     if folder is not None:
-        return _images_in(folder, source)
+        return _images_in(Path(folder), source)
     try:
         mirrored = replace(source, url=url or source.url)
         return _images(source.name, _read_archive(fetch(mirrored, announce, "" if url else SLOW)))
@@ -322,6 +334,14 @@ def _images_in(folder: Path, source: Source) -> Images:
             return _images(f"{source.name} (files in a folder)", files)
     archive = folder / source.file
     if not archive.exists():
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: name the one with {source.file} or its files")
+        for other in ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"):
+            if (folder / other).exists():
+                raise ValueError(
+                    f"{folder / other} is CIFAR-10's Python version: the binary one is needed,"
+                    f" {source.file} from {source.url}"
+                )
         raise ValueError(f"{folder} has neither {BATCHES[0]} and its like nor {source.file}")
     if not source.is_at(archive):
         raise ValueError(f"{archive} is corrupt or truncated: its SHA-256 is not {source.sha256}")
@@ -332,10 +352,13 @@ def _read_archive(path: Path) -> dict[str, bytes]:
     """The six files in an archive, which is never unpacked: nothing in it can name a place to write
     to. A link in place of a file is left out, and so missed."""
     found = {}
-    with tarfile.open(path, "r|gz") as archive:
-        for member in archive:
-            if member.isfile() and Path(member.name).name in BATCHES:
-                found[Path(member.name).name] = archive.extractfile(member).read()
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                if member.isfile() and Path(member.name).name in BATCHES:
+                    found[Path(member.name).name] = archive.extractfile(member).read()
+    except (tarfile.TarError, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is no archive that can be read ({error})") from error
     return {f"{name} in {path}": found.get(name, b"") for name in BATCHES}
 
 
@@ -408,25 +431,43 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() - 120) / 64
 
 
-def read_png(path: Path) -> Tensor:
+PIXELS = 2**26  # of a picture: more need gigabytes, though a file of kilobytes may ask for them
+
+
+def read_png(path: Path | str) -> Tensor:
     """The middle square of a PNG of any size, as an image (3, 32, 32) uint8; transparent is white.
 
     Read by matplotlib, which takes neither grey of 2 or 4 bits nor one transparent colour (tRNS).
 
-    Raises OSError or SyntaxError if there is no such file, or it is no PNG.
+    Raises OSError or SyntaxError if there is no such file, or it is no PNG, or one of more than
+    PIXELS.
     """
     from matplotlib.image import imread
+    from PIL.PngImagePlugin import PngImageFile  # of which imread makes an array
 
-    with path.open("rb") as file:
-        pixels = torch.from_numpy(imread(file, format="png").astype(np.float32))
+    with Path(path).open("rb") as file:
+        try:
+            width, height = PngImageFile(file).size
+            if width * height > PIXELS:
+                raise SyntaxError(
+                    f"{width:,} x {height:,} pixels are more than {PIXELS:,}: shrink it"
+                )
+            file.seek(0)
+            pixels = torch.from_numpy(imread(file, format="png").astype(np.float32))
+        except (OSError, SyntaxError, MemoryError):
+            raise
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            raise SyntaxError(f"no PNG that can be read ({error})") from error
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
-    *colour, alpha = pixels.split(1, dim=2)  # each (height, width, 1)
+    side = min(pixels.shape[:2])
+    top, left = ((size - side) // 2 for size in pixels.shape[:2])
+    pixels = pixels[top : top + side, left : left + side]
+    *colour, alpha = pixels.split(1, dim=2)  # each (side, side, 1)
     if len(colour) in (0, 2):  # grey, or red, green and blue without alpha
         colour, alpha = [*colour, alpha], torch.ones_like(alpha)
     opaque = torch.cat(colour, dim=2) * alpha + 1 - alpha
-    side = min(opaque.shape[:2])
-    top, left = ((size - side) // 2 for size in opaque.shape[:2])
-    square = opaque[top : top + side, left : left + side].movedim(2, 0)[None]
-    small = F.interpolate(square, size=(32, 32), mode="bilinear", antialias=True)
+    small = F.interpolate(
+        opaque.movedim(2, 0)[None], size=(32, 32), mode="bilinear", antialias=True
+    )
     return (255 * small[0].expand(3, -1, -1)).round().to(torch.uint8)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+try:
+    Path.home()
+except RuntimeError:  # no HOME, and an unknown user: matplotlib up to 3.9 cannot be imported
+    os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir(), "nala_min")))
 
 import matplotlib
 import numpy as np
@@ -57,7 +64,7 @@ def figure(
     return made, made.subplots(rows, columns, **options)
 
 
-def write(picture: Figure, path: Path) -> None:
+def write(picture: Figure, path: Path | str) -> None:
     """Write picture as a PNG, whole or not at all."""
     dpi = STYLE["savefig.dpi"]
     write_whole(path, lambda file: picture.savefig(file, format="png", dpi=dpi))
@@ -144,6 +151,7 @@ def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str)
 @_styled
 def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
     """The confusion matrix counts, (Y, Y), in per cent of each class."""
+    counts = counts.double()  # or a quotient of integers has the default dtype
     shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     picture, axes = figure(height=5.8)
     axes.grid(False)

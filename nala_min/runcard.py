@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from nala_min import distributed
+from nala_min.flags import UsageError
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"  # the committed run cards
 
@@ -91,19 +92,42 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write value as indented JSON, whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
+def prove_writable(*paths: Path | str, flag: str = "--out") -> None:
+    """Make the folders of paths, and try that files can be written there, before the work for them
+    begins. Leaves no file behind. Raises UsageError, with the name of the flag that says where."""
+    for path in map(Path, paths):
+        trial = path.with_name(path.name + ".trial")
+        try:
+            if path.is_dir():
+                raise IsADirectoryError("a folder is in the way")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(trial, lambda file: file.write(b"?"))
+            trial.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"{flag}: {path} cannot be written ({error}): name another place with {flag}"
+            ) from error
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write value as indented JSON, whole or not at all. NumPy's numbers, tensors and paths become
+    plain values."""
+
+    def plain(x: Any) -> Any:
+        return x.tolist() if hasattr(x, "tolist") else os.fspath(x)
+
+    text = json.dumps(value, indent=2, default=plain) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path | str) -> Any:
     """What write_json wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     """Write a file that is there whole or not at all: a temporary file, then a rename."""
+    path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:

@@ -40,7 +40,8 @@ def drawn_digits(num_train: int, num_test: int) -> tuple[Pair, Pair]:
     parts = []
     for i, start in enumerate(range(0, num_train + num_test, 5000)):
         count = min(5000, num_train + num_test - start)
-        parts.append(_draw_images(glyphs, count, torch.Generator().manual_seed(i)))
+        random = torch.Generator("cpu").manual_seed(i)
+        parts.append(_draw_images(glyphs, count, random))
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:])
 
@@ -67,17 +68,19 @@ def draw_glyphs(size: int = 48) -> Tensor:
 
 def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """count images (count, 3, 32, 32) uint8 and their digits (count,)."""
+    here = {"generator": random, "device": "cpu"}
+    floats = here | {"dtype": torch.float32}
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(count, *shape, generator=random)
+        return low + (high - low) * torch.rand(count, *shape, **floats)
 
     def smooth(cells):  # noise of a few cells, as wide as the image
-        coarse = torch.randn(count, 3, cells, cells, generator=random)
+        coarse = torch.randn(count, 3, cells, cells, **floats)
         return F.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=True)
 
     def write(digits, shift, scale, turn):
         """Ink (count, 1, 32, 32) of digits in random fonts, moved, scaled, turned and bent."""
-        fonts = torch.randint(len(glyphs), (count,), generator=random)
+        fonts = torch.randint(len(glyphs), (count,), **here)
         angle, size = uniform(-turn, turn), uniform(*scale)
         cos, sin = angle.cos() / size, angle.sin() / size
         rows = torch.stack([cos, -sin, uniform(-shift, shift), sin, cos, uniform(-shift, shift)], 1)
@@ -85,14 +88,14 @@ def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[T
         grid = grid + 0.06 * smooth(4)[:, :2].movedim(1, -1)
         return F.grid_sample(glyphs[fonts, digits][:, None], grid, align_corners=False)
 
-    labels = torch.randint(10, (count,), generator=random)
+    labels = torch.randint(10, (count,), **here)
     picture = uniform(0.1, 0.9, 3, 1, 1) + 0.12 * smooth(5)
     for _ in range(3):  # pieces of other digits, larger, off the middle, faint
-        other = torch.randint(10, (count,), generator=random)
+        other = torch.randint(10, (count,), **here)
         ink = write(other, shift=1.6, scale=(0.6, 1.6), turn=3.1)
         picture = picture + uniform(-0.35, 0.35, 3, 1, 1) * ink
     ink = write(labels, shift=0.25, scale=(0.7, 1.1), turn=0.45)
     sign = uniform(-1, 1, 1, 1, 1).sign()  # lighter than its ground, or darker
     picture = picture + sign * uniform(0.3, 0.7, 3, 1, 1) * ink
-    picture = picture + 0.03 * torch.randn(picture.shape, generator=random)
+    picture = picture + 0.03 * torch.randn(picture.shape, **floats)
     return (picture.clamp(0, 1) * 255).to(torch.uint8), labels

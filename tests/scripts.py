@@ -1,15 +1,17 @@
-"""Both training scripts, run as a user runs them: without a network, and on one thread."""
+"""Both training scripts, run as a user runs them: without a network, and on one thread. And what
+of PyTorch's state a user may have changed."""
 
 import io
 import os
 import subprocess
 import sys
 import urllib.request
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import matplotlib
 import pytest
+import torch
 
 from nala_min.flags import run_script
 
@@ -64,6 +66,34 @@ def run_here(script, folder, *flags):
     for stream in (out, err):
         stream.seek(0)
     return SimpleNamespace(returncode=code, stdout=out.read(), stderr=err.read())
+
+
+@contextmanager
+def ambient(dtype, device):
+    """PyTorch's default dtype and device inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def assert_ambient_has_no_say(make):
+    """make() gives the same tensors whatever PyTorch's defaults are."""
+    expected = make()
+    for dtype, device in (
+        (torch.bfloat16, "cpu"),
+        (torch.float64, "cpu"),
+        (torch.float32, "meta"),
+        (torch.float64, "meta"),
+    ):
+        with ambient(dtype, device):
+            found = make()
+        for one, other in zip(found, expected, strict=True):
+            assert (one.dtype, one.device) == (other.dtype, other.device)
+            assert torch.equal(one, other)
 
 
 def files_below(folder):

@@ -10,9 +10,11 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from scripts import assert_ambient_has_no_say
 from tqdm import tqdm
 
 from nala_min import data
@@ -141,6 +143,13 @@ def test_a_given_file_is_shakespeare_only_with_its_bytes(content, is_shakespeare
     text = data.load_text(path, source=source_at("http://unused"))
     assert text.name == (SHAKESPEARE.name if is_shakespeare else "renamed.txt")
     assert text.text.encode("utf-8") == content
+
+
+def test_a_given_file_may_be_a_string(tmp_path):
+    (path := tmp_path / "text.txt").write_bytes(CONTENT)
+    source = source_at("http://unused")
+    assert data.load_text(str(path)) == data.load_text(path)
+    assert source.is_at(str(path)) and source.hash(str(path)) == source.hash(path)
 
 
 def test_a_given_file_that_is_not_utf8_raises_value_error(tmp_path):
@@ -438,6 +447,13 @@ def test_the_cache_is_below_home_unless_xdg_says_otherwise(value, tmp_path, monk
     assert data.cache_dir() == tmp_path / "other" / "nala_min"
 
 
+def test_without_a_home_the_cache_is_a_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert data.cache_dir() == tmp_path / "nala_min"
+
+
 # --- Characters ----------------------------------------------------------------------------------
 
 
@@ -499,6 +515,14 @@ def test_random_windows_reach_every_place_and_never_run_beyond_the_end(num_windo
     inputs, targets = random_windows(torch.arange(block + num_windows), block, 200, seed=1, step=0)
     assert set(inputs[:, 0].tolist()) == set(range(num_windows))
     assert targets.max() == block + num_windows - 1
+
+
+def test_windows_do_not_depend_on_torch_s_defaults():
+    def make():
+        _, training, _ = data.split_text("Der Rabe flog im Mai. " * 9, 8)
+        return [*data.random_windows(training, 8, 4, seed=1, step=0), training]
+
+    assert_ambient_has_no_say(make)
 
 
 @pytest.mark.parametrize(("length", "left_over"), [(9, 0), (16, 7), (17, 0), (100, 3)])

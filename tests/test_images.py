@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import http.server
 import io
@@ -6,12 +7,15 @@ import struct
 import tarfile
 import threading
 import zlib
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from scripts import assert_ambient_has_no_say
 from torch.testing import assert_close
 
 from nala_min import data
@@ -213,6 +217,21 @@ def test_a_corrupt_archive_in_a_folder_is_named(corrupt, tmp_path):
     assert str(tmp_path / CIFAR10.file) in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"])
+def test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is .* Python version: the binary") as error:
+        data.load_images(folder=tmp_path)
+    assert CIFAR10.url in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", CIFAR10.file])
+def test_a_folder_that_is_none_is_named(name, tmp_path):
+    (tmp_path / CIFAR10.file).touch()
+    with pytest.raises(ValueError, match=f"{name} is no folder"):
+        data.load_images(folder=tmp_path / name)
+
+
 # --- What an archive may hold --------------------------------------------------------------------
 
 
@@ -235,6 +254,24 @@ def test_a_corrupt_file_in_an_archive_is_named(corrupt, tmp_path):
     members = MEMBERS | {"test_batch.bin": member("test_batch.bin", CORRUPT[corrupt])}
     with pytest.raises(ValueError, match=r"test_batch\.bin in .*corrupt"):
         load_archive(members.values(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no archive" * 99,
+        ARCHIVE[:-3000],
+        gzip.compress(b"x" * 2000),
+        ARCHIVE[:12] + b"?" * 99 + ARCHIVE[111:],
+    ],
+    ids=["empty", "text", "truncated", "no tar", "corrupt"],
+)
+def test_what_is_no_archive_raises_value_error_or_os_error(content, tmp_path):
+    """Of the right checksum, that is: of a source that somebody else names."""
+    (tmp_path / CIFAR10.file).write_bytes(content)
+    with pytest.raises((ValueError, OSError)):
+        data.load_images(folder=tmp_path, source=source_of(content))
 
 
 def test_the_order_of_an_archive_does_not_matter(tmp_path):
@@ -595,6 +632,16 @@ def test_a_smaller_png_keeps_its_sides(read):
 
 
 PICTURE = ONE_COLOUR["red, green, blue"][0]
+BOMB = zlib.compress(bytes(1_500_000), 9)  # more text than Pillow takes, in kilobytes
+
+
+def resized(content, width, height):
+    """content with another size in its head."""
+    head = struct.pack(">II", width, height) + content[24:29]
+    check = struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    return content[:16] + head + check + content[33:]
+
+
 NO_PICTURE = {
     "empty": b"",
     "text": b"not a picture\n" * 9,
@@ -602,13 +649,57 @@ NO_PICTURE = {
     "head only": PICTURE[:40],
     "truncated": PICTURE[:-30],
     "corrupt": PICTURE[:45] + b"?" * 9 + PICTURE[54:],
+    **{
+        f"bomb in {name.decode()}": png(plane((77,)), GREY, more=[(name, body + BOMB)])
+        for name, body in {
+            b"zTXt": b"Comment\0\0",
+            b"iTXt": b"Comment\0\1\0en\0\0",
+            b"iCCP": b"profile\0\0",
+        }.items()
+    },
+    "short chunks": png(plane((77,)), GREY, more=[(b"pHYs", b""), (b"gAMA", b""), (b"cHRM", b"1")]),
+    "no pixels": resized(PICTURE, 0, 0),
+    "too many pixels": resized(PICTURE, 2**13, 2**13 + 1),
+    "a second size": resized(PICTURE, 32, 32)[:33] + resized(PICTURE, 2**20, 2**20)[8:],
 }
+HARMLESS = {"bomb in iCCP", "short chunks"}  # to some versions of Pillow
 
 
 @pytest.mark.parametrize("content", NO_PICTURE)
 def test_what_is_no_png_raises_syntax_error_or_os_error(content, read):
-    with pytest.raises((SyntaxError, OSError)):
-        read(NO_PICTURE[content])
+    with suppress(AssertionError) if content in HARMLESS else nullcontext():
+        with pytest.raises((SyntaxError, OSError)) as error:
+            read(NO_PICTURE[content])
+        assert content != "too many pixels" or "8,192 x 8,193 pixels are more" in str(error.value)
+
+
+def test_whatever_pillow_raises_is_a_syntax_error(read, monkeypatch):
+    for kind in (ValueError, KeyError, struct.error, zlib.error, RecursionError):
+        monkeypatch.setattr("matplotlib.image.imread", Mock(side_effect=kind("broken")))
+        with pytest.raises(SyntaxError, match="no PNG that can be read"):
+            read(PICTURE)
+    monkeypatch.setattr("matplotlib.image.imread", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        read(PICTURE)
+
+
+def test_a_path_may_be_a_string(folder, tmp_path):
+    (tmp_path / "picture.png").write_bytes(PICTURE)
+    pixel = data.read_png(str(tmp_path / "picture.png"))[:, 0, 0]
+    assert pixel.tolist() == [200, 100, 50]
+    assert_is_cifar10(data.load_images(folder=str(folder)))
+
+
+def test_images_do_not_depend_on_torch_s_defaults(folder, tmp_path):
+    (tmp_path / "picture.png").write_bytes(PICTURE)
+
+    def make():
+        images = data.load_images(folder=folder)
+        batch, _ = data.shuffled_batch(*images.train, 2, seed=1, step=0)
+        moved = data.augment(batch, 1, 0, shift=2, mirror=True)
+        return [data.read_png(tmp_path / "picture.png"), moved, data.normalise(moved)]
+
+    assert_ambient_has_no_say(make)
 
 
 def test_a_png_that_is_missing_or_a_folder_raises_os_error(tmp_path):

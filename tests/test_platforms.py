@@ -62,6 +62,31 @@ def test_a_run_depends_on_no_encoding_of_the_machine(tmp_path):
     assert (tmp_path / "übung" / "card.json").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pwd")
+def test_a_user_without_a_home_and_a_name_can_train(tmp_path):
+    """As in a container that runs under any number; the stand-in is trained on."""
+    code = """
+import os, pwd, runpy, sys
+for name in os.environ.keys() & {"HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "MPLCONFIGDIR"}:
+    del os.environ[name]
+def unknown(user):
+    raise KeyError(f"uid not found: {user}")
+pwd.getpwuid = unknown
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    sizes = {"layers": 1, "heads": 2, "dim": 8, "block": 8, "batch": 2, "steps": 2}
+    script = [ROOT / "train_shakespeare.py", *flags_of(sizes), "--out", "run"]
+    (tmp_path / "tmp").mkdir()
+    result = run_python("-c", code, *script, folder=tmp_path, TMPDIR=str(tmp_path / "tmp"))
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr and "stand-in" in result.stdout
+    assert (tmp_path / "run" / "card.json").exists()
+    tilde = run_python("-c", code, script[0], "--out=~/run", folder=tmp_path)
+    assert tilde.returncode == 2 and "~/run: no such home folder" in tilde.stderr
+    assert tilde.stderr.count("\n") == 1 and not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("path", MODULES.values(), ids=MODULES)
 def test_no_source_forks_links_or_unpickles(path):
     source = path.read_text(encoding="utf-8")

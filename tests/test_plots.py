@@ -6,6 +6,7 @@ import matplotlib
 import pytest
 import torch
 from matplotlib.image import imread
+from scripts import ambient
 
 from nala_min import NaLaViT, ViTConfig, entropy, measure, plots
 from nala_min.arguments import FEATURE_MAPS
@@ -107,6 +108,9 @@ def test_confusion_has_the_per_cent_of_each_class():
     assert image.get_clim() == (0, 100) and image.origin == "upper"
     assert axes.get_xlabel() == "taken for" and axes.get_title() == "Märchen"
     assert axes.get_ylabel().startswith("what it is")
+    with ambient(torch.bfloat16, "meta"):  # the user's defaults
+        again = plots.confusion(confusion, ("cat", "Bär", "dog"), "Märchen").axes[0]
+    assert [text.get_text() for text in again.texts] == [text.get_text() for text in axes.texts]
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["cat", "Bär", "dog"]
 

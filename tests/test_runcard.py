@@ -2,12 +2,16 @@
 
 import datetime
 import json
+import os
+import sys
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
 
 from nala_min import runcard
+from nala_min.flags import UsageError
 
 
 def test_write_whole_writes_and_leaves_nothing_else(tmp_path):
@@ -29,6 +33,63 @@ def test_write_whole_keeps_the_old_file_if_the_writer_breaks_half_way(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         runcard.write_whole(path, write)
     assert path.read_bytes() == b"old"
+
+
+def test_json_takes_numpy_s_numbers_tensors_and_paths_and_a_path_may_be_a_string(tmp_path):
+    value = {
+        "mean": np.float32(1.5),
+        "count": np.int64(3),
+        "list": np.arange(2),
+        "tensor": torch.ones(2),
+        "path": tmp_path,
+    }
+    runcard.write_json(path := str(tmp_path / "card.json"), value)
+    plain = {"mean": 1.5, "count": 3, "list": [0, 1], "tensor": [1.0, 1.0], "path": str(tmp_path)}
+    assert runcard.read_json(path) == plain
+    with pytest.raises(TypeError):
+        runcard.write_json(path, {"object": object()})
+    assert runcard.read_json(path) == plain
+
+
+def test_a_place_to_write_to_is_tried_and_nothing_is_left(tmp_path):
+    path = tmp_path / "new" / "folder" / "card.json"
+    runcard.prove_writable(path, str(path.with_suffix(".png")))
+    assert list(path.parent.iterdir()) == []
+    path.write_bytes(b"old")
+    runcard.prove_writable(path)
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == b"old"
+
+
+def full_disk(path):
+    path.parent.mkdir(parents=True)
+    path.with_name(path.name + ".trial.part").symlink_to("/dev/full")
+
+
+UNWRITABLE = {
+    "a file in place of the folder": lambda path: (
+        path.parent.parent.mkdir(),
+        path.parent.write_bytes(b""),
+    ),
+    "a file further up": lambda path: path.parent.parent.write_bytes(b""),
+    "a folder in place of the file": lambda path: path.mkdir(parents=True),
+    "a folder that may not be written to": lambda path: path.parent.mkdir(mode=0o500, parents=True),
+    "a full disk": full_disk,
+}
+
+
+@pytest.mark.parametrize("why", UNWRITABLE)
+def test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag(why, tmp_path):
+    if "may not" in why and getattr(os, "geteuid", lambda: 0)() == 0:
+        pytest.skip("an administrator may write anywhere, and Windows asks nobody")
+    if "disk" in why and sys.platform != "linux":
+        pytest.skip("needs /dev/full")
+    path = tmp_path / "some" / "folder" / "card.json"
+    UNWRITABLE[why](path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=r"--place: .*card\.json cannot be written") as error:
+        runcard.prove_writable(path, flag="--place")
+    assert "\n" not in str(error.value)
+    assert [p for p in sorted(tmp_path.rglob("*")) if p not in before] == []
 
 
 def test_a_run_card_says_what_ran_on_what_and_survives_json(tmp_path, monkeypatch):

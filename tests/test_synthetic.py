@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import assert_ambient_has_no_say
 
 from nala_min import data, synthetic
 
@@ -34,6 +35,14 @@ def test_drawn_digits_are_always_the_same_however_they_are_divided(num_train, nu
     for part, whole in enumerate(first.train):
         assert torch.equal(torch.cat([images.train[part], images.test[part]]), whole)
         assert len(images.train[part]) == num_train
+
+
+def test_drawn_digits_do_not_depend_on_torch_s_defaults():
+    def make():
+        images = data.drawn_images(7, 3)
+        return [*images.train, *images.test]
+
+    assert_ambient_has_no_say(make)
 
 
 def test_no_drawn_image_occurs_twice_in_a_batch_nor_in_training_and_test(digits):
