@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from nala_min import key_features, measure, nala_attention, plots, query_features, runcard
+from nala_min.flags import run_script
 from nala_min.lab import bench
 
 CPU = torch.device("cpu")
@@ -349,3 +350,13 @@ def test_the_picture_is_the_card():
     assert all(axes.get_xscale() == axes.get_yscale() == "log" for axes in figure.axes)
     nowhere = RESULTS | {"crossover": dict.fromkeys(RESULTS["crossover"])}
     assert not plots.speed(nowhere).axes[0].texts
+
+
+def test_what_cannot_be_written_is_told_before_the_work(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "x")
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--out", out])
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("worked"))
+    with pytest.raises(SystemExit, match="2"):
+        run_script(bench.main)
+    assert "cannot be written" in capsys.readouterr().err

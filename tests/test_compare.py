@@ -453,3 +453,13 @@ def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
 
 def test_a_variant_that_changes_nothing_is_the_plain_model():
     assert Variant().change(None) is None and VARIANTS["nala"] == Variant()
+
+
+def test_what_cannot_be_written_is_told_before_the_work(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "x")
+    monkeypatch.setattr("sys.argv", ["compare", "--study", "recall", "--out", out])
+    monkeypatch.setattr(compare, "run_all", lambda *_: pytest.fail("worked"))
+    with pytest.raises(SystemExit, match="2"):
+        run_script(compare.main)
+    assert "cannot be written" in capsys.readouterr().err

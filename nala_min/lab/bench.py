@@ -407,6 +407,8 @@ def main() -> None:
     torch.manual_seed(1)
     if settings.peers and settings.dtype != "float32":
         raise UsageError("--peers compares in float32: leave --dtype out")
+    name = f"speed_{device.type}_{'peers' if settings.peers else settings.dtype}"
+    runcard.prove_writable(settings.out / f"{name}.json", settings.out / f"{name}.png")
     config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
     print(f"q, k, v: ({BATCH}, {HEADS}, N, {DIM}), {settings.dtype}")
@@ -416,8 +418,6 @@ def main() -> None:
     data = {"name": "standard normal queries, keys and values"}
     card = runcard.run_card(config, data, device, time.perf_counter() - start, results)
     card["command"] = card["command"].replace("bench.py", "-m nala_min.lab.bench")
-    settings.out.mkdir(parents=True, exist_ok=True)
-    name = f"speed_{device.type}_{'peers' if settings.peers else settings.dtype}"
     runcard.write_json(settings.out / f"{name}.json", card)
     if not settings.peers:
         plots.write(plots.speed(results), settings.out / f"{name}.png")

@@ -222,9 +222,11 @@ def main() -> None:
     settings = parse_flags(Settings)
     train.choose_device(settings.device)
     names = [settings.study] if settings.study else [n for n in STUDIES if not n.endswith("-gpu")]
-    for name in names:
+    folders = {name: settings.out / (name + "-quick" * settings.quick) for name in names}
+    for folder in folders.values():
+        runcard.prove_writable(folder.with_suffix(".json"), folder.with_suffix(".png"))
+    for name, folder in folders.items():
         study = chosen(settings, name)
-        folder = settings.out / (name + "-quick" * settings.quick)
         try:
             data_info = study.task.data_info()
         except (OSError, ValueError) as error:
