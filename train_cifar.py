@@ -68,10 +68,10 @@ def build_model(config: dict[str, Any]) -> NaLaViT:
     return NaLaViT(ViTConfig(patch_size=config["patch"], **train.block_options(config)))
 
 
-def load_model(out: Path, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
+def load_model(settings: Settings, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
     """The model of an earlier run, and what the run was."""
-    saved = load_checkpoint(out / "checkpoint.pt", "patch", "classes")
-    train.load_attentions(saved["extra"], causal=False)
+    saved = load_checkpoint(settings.out / "checkpoint.pt", "patch", "classes")
+    train.load_attentions(saved["extra"], settings)
     model = build_model(saved["extra"]).to(device)
     model.load_state_dict(saved["model"])
     return model, saved["extra"]
@@ -125,9 +125,9 @@ def main() -> None:
     settings = parse_flags(Settings)
     device = train.choose_device(settings.device)
     if settings.predict is not None:
-        return predict(*load_model(settings.out, device), settings.predict)
+        return predict(*load_model(settings, device), settings.predict)
     if settings.eval:
-        model, run = load_model(settings.out, device)
+        model, run = load_model(settings, device)
         if list((images := load_images(settings)).classes) != run["classes"]:
             raise UsageError(f"--eval: the run in {settings.out} is of {run['data']['name']}")
         test(model, images)
@@ -166,8 +166,9 @@ def main() -> None:
     if distributed.rank() > 0:  # the first process has the results
         return
     results = test(model, images) | {"parameters": parameters, "history": history}
-    results["attention_stats"] = measure.attention_stats(model, images.test[0][:100])
     card = runcard.run_card(settings.config(), data_info, device, seconds, results)
+    runcard.write_json(settings.out / "card.json", card)  # before what may need more memory
+    results["attention_stats"] = measure.attention_stats(model, images.test[0][:100])
     runcard.write_json(settings.out / "card.json", card)
     draw(model, images, results, f"{kind}, seed {seed}", settings.out)
     print(f"{seconds:.0f} s of training. Checkpoint, run card and pictures: {settings.out}")

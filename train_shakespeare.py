@@ -68,7 +68,7 @@ def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
 def sample(settings: Settings, device: torch.device) -> None:
     """Print a sample from the checkpoint of an earlier run."""
     saved = load_checkpoint(settings.out / "checkpoint.pt", "characters")
-    train.load_attentions(saved["extra"], causal=True)
+    train.load_attentions(saved["extra"], settings)
     vocabulary = data.Vocabulary(saved["extra"]["characters"])
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)
@@ -116,10 +116,11 @@ def main() -> None:
     if distributed.rank() > 0:  # the first process has the results
         return
     loss = validation_loss(model, validation, settings.block)
-    inputs, _ = next(data.all_windows(validation, settings.block, 64))
     results = {"validation_loss": loss, "parameters": parameters, "history": history}
-    results["attention_stats"] = measure.attention_stats(model, inputs)
     card = runcard.run_card(settings.config(), data_info, device, seconds, results)
+    runcard.write_json(settings.out / "card.json", card)  # before what may need more memory
+    inputs, _ = next(data.all_windows(validation, settings.block, 64))
+    results["attention_stats"] = measure.attention_stats(model, inputs)
     runcard.write_json(settings.out / "card.json", card)
     title = f"attention {settings.attention}, {parameters:,} parameters, seed {settings.seed}"
     plots.write(plots.curve(history, title), settings.out / "curve.png")

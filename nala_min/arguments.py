@@ -332,10 +332,11 @@ def public(name: str) -> Callable:
 
 
 @contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards, also after an error, every module is as it was."""
+def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode; afterwards, also after an error, every module is as it was."""
     modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    if not (training and net.training):  # what is frozen in a net in training stays frozen
+        net.train(training)
     try:
         yield
     finally:
@@ -429,7 +430,7 @@ class NaLaLM(model.NaLaLM):
     @checked(tokens="B N token")
     @functools.wraps(model.NaLaLM.generate)
     def generate(self, tokens, num_tokens, **options):
-        with evaluating(self):
+        with in_mode(self, training=False):
             return super().generate(tokens, num_tokens, **options)
 
     def _replicate_for_data_parallel(self):

@@ -6,13 +6,15 @@ from __future__ import annotations
 import io
 import math
 import signal
+import statistics
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +22,60 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from nala_min import distributed
+from nala_min.arguments import in_mode
 from nala_min.flags import UsageError
-from nala_min.runcard import write_whole
+from nala_min.runcard import plain, write_whole
 
 FORMAT = 3  # of a checkpoint: counted up when what Run saves changes
 
 
-def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
+def load_checkpoint(path: Path | str, *names: str) -> dict[str, Any]:
     """What Run saved at path, on the CPU, with names in its extra.
 
     Raises UsageError if there is none, it is damaged, or it lacks a name: another script's.
     """
+    path = Path(path)
     if not path.exists():
         raise UsageError(f"no checkpoint at {path}: train first, or name its folder with --out")
     try:
         if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # torch checks no checksum
             raise ValueError(damaged)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = _read(path)
         if saved["format"] != FORMAT:
             raise ValueError("another format")
     except Exception as error:  # torch raises many kinds for a damaged file, in many lines
         kind = type(error).__name__
         raise UsageError(
-            f"{path} is no checkpoint of this version ({kind}): delete it, or name another folder"
+            f"{path} cannot be read by this version ({kind}): move it aside, or name another folder"
             " with --out"
         ) from error
     if not set(names) <= saved.get("extra", {}).keys():
         raise UsageError(f"{path} is a run of another script: name another folder with --out")
     return saved
+
+
+def _read(file: Path | BinaryIO) -> Any:
+    """What torch.save wrote. Raises ValueError for anything but tensors and plain values."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def _uncompiled(name: str) -> str:
+    """A weight's name without what torch.compile adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def _content(extra: dict[str, Any]) -> dict[str, Any]:
+    """extra without the names of files whose SHA-256 it holds: a file may be renamed."""
+    files = {n: x for n, x in extra.items() if isinstance(x, dict) and "sha256" in x}
+    known: dict[str, Any] = {n: x | {"name": None} for n, x in files.items()}
+    if own := extra.get("attention_sha256"):
+        names = extra["attention"].split(",")
+        known["attention"] = [None if name in own else name for name in names]
+        known["attention_sha256"] = [own[name] for name in names if name in own]
+    return extra | known
 
 
 class Run:
@@ -58,13 +86,13 @@ class Run:
         model: nn.Module,
         optimizers: list[Optimizer],
         steps: int,
-        path: Path,
+        path: Path | str,
         extra: dict[str, Any],
     ):
         self.model, self.optimizers = model, optimizers
-        self.steps, self.path, self.extra = steps, path, extra
+        self.steps, self.path, self.extra = steps, Path(path), plain(extra)
         self.step = self.saved = 0  # steps made, and those that are in the checkpoint
-        self.losses: list[Tensor] = []  # since the last point of the curve
+        self.losses: list[Tensor | float] = []  # since the last point of the curve
         self.history: list[dict[str, float]] = []
         self.start = time.perf_counter()
 
@@ -88,7 +116,8 @@ class Run:
             raise UsageError(
                 f"--resume: {different}: give the same flags, or another folder with --out"
             )
-        self.model.load_state_dict(saved["model"])
+        names = {_uncompiled(name): name for name in self.model.state_dict()}
+        self.model.load_state_dict({names.get(n, n): x for n, x in saved["model"].items()})
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.step = self.saved = saved["step"]
@@ -101,61 +130,67 @@ class Run:
         if self.path.exists():
             saved = load_checkpoint(self.path)
             if different := self.difference(saved):
-                raise UsageError(f"{different}: delete it, or name another folder with --out")
+                raise UsageError(f"{different}: move it aside, or name another folder with --out")
             if saved["step"] < self.steps:
                 raise UsageError(
                     f"{self.path} has come to step {saved['step']} of {self.steps}: --resume goes"
-                    " on with it; delete it to begin anew"
+                    " on with it; move it aside to begin anew"
                 )
         self.save(first=True)
 
     def difference(self, saved: dict[str, Any]) -> str | None:
         """How the run that was saved differs from this one, if it does."""
-        before = saved["extra"]
-        for name in sorted(before.keys() | self.extra.keys()):
-            if before.get(name) != self.extra.get(name):
-                return (
-                    f"{self.path} was trained with {name} = {before.get(name)!r}, not"
-                    f" {self.extra.get(name)!r}"
-                )
+        before, now = _content(saved["extra"]), _content(self.extra)
+        for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "data", name)):
+            if before.get(name) != now.get(name):
+                shown = (repr(extra.get(name))[:200] for extra in (saved["extra"], self.extra))
+                return f"{self.path} was trained with {name} = {', not '.join(shown)}"
         return None
 
     def add_point(self, evaluate: Callable[[nn.Module], dict[str, float]], bar: tqdm) -> None:
-        """Add a point to the curve, and write it above the bar."""
-        train_loss = distributed.mean(torch.stack(self.losses).mean().item())
+        """Add a point to the curve, and write it above the bar. Saves before, too: the evaluation
+        may need memory that is not there."""
+        self.save()
+        train_loss = statistics.fmean(self.losses)
         self.losses.clear()
-        if distributed.rank() > 0:
-            return
-        point = {"step": self.step, "train_loss": train_loss, **evaluate(self.model)}
-        self.model.train()
-        self.check_finite(point.values())
-        self.history.append(point)
-        numbers = (f"{name.replace('_', ' ')} {point[name]:.3f}" for name in list(point)[1:])
-        bar.write(f"step {self.step:5d}   {'   '.join(numbers)}")
+        if distributed.rank() == 0:
+            with in_mode(self.model, training=False):
+                numbers = plain(evaluate(self.model))
+            point = {"step": self.step, "train_loss": train_loss, **numbers}
+            self.check_finite(point.values())
+            self.history.append(point)
+            shown = (f"{name.replace('_', ' ')} {point[name]:.3f}" for name in list(point)[1:])
+            bar.write(f"step {self.step:5d}   {'   '.join(shown)}")
+        self.save()
 
     def check_finite(self, numbers: Iterable[float]) -> None:
         if not all(map(math.isfinite, numbers)):
             raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
 
     def save(self, first: bool = False) -> None:
-        """Write the checkpoint, if there is something new, and sound."""
-        if self.step == self.saved and not first:
-            return
+        """Write the checkpoint, if it is sound and can be read again."""
+        self.losses = [distributed.mean(float(value)) for value in self.losses]
         if distributed.rank() > 0:  # the first process writes
             self.saved = self.step
             return
-        self.check_finite(losses := [value.item() for value in self.losses])
+        self.check_finite(self.losses)
+        self.check_finite((0 * weight.detach()).sum() for weight in self.model.parameters())
         state = {
             "format": FORMAT,
-            "model": self.model.state_dict(),
+            "model": {_uncompiled(name): x for name, x in self.model.state_dict().items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
-            "losses": torch.tensor(losses),
+            "losses": self.losses,
             "history": self.history,
             "seconds": self.seconds(),
             "extra": self.extra,
         }
         torch.save(state, content := io.BytesIO())
+        content.seek(0)
+        try:
+            _read(content)
+        except ValueError as error:
+            raise UsageError(f"the model holds what no checkpoint can: {error}") from error
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, lambda file: file.write(content.getbuffer()))

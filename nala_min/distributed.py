@@ -84,17 +84,19 @@ def wait() -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether flag is true in at least one process."""
-    return bool(_reduced(torch.tensor(float(flag)), "MAX"))
+    return bool(_reduced(torch.tensor(float(flag), device="cpu"), "MAX"))
 
 
 def mean(number: float) -> float:
     """The mean of number over all processes."""
-    return _reduced(torch.tensor(number, dtype=torch.float64), "SUM").item() / world_size()
+    total = _reduced(torch.tensor(number, dtype=torch.float64, device="cpu"), "SUM")
+    return total.item() / world_size()
 
 
 def is_same(value: object) -> bool:
     """Whether every process has the same value, by what repr makes of it."""
-    digest = torch.tensor(list(hashlib.sha256(repr(value).encode("utf-8")).digest()))
+    digest = list(hashlib.sha256(repr(value).encode("utf-8")).digest())
+    digest = torch.tensor(digest, device="cpu")
     return torch.equal(_reduced(digest.clone(), "MIN"), _reduced(digest, "MAX"))
 
 
@@ -155,23 +157,24 @@ def sequence_parallel_attention(
         if key_mask is not None:
             phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
         values = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0)  # (B, H, N, M + 1)
-        state = _SumBefore.apply(phi_k.mT @ values, group)  # (B, H, F, M + 1)
+        state = _SumOfOthers.apply(phi_k.mT @ values, group)  # (B, H, F, M + 1)
     kernel |= {"tau": tau, "norm_scale": norm_scale}
     return nala_attention(q, k, v, causal=True, key_mask=key_mask, state=state, **kernel)
 
 
-class _SumBefore(Function):
-    """The sum of what the processes before this one have; so its gradient is the sum of the
-    gradients of those after it."""
+class _SumOfOthers(Function):
+    """The sum of what the processes before this one have, or those after it. The gradient of the
+    one is the other, of the gradients; so there are derivatives of every order."""
 
     @staticmethod
-    def forward(ctx, state, group):
-        ctx.group = group
-        return _gather(state, group)[: dist.get_rank(group)].sum(dim=0)
+    def forward(ctx, state, group, after=False):
+        ctx.group, ctx.after = group, after
+        rank = dist.get_rank(group)
+        return _gather(state, group)[slice(rank + 1, None) if after else slice(rank)].sum(dim=0)
 
     @staticmethod
     def backward(ctx, grad):
-        return _gather(grad, ctx.group)[dist.get_rank(ctx.group) + 1 :].sum(dim=0), None
+        return _SumOfOthers.apply(grad, ctx.group, not ctx.after), None, None
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

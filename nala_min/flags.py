@@ -22,6 +22,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import torch
+
 from nala_min import distributed
 
 # What PyTorch's errors say, of a GPU and of a CPU, that has no memory left.
@@ -107,7 +109,7 @@ def run_script(main: Callable[[], None]) -> None:
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, signal.default_int_handler)
-    with _output() as nowhere, distributed.job():
+    with _output() as nowhere, _usual_defaults(), distributed.job():
         try:
             with redirect_stdout(nowhere) if distributed.rank() else nullcontext():
                 main()
@@ -183,6 +185,21 @@ def _output() -> Iterator[TextIO]:
         finally:
             out.flush()
             err.flush()
+
+
+@contextmanager
+def _usual_defaults() -> Iterator[None]:
+    """New tensors are float32 on the CPU, whatever the notebook has set that runs the script."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nala_min import plots, runcard
+from nala_min.arguments import in_mode
 from nala_min.data import all_windows, normalise
 from nala_min.model import (
     GatedAttention,
@@ -33,6 +35,8 @@ from nala_min.model import (
 
 MAPS = ("cosine", "softmax", "relu")  # NaLa, between what it joins
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+BUDGET = 2**20  # numbers in the residual stream, (B, N, E), of what is evaluated at one time
+QUERIES = 64  # of an image, at most, whose weights are looked at: those of all are N x N
 
 
 def entropy_against_norm(
@@ -49,8 +53,9 @@ def entropy_against_norm(
     norms: (K,); options: of attention_weights, as norm_scale. Returns (K,), in nats, the mean over
     draws of a query and its keys, from PyTorch's own generator; at most log(num_keys).
     """
-    _, direction = decompose(torch.randn(draws, 1, 1, dim))
-    k = torch.randn(draws, 1, num_keys, dim)
+    kind = {"dtype": torch.float32, "device": norms.device}
+    _, direction = decompose(torch.randn(draws, 1, 1, dim, **kind))
+    k = torch.randn(draws, 1, num_keys, dim, **kind)
     means = []
     for norm in norms:
         q = (norm * direction).expand_as(k)  # the same query at every place
@@ -99,13 +104,22 @@ def _tensors(tree: Any) -> list[Tensor]:
 # --- A trained model ------------------------------------------------------------------------------
 
 
+def at_once(model: NaLaLM | NaLaViT, inputs: Tensor | int) -> int:
+    """How many texts of inputs tokens, or of the images inputs, model reads at one time: BUDGET
+    numbers in the residual stream, so that memory grows neither with their number nor their size.
+    """
+    if isinstance(inputs, Tensor):
+        inputs = inputs.shape[2] * inputs.shape[3] // model.config.patch_size**2
+    return max(1, BUDGET // (inputs * model.config.dim))
+
+
 @torch.no_grad()
 def classify(model: NaLaViT, images: Tensor) -> Tensor:
     """Logits (n, Y), on the CPU, of images (n, 3, height, width) uint8."""
-    model.eval()
     weight = model.head.weight
-    parts = (normalise(part.to(weight.device)).to(weight.dtype) for part in images.split(500))
-    return torch.cat([model(part).cpu() for part in parts])
+    parts = (part.to(weight.device) for part in images.split(at_once(model, images)))
+    with in_mode(model, training=False):
+        return torch.cat([model(normalise(part).to(weight.dtype)).cpu() for part in parts])
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -128,12 +142,12 @@ def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int = 1) -> float:
     """Mean loss over consecutive windows of tokens, or over every n-th of them."""
-    model.eval()
-    device = model.head.weight.device
+    device, windows = model.head.weight.device, at_once(model, block_size)
     total, count = 0.0, 0
-    for inputs, targets in all_windows(tokens, block_size, 64, every):
-        loss = next_token_loss(model, inputs.to(device), targets.to(device))
-        total, count = total + loss.item() * targets.numel(), count + targets.numel()
+    with in_mode(model, training=False):
+        for inputs, targets in all_windows(tokens, block_size, windows, every):
+            loss = next_token_loss(model, inputs.to(device), targets.to(device))
+            total, count = total + loss.item() * targets.numel(), count + targets.numel()
     return total / count
 
 
@@ -155,6 +169,17 @@ class AttentionInputs(NamedTuple):
         return attention_weights(
             self.q, self.k, causal=self.layer.causal, feature_map=attention, **options
         )
+
+    def rows(self, queries: Sequence[int]) -> Tensor:
+        """The weights (B, H, n, N) of these n queries alone, in memory that is linear in N. The
+        output is linear in the values, so its derivative by them is the weights."""
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k = self.q.clone(), self.k.clone()
+            v = torch.zeros_like(q, requires_grad=True)
+            out = self.layer.attend(q, k, v, causal=self.layer.causal, **self.options)
+            firsts = (out[:, :, query, 0].sum() for query in queries)  # of all channels the first
+            rows = [torch.autograd.grad(x, v, retain_graph=True)[0][..., 0] for x in firsts]
+        return torch.stack(rows, dim=2)
 
     def told(self) -> dict[str, Any]:
         """What the layer's attention is told, by its name in ATTENTIONS or by the config."""
@@ -189,16 +214,18 @@ def chosen(told: dict[str, Any], *names: str) -> dict[str, Any]:
 def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionInputs]:
     """The inputs of every block's attention, first block to last, while model reads inputs.
 
-    inputs: tokens (B, N), or images (B, 3, height, width) uint8, at most 500 of them.
+    inputs: tokens (B, N), or images (B, 3, height, width) uint8, all of them at once.
     """
     seen: list[tuple] = []
     layers = [block.attention for block in model.blocks]
     hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call)) for layer in layers]
     try:
-        if isinstance(model, NaLaViT):
-            classify(model, inputs)
-        else:
-            model.eval()(inputs.to(model.head.weight.device))
+        with in_mode(model, training=False):
+            weight = model.head.weight
+            inputs = inputs.to(weight.device)
+            if isinstance(model, NaLaViT):
+                inputs = normalise(inputs).to(weight.dtype)
+            model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -211,31 +238,34 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
 
 @torch.no_grad()
 def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
-    """How each block attends, first to last, while model reads inputs as in attention_inputs.
+    """How each block attends, first to last, while model reads inputs as in attention_inputs, of
+    them the first that it reads at_once.
 
     For each block its attention and, over all heads and examples, the QUANTILES of: query_norm and,
     of NaLa, power, Eq. (7), of every token; entropy in nats and top, the weight of the heaviest
-    key, of every patch, but of a text only of the last token, which sees all others; of linear
-    attention also least_normaliser, the smallest of what it divides by. An attention that is a
-    module has no weights in common for all channels of a value, and so no entropy.
+    key, of QUERIES patches, evenly chosen, but of a text only of the last token, which sees all
+    others; of linear attention also least_normaliser, the smallest of what it divides by. An
+    attention that is a module has no weights in common for all channels of a value, and so no
+    entropy.
     """
-    blocks = []
+    size = inputs.shape[1] if inputs.ndim == 2 else inputs
+    blocks, inputs = [], inputs[: at_once(model, size)]
     for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):
         norm, _ = decompose(block.q)  # (B, H, N, 1)
         numbers = {"query_norm": norm}
         told = block.told()
         if block.uses(nala_attention) and told.get("feature_map") not in ("elu", "relu"):
             numbers["power"] = query_power(norm, **chosen(told, "lam", "tau", "norm_scale"))
-        last = slice(-1, None) if block.layer.causal else slice(None)
+        count = block.q.shape[2]
+        first, stride = (count - 1, 1) if block.layer.causal else (0, -(-count // QUERIES))
         if not isinstance(block.layer.attend, nn.Module):
-            weights = block.weights()[:, :, last]  # (B, H, 1 or N, N)
+            weights = block.rows(range(first, count, stride))  # (B, H, n, N)
             numbers |= {"entropy": entropy(weights), "top": weights.amax(dim=-1)}
-        levels = torch.tensor(QUANTILES, dtype=torch.float32)
         found = {
-            key: torch.quantile(x.float().cpu(), levels).tolist() for key, x in numbers.items()
+            key: np.quantile(x.float().cpu(), QUANTILES).tolist() for key, x in numbers.items()
         }
         if (mass := block.mass()) is not None:
-            found["least_normaliser"] = mass[:, :, last].min().item()
+            found["least_normaliser"] = mass[:, :, first:].min().item()
         blocks.append({"attention": name} | found)
     return blocks
 
@@ -282,7 +312,7 @@ def worst_pairs(confusion: Tensor, count: int = 3) -> list[tuple[int, int, int]]
 def main() -> None:
     start = time.perf_counter()
     config = {"seed": 1, "num_keys": 64, "dim": 32, "draws": 200}
-    norms = torch.logspace(-2, 1.5, 40)
+    norms = torch.logspace(-2, 1.5, 40, dtype=torch.float32, device="cpu")
     entropies = {}
     for name in ("softmax", "cosine", "elu", "relu"):
         torch.manual_seed(config["seed"])  # the same queries and keys for every feature map

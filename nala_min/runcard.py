@@ -109,14 +109,23 @@ def prove_writable(*paths: Path | str, flag: str = "--out") -> None:
             ) from error
 
 
+def plain(value: Any) -> Any:
+    """value as JSON would bring it back: NumPy's numbers, tensors and paths become plain values.
+    Raises TypeError for what JSON cannot hold."""
+
+    def convert(x: Any) -> Any:
+        if hasattr(x, "tolist"):
+            return x.tolist()
+        if isinstance(x, os.PathLike):
+            return os.fspath(x)
+        raise TypeError(f"{x!r}, {type(x).__name__}, cannot be saved: give numbers or strings")
+
+    return json.loads(json.dumps(value, default=convert))
+
+
 def write_json(path: Path | str, value: Any) -> None:
-    """Write value as indented JSON, whole or not at all. NumPy's numbers, tensors and paths become
-    plain values."""
-
-    def plain(x: Any) -> Any:
-        return x.tolist() if hasattr(x, "tolist") else os.fspath(x)
-
-    text = json.dumps(value, indent=2, default=plain) + "\n"
+    """Write value, made plain, as indented JSON, whole or not at all."""
+    text = json.dumps(plain(value), indent=2) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 

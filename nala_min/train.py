@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nala_min import distributed, relatives
-from nala_min.arguments import BlockConfig
+from nala_min.arguments import BlockConfig, in_mode
 from nala_min.checkpoint import Run, Stop
 from nala_min.flags import UsageError, flag
+from nala_min.model import ATTENTIONS
 
 # --- What every script is told --------------------------------------------------------------------
 
@@ -103,16 +104,21 @@ class Settings:
         return Recipe(self.steps, self.lr, eval_every=every, bfloat16=half, seed=self.seed)
 
 
-def load_attentions(config: dict[str, Any], *, causal: bool) -> None:
-    """Register the files that a saved run's attention was in. Raises UsageError for one that is not
-    there any more, or has changed."""
+def load_attentions(config: dict[str, Any], settings: Settings) -> None:
+    """Register the files that a saved run's attention was in, wherever --attention says that they
+    are now. Raises UsageError for one that is not there any more, or has changed."""
+    places = {digest: name for name, digest in settings.files.items()}
     for name, digest in config.get("attention_sha256", {}).items():
+        place, dim = places.get(digest, name), config["dim"] // config["heads"]
         try:
-            found = relatives.register(name, config["dim"] // config["heads"], causal=causal)
+            found = relatives.register(place, dim, causal=settings.CAUSAL)
         except ValueError as error:
-            raise UsageError(f"the run's attention: {error}") from error
+            raise UsageError(
+                f"the run's attention: {error}: name its file by --attention"
+            ) from error
         if found != digest:
             raise UsageError(f"{name} is not what the run was trained with: it has changed since")
+        ATTENTIONS[name] = ATTENTIONS[place]
 
 
 def block_options(config: dict[str, Any]) -> dict[str, Any]:
@@ -187,6 +193,8 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
+                if weight.grad is None:  # frozen, or not used
+                    continue
                 state = self.state[weight]
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
@@ -257,7 +265,7 @@ def fit(
     batch: Callable[[int], tuple[Tensor, Tensor]],
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
     evaluate: Callable[[nn.Module], dict[str, float]],
-    checkpoint: Path,
+    checkpoint: Path | str,
     extra: dict[str, Any],
     resume: bool = False,
 ) -> tuple[list[dict[str, float]], float]:
@@ -268,6 +276,7 @@ def fit(
     recipe.eval_every steps, at the end and on Ctrl-C, checkpoint is written: model, optimiser,
     history and extra, a dict of plain values that must be the same when the run is resumed. All
     that is random is a function of recipe.seed and the step, so a resumed run is the same run.
+    Afterwards every module is in the mode, training or evaluation, in which it was.
 
     Of several processes each computes the gradient of its share of a batch; the first evaluates
     and writes.
@@ -275,7 +284,8 @@ def fit(
     Returns the history, a dict of step, train_loss and what evaluate gave a point, and the seconds
     spent.
     Raises UsageError if checkpoint cannot be written, is to be resumed from and is not of this run,
-    or is of another run that would be overwritten. KeyboardInterrupt says how to go on.
+    or is of another run that would be overwritten; TypeError if extra, or what evaluate gave, has
+    more than plain values. KeyboardInterrupt says how to go on.
     """
     device = next(model.parameters()).device
     run = Run(model, make_optimizers(model, recipe), recipe.steps, checkpoint, extra)
@@ -284,12 +294,20 @@ def fit(
             run.load()
         elif distributed.rank() == 0:
             run.begin()
-        if not distributed.is_same([extra, recipe, run.step]):
+        if not distributed.is_same([run.extra, recipe, run.step]):
             raise UsageError("the processes of this job differ in flags, data or checkpoint")
         parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
-        model.train()
-        with _progress(run.step, recipe.steps) as bar, run.saying_how_to_go_on():
-            while run.step < recipe.steps:
+        bar = _progress(run.step, recipe.steps)
+        with in_mode(model, training=True), bar, run.saying_how_to_go_on():
+            while True:
+                if run.losses and (run.step % recipe.eval_every == 0 or run.step == recipe.steps):
+                    run.add_point(evaluate, bar)
+                if distributed.any_of(stop.requested):
+                    run.save()
+                    distributed.wait()
+                    raise KeyboardInterrupt
+                if run.step == recipe.steps:
+                    break
                 torch.manual_seed(_mixed(recipe.seed, run.step, distributed.rank()))
                 for group in _groups(run.optimizers):
                     group["lr"] = recipe.learning_rate_at(run.step, group["initial_lr"])
@@ -303,13 +321,6 @@ def fit(
                 bar.update()
                 if run.step % 20 == 1:  # reading a loss makes a GPU wait
                     bar.set_postfix(loss=f"{value.item():.3f}")
-                if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
-                    run.add_point(evaluate, bar)
-                    run.save()
-                if distributed.any_of(stop.requested):
-                    run.save()
-                    distributed.wait()
-                    raise KeyboardInterrupt
     return run.history, run.seconds()
 
 

@@ -4,13 +4,16 @@ import argparse
 import errno
 import itertools
 import math
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from faults import tensors_of
-from test_train import EXTRA, batch, small_model, train_small
+from test_train import EXTRA, batch, evaluate, small_model, train_small
 
 from nala_min import checkpoint
 from nala_min.flags import UsageError, run_script
@@ -152,7 +155,7 @@ def test_ctrl_c_while_the_first_checkpoint_is_written_says_how_to_go_on(tmp_path
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(checkpoint, "write_whole", interrupted)
-    with pytest.raises(KeyboardInterrupt, match=r"at step 1: --resume goes on from step 1$"):
+    with pytest.raises(KeyboardInterrupt, match=r"at step 0: --resume goes on from step 0$"):
         train_small(small_model(), tmp_path / "checkpoint.pt")
 
 
@@ -231,7 +234,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_run_too(broken, tmp_path):
     numbers = {"test_accuracy": 0.5, "test_loss": broken}
     with pytest.raises(UsageError, match="not finite at step 3: lower --lr"):
         train_small(small_model(), tmp_path / "checkpoint.pt", evaluate=lambda model: dict(numbers))
-    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")["history"] == []
 
 
 def test_a_stop_after_a_loss_that_is_not_finite_saves_nothing(tmp_path):
@@ -255,10 +258,10 @@ def test_another_run_is_not_overwritten_but_the_same_one_is_made_again(tmp_path)
     path = tmp_path / "checkpoint.pt"
     history, _ = train_small(small_model(), path)
     before = path.read_bytes()
-    with pytest.raises(UsageError, match="trained with dim = 16, not 32: delete it, or name"):
+    with pytest.raises(UsageError, match="trained with dim = 16, not 32: move it aside, or name"):
         train_small(small_model(), path, extra=EXTRA | {"dim": 32})
     path.with_name("other.pt").write_bytes(b"something else")
-    with pytest.raises(UsageError, match=r"no checkpoint of this version .* delete it, or name"):
+    with pytest.raises(UsageError, match=r"cannot be read by .* move it aside, or name"):
         train_small(small_model(), path.with_name("other.pt"))
     assert path.read_bytes() == before
     assert train_small(small_model(), path)[0] == history
@@ -312,3 +315,175 @@ def test_the_checkpoint_is_written_at_every_evaluation(tmp_path):
     assert steps == [0, 0, 0, 3, 3, 3, 6]
     saved = checkpoint.load_checkpoint(path)
     assert saved["step"] == 7 and saved["extra"] == EXTRA
+
+
+# --- What is saved can be read again, and goes on ------------------------------------------------
+
+PLAIN = {  # what a caller may give, and what becomes of it
+    "a path": (Path("a") / "b", os.path.join("a", "b")),
+    "paths below": ({"files": [Path("a"), (Path("b"),)]}, {"files": ["a", ["b"]]}),
+    "numbers of NumPy": ([np.float32(0.5), np.float64(0.1), np.int64(3)], [0.5, 0.1, 3]),
+    "an array": (np.eye(2), [[1.0, 0.0], [0.0, 1.0]]),
+    "tensors": ([torch.tensor(0.5), torch.arange(3)], [0.5, [0, 1, 2]]),
+    "a tuple": ((1, None), [1, None]),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_whatever_extra_holds_is_read_again_as_plain_values(kind, tmp_path):
+    given, want = PLAIN[kind]
+    path, extra = tmp_path / "checkpoint.pt", EXTRA | {"more": given}
+    history, _ = train_small(small_model(), path, extra=extra)
+    assert checkpoint.load_checkpoint(path)["extra"]["more"] == want
+    assert train_small(small_model(), path, extra=extra, resume=True)[0] == history
+
+
+@pytest.mark.parametrize("value", [{1}, object(), 1j, {"a": [argparse.Namespace()]}, {(1, 2): 3}])
+def test_what_no_checkpoint_holds_is_refused_before_any_training(value, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(TypeError):
+        train_small(small_model(), path, extra=EXTRA | {"more": value}, batch=None)
+    assert not path.exists()
+
+
+class Talkative(torch.nn.Linear):
+    """A layer that saves what no checkpoint can hold."""
+
+    def get_extra_state(self):
+        return argparse.Namespace()
+
+
+def test_a_state_that_cannot_be_read_again_is_refused_before_any_training(tmp_path):
+    model = small_model()
+    model.head = Talkative(16, 11, bias=False)
+    with pytest.raises(UsageError, match="holds what no checkpoint can") as error:
+        train_small(model, tmp_path / "checkpoint.pt", batch=None)
+    assert "\n" not in str(error.value) and not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("number", [np.mean([1.0, 2.0]), np.float32(1.5), torch.tensor(1.5)])
+def test_a_number_of_evaluate_is_a_plain_number(number, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    history, _ = train_small(small_model(), path, evaluate=lambda model: {"loss": number})
+    assert history[-1]["loss"] == 1.5 and type(history[-1]["loss"]) is float
+    assert train_small(small_model(), path, resume=True)[0] == history
+
+
+@pytest.mark.parametrize("failing", [3, 6, 7])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, ZeroDivisionError])
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(error, failing, tmp_path):
+    path, points = tmp_path / "checkpoint.pt", iter([3, 6, 7])
+
+    def evaluate_or_fail(model):
+        if next(points) == failing:
+            raise error
+        return evaluate(model)
+
+    with pytest.raises(error):
+        train_small(small_model(), path, evaluate=evaluate_or_fail)
+    assert checkpoint.load_checkpoint(path)["step"] == failing
+    train_small(small_model(seed=2), path, resume=True)
+    train_small(small_model(), tmp_path / "whole.pt")
+    assert_same_run(tmp_path / "whole.pt", path)
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "missing"])
+def test_what_may_be_the_only_copy_is_to_be_moved_aside(damage, tmp_path):
+    DAMAGES[damage](path := tmp_path / "checkpoint.pt")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="move it aside, or name another folder") as error:
+            train_small(small_model(), path, resume=resume)
+        assert "delete" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss that made them was finite still."""
+
+    def breaking(step):
+        if step == 4:
+            model.frozen.fill_(math.inf)
+            signal.raise_signal(signal.SIGINT)
+        return batch(step)
+
+    model = small_model()
+    model.frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+    with pytest.raises(UsageError, match="not finite at step 5"):
+        train_small(model, tmp_path / "checkpoint.pt", batch=breaking)
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    path = str(tmp_path / "checkpoint.pt")
+    history, _ = train_small(small_model(), path)
+    assert checkpoint.load_checkpoint(path)["history"] == history
+
+
+def of(name, digest, **more):
+    return EXTRA | {"data": {"name": name, "sha256": digest}} | more
+
+
+def by(attention, **digests):
+    files = {f"{name}.py": digest for name, digest in digests.items()}
+    return EXTRA | {"attention": attention, "attention_sha256": files}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (of("a.txt", "1"), of("b.txt", "1")),
+        (by("nala,a.py", a="1"), by("nala,b.py", b="1")),
+        (by("a.py,b.py,a.py", a="1", b="2"), by("b.py,a.py,b.py", a="2", b="1")),
+    ],
+)
+def test_data_and_attention_that_were_renamed_go_on(one, other, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    history, _ = train_small(small_model(), path, extra=one)
+    assert train_small(small_model(), path, extra=other, resume=True)[0] == history
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "named"),
+    [
+        (of("a.txt", "1"), of("a.txt", "2"), "data = .*'1'.*, not .*'2'"),
+        (by("a.py,nala", a="1"), by("a.py,nala", a="2"), "attention_sha256 = .*'1'.* not .*'2'"),
+        (by("a.py,nala", a="1"), by("nala,a.py", a="1"), "attention = "),
+        (by("a.py,b.py", a="1", b="2"), by("b.py,a.py", a="1", b="2"), "attention_sha256 = "),
+    ],
+)
+def test_other_content_of_the_same_name_does_not_go_on(one, other, named, tmp_path):
+    train_small(small_model(), path := tmp_path / "checkpoint.pt", extra=one)
+    with pytest.raises(UsageError, match=named):
+        train_small(small_model(), path, extra=other, resume=True)
+
+
+def test_another_text_is_named_and_not_its_whole_vocabulary(tmp_path):
+    path, letters = tmp_path / "checkpoint.pt", "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
+    train_small(small_model(), path, extra=of("a.txt", "1", characters=letters))
+    for digest, named in (("2", "data = .*a.txt.* not .*b.txt"), ("1", "characters = ")):
+        other = of("b.txt", digest, characters=letters[1:])
+        with pytest.raises(UsageError, match=named) as error:
+            train_small(small_model(), path, extra=other, resume=True)
+        assert len(str(error.value)) < 800
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def partly_compiled(model):
+    model.blocks[0] = compiled(model.blocks[0])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("second", [compiled, partly_compiled, lambda model: model])
+@pytest.mark.parametrize("first", [compiled, partly_compiled, lambda model: model])
+def test_a_compiled_model_is_saved_under_plain_names_and_goes_on_as_any(first, second, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train_small(first(small_model()), path, batch=until(4))
+    assert checkpoint.load_checkpoint(path)["model"].keys() == small_model().state_dict().keys()
+    history, _ = train_small(second(small_model(seed=2)), path, resume=True)
+    want, _ = train_small(small_model(), tmp_path / "whole.pt")
+    for point, other in zip(history, want, strict=True):
+        assert point == pytest.approx(other, rel=1e-4)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from scripts import ambient
 from torch.testing import assert_close
 
 from nala_min import distributed, nala_attention
@@ -84,6 +85,22 @@ def agree(rank, world, folder):
         assert rank > 0 or not (folder / "1").exists()
 
 
+def differentiate_twice(rank, world, folder):
+    """The second derivative through what travels, against that of all pieces in one process."""
+    torch.manual_seed(1)
+    pieces, factors = torch.randn(2, world, 5, dtype=torch.float64)
+    whole, mine = (x.clone().requires_grad_() for x in (pieces, pieces[rank]))
+    before = torch.stack([(whole[:r] ** 3).sum(dim=0) for r in range(world)])
+    (first,) = torch.autograd.grad((before**2).sum(), whole, create_graph=True)
+    (second,) = torch.autograd.grad((first * factors).sum(), whole)
+    before = distributed._SumOfOthers.apply(mine**3, None)
+    (found,) = torch.autograd.grad((before**2).sum(), mine, create_graph=True)
+    assert_close(found, first[rank])
+    (found,) = torch.autograd.grad((found * factors[rank]).sum(), mine)
+    assert_close(found, second[rank])
+    assert rank == world - 1 or found.abs().min() > 0
+
+
 def die(rank, world, folder):
     """The last process ends without a word; the others notice, and say how to go on."""
     if rank == world - 1:
@@ -136,6 +153,10 @@ def test_processes_agree(tmp_path):
     spawn(3, tmp_path, agree)
 
 
+def test_a_sum_over_processes_has_a_second_derivative(tmp_path):
+    spawn(3, tmp_path, differentiate_twice)
+
+
 def test_a_lost_process_is_one_line_that_says_how_to_go_on(tmp_path):
     spawn(2, tmp_path, die)
     (line,) = (tmp_path / "err").read_text(encoding="utf-8").splitlines()
@@ -151,3 +172,10 @@ def test_one_process_needs_no_other(tmp_path):
         distributed.wait()
         distributed.leave()
     assert not distributed.is_lost_peer(RuntimeError("Connection closed by peer"))
+
+
+def test_what_processes_say_does_not_depend_on_torch_s_defaults():
+    with ambient(torch.bfloat16, "meta"):
+        assert distributed.mean(0.1) == 0.1
+        assert distributed.any_of(True) and not distributed.any_of(False)
+        assert distributed.is_same("a")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scripts import ambient
 from torch.testing import assert_close
 
 from nala_min import (
@@ -17,6 +18,7 @@ from nala_min import (
     runcard,
 )
 from nala_min.data import normalise
+from nala_min.measure import BUDGET
 
 FIVE = ("nala", "split", "elu", "relu", "softmax")
 NORMS = torch.tensor([0.01, 1.0, 4.0, 16.0])
@@ -342,3 +344,102 @@ def test_asking_leaves_no_hook_behind_even_after_an_error():
         measure.attention_inputs(model, bytes_of()[:, :2])
     measure.attention_inputs(model, bytes_of())
     assert all(not block.attention._forward_pre_hooks for block in model.blocks)
+
+
+# --- Modes, memory, PyTorch's defaults ------------------------------------------------------------
+
+
+def small_lm(**options):
+    sizes = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16}
+    return NaLaLM(LMConfig(**sizes | options))
+
+
+READERS = {
+    "validation_loss": lambda lm, vit: measure.validation_loss(lm, torch.randint(9, (50,)), 8),
+    "classify": lambda lm, vit: measure.classify(vit, bytes_of()).tolist(),
+    "text's stats": lambda lm, vit: measure.attention_stats(lm, torch.randint(9, (3, 70))),
+    "images' stats": lambda lm, vit: measure.attention_stats(vit, bytes_of()),
+    "maps": lambda lm, vit: [x.tolist() for x in measure.attention_maps(vit, bytes_of()).values()],
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("reader", READERS)
+def test_what_reads_a_model_gives_every_module_its_mode_back(reader, fails):
+    models = small_lm(dropout=0.5), small_vit(dropout=0.5).float()
+    for model in models:
+        model.train().blocks[0].eval()  # one is frozen
+        if fails:
+            model.norm.register_forward_pre_hook(lambda *call: 1 / 0)
+    modes = [[module.training for module in model.modules()] for model in models]
+    try:
+        READERS[reader](*models)
+        assert not fails
+    except ZeroDivisionError:
+        assert fails
+    assert [[module.training for module in model.modules()] for model in models] == modes
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_read_does_not_depend_on_torch_s_defaults(reader):
+    def read():
+        torch.manual_seed(1)
+        return READERS[reader](*models)
+
+    models = small_lm(), small_vit().float()
+    want = read()
+    for dtype in (torch.float64, torch.bfloat16):
+        with ambient(dtype, "cpu"):
+            assert read() == want
+
+
+@pytest.mark.parametrize("attention", [*FIVE, "focused", "clipped", "magnitude-aware"])
+@pytest.mark.parametrize("rope", [None, "numerator"])
+def test_the_weights_of_some_queries_are_those_among_all(attention, rope):
+    if rope and attention in ("softmax", "magnitude-aware"):
+        pytest.skip("takes no rope")
+    for model, inputs in (
+        (small_lm(attention=attention, rope=rope), torch.randint(9, (3, 12))),
+        (small_vit(attention=attention, rope=rope).float(), bytes_of()),
+    ):
+        for block in measure.attention_inputs(model, inputs):
+            weights = block.weights()
+            assert_close(block.rows([0, 3, 11]), weights[:, :, [0, 3, 11]], rtol=1e-4, atol=1e-6)
+
+
+def peak(function, *arguments):
+    with measure.Recorder() as recorder:
+        function(*arguments)
+    return recorder.peak
+
+
+def test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of_tokens(monkeypatch):
+    monkeypatch.setattr(measure, "BUDGET", 2**16)
+    for attention in ("nala", "softmax"):
+        lm, vit = small_lm(attention=attention), small_vit(attention=attention).float()
+        text, most = torch.randint(9, (2**15 + 1,)), 60 * 4 * 2**16  # bytes
+        for block in (32, 1024, 4096):
+            assert peak(measure.validation_loss, lm, text, block) < most
+            assert peak(measure.attention_stats, lm, text[:-1].view(-1, block)) < most
+        for count, side in ((256, 16), (16, 64), (1, 96)):
+            assert peak(measure.classify, vit, bytes_of(count, side, side)) < most
+            assert peak(measure.attention_stats, vit, bytes_of(count, side, side)) < 2 * most
+
+
+def test_the_default_runs_are_evaluated_as_many_at_a_time_as_ever():
+    assert measure.at_once(small_lm(dim=128, num_heads=4), 128) == 64
+    assert measure.at_once(small_lm(), 2 * BUDGET) == 1
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    assert measure.at_once(small_vit(patch_size=4, dim=64, num_heads=4), images) == 256
+
+
+def test_queries_that_are_sampled_stand_for_all(monkeypatch):
+    vit, images = small_vit().float(), bytes_of(2, 40, 40)
+    stats = []
+    for queries in (64, 10**6):
+        monkeypatch.setattr(measure, "QUERIES", queries)
+        stats.append(measure.attention_stats(vit, images)[0])
+    sampled, whole = stats
+    assert sampled["query_norm"] == whole["query_norm"]
+    assert sampled["entropy"] != whole["entropy"]
+    assert sampled["entropy"][2] == pytest.approx(whole["entropy"][2], abs=0.1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import ambient
 from torch import nn
 from torch.testing import assert_close
 
@@ -557,3 +558,64 @@ def test_a_step_is_clipped_adamw_at_the_recipe_s_learning_rate(tmp_path):
     assert min(norms) > 0.3  # the clipping bites
     for (name, parameter), other in zip(fitted.named_parameters(), model.parameters(), strict=True):
         assert_close(parameter, other, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_frozen_and_unused_parameters_stay_as_they_are(muon, tmp_path):
+    """Through a checkpoint, too."""
+    model = small_model()
+    model.blocks[0].mlp.requires_grad_(False)
+    model.unused = nn.Linear(3, 3)
+    fixed = [*model.blocks[0].mlp.parameters(), *model.unused.parameters()]
+    before, head = [fix.clone() for fix in fixed], model.head.weight.clone()
+    recipe = Recipe(steps=4, learning_rate=0.01, muon=muon, eval_every=2)
+    train_small(model, tmp_path / "checkpoint.pt", recipe)
+    assert all(map(torch.equal, fixed, before)) and not torch.equal(model.head.weight, head)
+    train_small(model, tmp_path / "checkpoint.pt", recipe, resume=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_every_module_has_its_mode_back_after_training(fails, training, tmp_path):
+    """And what is frozen in evaluation mode stays in it meanwhile, if the model is in training."""
+
+    def watching(model, inputs, targets):
+        seen.append(model.blocks[0].training)
+        return loss(model, inputs, targets) / (0 if fails and len(seen) == 5 else 1)
+
+    def careless(model):
+        model.train()
+        return evaluate(model)
+
+    model, seen = small_model().train(training), []
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    try:
+        train_small(model, tmp_path / "checkpoint.pt", loss=watching, evaluate=careless)
+        assert not fails
+    except UsageError:  # the loss is not finite
+        assert fails
+    assert [module.training for module in model.modules()] == modes
+    assert set(seen) == {not training}
+
+
+def test_training_does_not_depend_on_torch_s_defaults(tmp_path):
+    want, _ = train_small(small_model(), tmp_path / "whole.pt")
+    for dtype in (torch.float64, torch.bfloat16):
+        model = small_model()
+        with ambient(dtype, "cpu"):
+            found, _ = train_small(model, tmp_path / f"{dtype}.pt")
+        assert found == want
+
+
+def test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back():
+    found = []
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        run_script(lambda: found.append(torch.ones(1)))
+        assert (torch.ones(1).dtype, torch.ones(1).device.type) == (torch.bfloat16, "meta")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert (found[0].dtype, found[0].device.type) == (torch.float32, "cpu")
