@@ -443,4 +443,7 @@ class NaLaViT(model.NaLaViT):
     @checked(images="B 3 R S")
     @functools.wraps(model.NaLaViT.forward)
     def forward(self, images):
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # Compiled for each size anew: with symbols for sizes it fails, pytorch #172204.
+            [len(range(side)) for side in images.shape[2:]]
         return super().forward(images)

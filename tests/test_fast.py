@@ -14,7 +14,16 @@ from mutants import load_model
 from torch.testing import assert_close
 
 import nala_min
-from nala_min import LMConfig, NaLaLM, fast, linear_attention, measure, nala_attention
+from nala_min import (
+    LMConfig,
+    NaLaLM,
+    NaLaViT,
+    ViTConfig,
+    fast,
+    linear_attention,
+    measure,
+    nala_attention,
+)
 
 B, H, D, M = 2, 3, 8, 5
 FEATURE_MAPS = ("cosine", "split", "elu", "relu")
@@ -351,18 +360,24 @@ def test_compiled_is_eager():
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_model_trains_at_changing_lengths():
-    """By the real backend; the second length is compiled for any."""
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, of its insides
+@pytest.mark.parametrize("kind", ["texts", "images"])
+def test_a_compiled_model_trains_at_changing_sizes(kind):
+    """By the real backend; the second length of a text is compiled for any."""
     torch._dynamo.reset()
-    model = NaLaLM(LMConfig(vocab_size=7, num_layers=2, num_heads=2, dim=16))
+    sizes = {"num_layers": 2, "num_heads": 2, "dim": 16}
+    if kind == "texts":
+        model = NaLaLM(LMConfig(vocab_size=7, **sizes))
+        inputs = [torch.randint(7, (2, num_tokens)) for num_tokens in (9, 70, 12)]
+    else:
+        model = NaLaViT(ViTConfig(num_classes=7, **sizes | {"num_layers": 1}))
+        inputs = [torch.randn(size, 3, 8 * size, 20) for size in (1, 2)]
     compiled = torch.compile(model)
-    for num_tokens in (9, 70, 12):
-        tokens, grads = torch.randint(7, (2, num_tokens)), []
+    for x in inputs:
+        grads = []
         for net in (compiled, model):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the compiler's own, of its insides
-                loss = net(tokens)[0].square().sum()
-                grads.append(torch.autograd.grad(loss, list(model.parameters())))
+            logits = net(x)[0] if kind == "texts" else net(x)
+            grads.append(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
         assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
