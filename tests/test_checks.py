@@ -2,16 +2,21 @@
 accepted, and plausible mistakes are refused by a sentence that names them."""
 
 import math
-import shutil
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from mutants import load_model
 
 import nala_min.model as model
-from nala_min.course import checks
+from nala_min.course import checks, marking
 
 LESSONS = (1, 2, 3, 4, 5, "find_the_bug")
 SOLUTIONS = checks.FOLDER / "solutions"
@@ -1157,16 +1162,6 @@ def test_other_right_answers_are_accepted(name, difference):
 # --- What is printed ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_report_has_a_line_for_each_exercise(lesson, capsys):
-    checks.report(lesson)
-    names = [name for name, exercise in checks.EXERCISES.items() if exercise.lesson == lesson]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == names
-    if lesson != "find_the_bug":
-        assert all(line.endswith(": not done yet") for line in lines)
-
-
 @solved
 @pytest.mark.parametrize("name", ("attention_a", "attention_b", "attention_c"))
 def test_a_diagnosis_is_judged_after_the_repair_only(name):
@@ -1178,57 +1173,29 @@ def test_a_diagnosis_is_judged_after_the_repair_only(name):
     assert len(symptoms) == 1 and "diagnosis" not in symptoms.pop()
 
 
-def test_report_shows_symptoms_and_no_disease(capsys):
-    checks.report("find_the_bug")
-    lines = capsys.readouterr().out.splitlines()
-    for line, symptom in zip(lines, ("padding", "in its future", "the norm cancels"), strict=True):
-        assert symptom in line and not any(name in line for name in checks.DISEASES)
-
-
-@solved
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_report_of_solutions(lesson, capsys):
-    checks.report(lesson, path_of(lesson, SOLUTIONS))
-    assert all(line.endswith(": right") for line in capsys.readouterr().out.splitlines())
-
-
-FILES = {
-    "def entropy(weights:\n    pass": "mine.py: wrong - SyntaxError in line 1",
-    "import torch\n\n1 / 0": "mine.py: wrong - ZeroDivisionError in line 3: division by zero",
-    "raise SystemExit": "mine.py: wrong - SystemExit in line 1",
-    "x = 1": "entropy: wrong - There is no function entropy in this file.",
-    "entropy = 3": "entropy: wrong - There is no function entropy in this file.",
-    "def entropy(w):\n    return missing": "entropy: wrong - It stops with NameError in line 2: ",
-    "def entropy(w):\n    raise SystemExit": "entropy: wrong - It stops with SystemExit in line 2",
-    "def entropy():\n    return 1": "entropy: wrong - It stops with TypeError: entropy() takes 0",
+SOURCES = {
+    "x = 1": "There is no function entropy in this file.",
+    "entropy = 3": "There is no function entropy in this file. Write def entropy(...), not",
+    "entropy = lambda w: w": "There is no function entropy in this file. Write def entropy(...)",
+    "def entropy(w):\n    return missing": "It stops with NameError in line 2: ",
+    "def entropy(w):\n    raise SystemExit": "It stops with SystemExit in line 2",
+    "def entropy():\n    return 1": "It stops with TypeError: entropy() takes 0",
     "def entropy(w):\n    raise NotImplementedError('for Half')": (
-        "entropy: wrong - It stops with NotImplementedError in line 2: for Half"
+        "It stops with NotImplementedError in line 2: for Half"
     ),
-    "def entropy(w):\n    return w.to_sparse().sum(-1)": (
-        "entropy: wrong - What it returns cannot be checked: "
-    ),
-    "def entropy(w):\n    return entropy(w)": "entropy: wrong - It stops with RecursionError",
+    "def entropy(w):\n    return w.to_sparse().sum(-1)": "What it returns cannot be checked: ",
+    "def entropy(w):\n    return entropy(w)": "It stops with RecursionError",
 }
 
 
-@pytest.mark.parametrize("source", FILES)
-def test_report_survives_any_file(source, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
-    checks.report(1, tmp_path / "mine.py")
-    assert capsys.readouterr().out.startswith(FILES[source])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_sentence_for_any_function(source):
+    with pytest.raises(checks.Wrong) as wrong:
+        checks.check_name(load("mine.py", source), "entropy")
+    assert str(wrong.value).startswith(SOURCES[source])
 
 
-def test_report_reads_the_file_anew(tmp_path, capsys):
-    for source, words in (
-        ("x = 1", "no function"),
-        (path_of(1).read_text(encoding="utf-8"), "not done yet"),
-    ):
-        (tmp_path / "mine.py").write_text(source, encoding="utf-8")
-        checks.report(1, str(tmp_path / "mine.py"))
-        assert words in capsys.readouterr().out
-
-
-def test_unknown_names_are_errors(tmp_path):
+def test_unknown_names_are_errors():
     with pytest.raises(ValueError, match="lesson=6 has no exercises"):
         checks.report(6)
     for ask in (lambda: checks.hint("norm"), lambda: checks.check(path_of)):
@@ -1236,7 +1203,6 @@ def test_unknown_names_are_errors(tmp_path):
             ask()
     with pytest.raises(ValueError, match="no function that bears the name"):
         checks.add_tests({"x": 1})
-    checks.report(1, tmp_path / "none.py")  # a student's slip, told in a line
 
 
 def test_hints_come_one_by_one(capsys):
@@ -1254,35 +1220,320 @@ def test_check_leaves_the_random_numbers_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-# --- pytest on a student's file -------------------------------------------------------------------
+@solved
+def test_check_works_under_any_defaults_and_gives_them_back():
+    product = "return (direction[None] @ torch.eye(3))[0], keys"
+    right = solution("counterexample", "return direction, keys", product)
+    wrong = load("mine.py", "import torch\ndef entropy(w):\n    return torch.zeros(w.shape[:-1])")
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        with torch.inference_mode(), torch.autocast("cpu"):
+            assert sentence(right) is None
+            assert "dtype torch.float32" in sentence(wrong["entropy"])
+            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_default_device().type == "meta"
+        with torch.no_grad():
+            assert sentence(solution("linear_attention")) is None
+            assert not torch.is_grad_enabled()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before[0])
+    leak = (
+        "import torch\ndef entropy(w):\n    torch.set_default_dtype(torch.float64)\n"
+        "    torch.set_grad_enabled(False)\n    torch.set_num_threads(3)"
+    )
+    assert "None" in sentence(load("mine.py", leak)["entropy"])
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == before
+    assert torch.is_grad_enabled()
+
+
+# --- A fresh process for each file ----------------------------------------------------------------
+
+ALL = [
+    path_of(lesson, folder)
+    for folder in (checks.FOLDER, SOLUTIONS)
+    if folder.exists()
+    for lesson in LESSONS
+]
+posix = pytest.mark.skipif(os.name != "posix", reason="signals are different on Windows")
+
+
+def lesson_of(path):
+    return path.stem if path.stem == "find_the_bug" else int(path.stem[-1])
+
+
+def names_of(lesson):
+    return [name for name, exercise in checks.EXERCISES.items() if exercise.lesson == lesson]
+
+
+def mark_all(paths):
+    """What marking.mark finds in each file, two files at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda path: marking.mark(path, names_of(lesson_of(path))), paths)
+        return dict(zip(paths, found, strict=True))
+
+
+def write(path, source):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(source.encode() if isinstance(source, str) else source)
+    return path
+
+
+def report(path, capsys):
+    checks.report(1, path)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture(scope="module")
+def marked():
+    return mark_all(ALL)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_all_ways_of_marking_agree(path, marked, monkeypatch, capsys):
+    """checks.report, the tests for pytest, and checks.check in this process."""
+    monkeypatch.setattr(marking, "mark", lambda path, names: marked[Path(path)])
+    lesson, lines, tests = lesson_of(path), [], []
+    namespace = load(path) | {"__file__": str(path)}
+    checks.add_tests(namespace)
+
+    def line(name, test):
+        try:
+            test()
+            return f"{name}: right"
+        except checks.NotDone as error:
+            return f"{name}: {error}"
+        except checks.Wrong as error:
+            return f"{name}: wrong - {error}"
+
+    for name in names_of(lesson):
+        lines.append(line(name, lambda name=name: checks.check(namespace[name])))
+        tests.append(line(name, namespace[f"test_{name}"]))
+    checks.report(lesson, path)
+    assert capsys.readouterr().out.splitlines() == lines == tests
+    if path.parent == SOLUTIONS:
+        assert all(line.endswith(": right") for line in lines)
+    elif lesson != "find_the_bug":
+        assert all(line.endswith(": not done yet") for line in lines)
+    else:
+        symptoms = ("padding", "in its future", "the norm cancels")
+        for line, symptom in zip(lines, symptoms, strict=True):
+            assert symptom in line and not any(name in line for name in checks.DISEASES)
+
+
+def test_report_takes_the_file_of_the_exercises_by_default(monkeypatch, capsys):
+    paths = []
+    monkeypatch.setattr(marking, "mark", lambda path, names: paths.append(path) or ({}, ""))
+    checks.report(3)
+    checks.report("find_the_bug")
+    assert paths == [path_of(3), path_of("find_the_bug")]
+
+
+LEAKS = """
+import os, random, sys
+import numpy, torch
+torch.set_default_dtype(torch.float64)
+torch.set_grad_enabled(False)
+torch.set_num_threads(3)
+random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
+os.environ["LEAK"] = "1"
+sys.modules["leak"] = sys
+sys.path.insert(0, os.getcwd())
+os.chdir("..")
+"""
+STATE = """
+import os, random, sys
+import numpy, torch
+from pathlib import Path
+print(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+print(Path.cwd() == Path(__file__).parent == Path(sys.path[0]), "leak" in sys.modules, __name__)
+print([x for x in os.environ if x.startswith(("PYTHON", "PYTEST", "LEAK"))])
+print(random.random(), numpy.random.rand(), torch.rand(()).item())
+"""
+
+
+@solved
+def test_no_file_changes_the_mark_of_the_next(tmp_path, monkeypatch, capsys):
+    """alice makes numbers of the default dtype, which she sets, and bob does not."""
+    monkeypatch.setitem(marking.ENVIRONMENT, "OMP_NUM_THREADS", "2")
+    source = path_of(1, SOLUTIONS).read_text(encoding="utf-8")
+    old = "return -(share * log).sum(dim=-1)"
+    single = source.replace(old, f"{old}.to(torch.get_default_dtype())")
+    assert single != source
+    alice = write(tmp_path / "alice" / "lesson_1.py", LEAKS + single)
+    bob = write(tmp_path / "bob" / "lesson_1.py", STATE + single)
+    right = [f"{name}: right" for name in names_of(1)]
+    assert report(alice, capsys) == right
+    lines = report(bob, capsys)
+    assert lines[:3] == [
+        "  | torch.float32 True 1",
+        "  | True False lesson_1",
+        "  | ['PYTHONHASHSEED']",
+    ]
+    torch.manual_seed(0)
+    numbers = [float(x) for x in lines[3].split()[1:]]
+    assert numbers == [random.Random(0).random(), 0.5488135039273248, torch.rand(()).item()]
+    assert lines[4].startswith("entropy: wrong - The result has dtype torch.float32, expected")
+    assert lines[5:] == right[1:]
+
+
+ODD = """\ufefffrom __future__ import annotations
+from dataclasses import dataclass
+from helper import answer
+@dataclass
+class Point:
+    x: float = answer
+"""
+
+
+@solved
+def test_pytest_and_report_import_a_file_as_python_does(tmp_path, capsys):
+    """A byte order mark, a module beside the file, a dataclass that looks up its module."""
+    source = ODD + path_of(1, SOLUTIONS).read_text(encoding="utf-8")
+    write(tmp_path / "helper.py", "answer = 42.0")
+    path = write(tmp_path / "Lösung 1 (2).py", source)
+    assert report(path, capsys) == [f"{name}: right" for name in names_of(1)]
+    assert {each.name for each in tmp_path.iterdir()} == {"helper.py", path.name}
+    bob = 'print("bob was here")\n' + path_of(1).read_text(encoding="utf-8")
+    files = [
+        write(tmp_path / "alice.py", source),
+        write(tmp_path / "bob.py", bob),
+        write(tmp_path / "find_the_bug.py", path_of("find_the_bug").read_bytes()),
+    ]
+    done = run("-m", "pytest", *map(str, files))
+    assert done.returncode == 1 and "6 failed, 3 passed" in done.stdout
+    assert done.stdout.count("FAILED") == done.stdout.count("::") == 6
+    assert done.stdout.count("bob.py::") == 3 and "bob was here" in done.stdout
+    assert done.stdout.count("E   nala_min.course.checks.NotDone: not done yet") == 3
+    assert "E   nala_min.course.checks.Wrong: A query of an eighth of the norm" in done.stdout
+    assert len(done.stdout.splitlines()) < 80 and "raise " not in done.stdout
+
+
+@solved
+def test_a_death_costs_one_mark(tmp_path, monkeypatch, capsys):
+    """What the file prints is no verdict, and is not read by report itself."""
+    monkeypatch.setattr(marking, "TIME_LIMIT", 2)
+    source = path_of(1, SOLUTIONS).read_text(encoding="utf-8")
+    source = source.replace("share = weights / torch", "while True: pass\n    share = torch", 1)
+    source = source.replace("scores = q @ k.mT", 'print("entropy: right"), os._exit(0)', 1)
+    source = f"import os\n{source}\nchecks.report(1, __file__)\n"
+    path = write(tmp_path / "mine.py", source)
+    assert report(path, capsys) == [
+        "  | entropy: right",
+        "entropy: wrong - It did not end within 2 s: is there an endless loop?",
+        "softmax_weights: wrong - It ends Python, with exit code 0: remove what does that.",
+        "entropy_slope: right",
+    ]
+
+
+FILES = {
+    "def entropy(weights:\n    pass": "It stops with SyntaxError in line 1: ",
+    "import torch\n\n1 / 0": "It stops with ZeroDivisionError in line 3: division by zero",
+    "raise SystemExit(0)": "It stops with SystemExit in line 1: 0",
+    "raise KeyboardInterrupt": "It stops with KeyboardInterrupt in line 1: ",
+    "x = 'é'".encode("latin-1"): "It stops with SyntaxError",
+    "import os\nos._exit(0)": "It ends Python, with exit code 0",
+    "while True: pass": "It did not end within 2 s",
+    "while True: print(1000 * 'x')": "It prints more than 1 MB",
+}
+
+
+def test_a_file_that_cannot_be_imported_has_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(marking, "TIME_LIMIT", 2)
+    monkeypatch.setattr(marking, "PRINT_LIMIT", 1)
+    sources = dict(enumerate(FILES))
+    paths = [write(tmp_path / str(i) / "lesson_1.py", sources[i]) for i in sources]
+    for (verdicts, printed), said in zip(mark_all(paths).values(), FILES.values(), strict=True):
+        assert verdicts.keys() == {"lesson_1.py"} and len(printed) <= 10_000
+        assert verdicts["lesson_1.py"].startswith(f"wrong - {said}")
+        assert "\n" not in verdicts["lesson_1.py"]
+
+
+CRASH = """
+import os, torch
+def help(x):
+    return torch.zeros(2)[x]
+def softmax_weights(q, k, causal):
+    return help(5)
+def entropy(w):
+    os.kill(os.getpid(), 9)
+"""
+
+
+@posix
+def test_a_crash_is_told_by_its_signal_and_an_error_by_its_traceback(tmp_path, monkeypatch, capsys):
+    """The traceback is for pytest: report prints a line."""
+    path = write(tmp_path / "torch.py", CRASH)
+    verdicts, _ = marking.mark(path, ["softmax_weights", "entropy"])
+    assert verdicts.keys() == {"softmax_weights", "entropy"}
+    assert verdicts["entropy"].startswith("wrong - Python crashes (SIGKILL): ")
+    sentence, *trace = verdicts["softmax_weights"].splitlines()
+    assert sentence.startswith("wrong - It stops with IndexError in line 4: index 5 is out of")
+    assert any("line 6, in softmax_weights" in line for line in trace)
+    monkeypatch.setattr(marking, "mark", lambda path, names: (verdicts, ""))
+    assert [line.split(":")[0] for line in report(path, capsys)] == ["softmax_weights", "entropy"]
+
+
+def test_a_path_without_a_python_file_has_one_line(tmp_path, capsys):
+    write(tmp_path / "mine.txt", "x = 1")
+    for path in (tmp_path, tmp_path / "none.py", str(tmp_path / "mine.txt"), "\0.py"):
+        (line,) = report(path, capsys)
+        assert ": wrong - There is no Python file " in line and "path of a .py file" in line
+
+
+def test_a_process_that_does_not_start_is_no_mistake_of_the_students(tmp_path, monkeypatch):
+    monkeypatch.setattr(marking, "CODE", "raise SystemExit('no torch')")
+    with pytest.raises(RuntimeError, match=r"mine\.py is not marked: .* no torch"):
+        marking.mark(write(tmp_path / "mine.py", "x = 1"), ["entropy"])
+
+
+def test_in_a_notebook_the_tests_run_in_its_process():
+    namespace = {"entropy": lambda weights: weights}
+    checks.add_tests(namespace)
+    with pytest.raises(checks.Wrong, match=r"Write def entropy"):
+        namespace["test_entropy"]()
+
+
+BEAT = """
+import time
+while True:
+    time.sleep(0.05)
+    with open("beat", "ab") as file:
+        file.write(b"x")
+"""
+
+
+@posix
+def test_no_process_outlives_its_caller(tmp_path):
+    """After Ctrl-C not even one that the file has started, nor itself if the caller is killed."""
+    child = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {BEAT!r}])\n"
+    sources = {signal.SIGINT: f"{child}while True: pass", signal.SIGKILL: BEAT}
+    callers, beats = [], []
+    for each, source in sources.items():
+        path = write(tmp_path / each.name / "mine.py", source)
+        code = f"from nala_min.course import checks; checks.report(1, {str(path)!r})"
+        options = {"cwd": checks.FOLDER.parents[1], "stderr": subprocess.DEVNULL}
+        callers.append(subprocess.Popen([sys.executable, "-c", code], **options))
+        beats.append(path.with_name("beat"))
+    for caller, beat, each in zip(callers, beats, sources, strict=True):
+        end = time.monotonic() + 60
+        while not beat.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        caller.send_signal(each)
+        assert caller.wait(timeout=5) == -each
+    time.sleep(1)
+    last = [beat.stat().st_size for beat in beats]
+    time.sleep(1)
+    assert last == [beat.stat().st_size for beat in beats]
 
 
 def run(*arguments):
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=checks.FOLDER.parents[1]
     )
-
-
-def test_pytest_shows_the_sentences(tmp_path):
-    shutil.copy(path_of(1), tmp_path / "lesson_1.py")
-    shutil.copy(path_of("find_the_bug"), tmp_path / "find_the_bug.py")
-    done = run("-m", "pytest", str(tmp_path / "lesson_1.py"), str(tmp_path / "find_the_bug.py"))
-    assert done.returncode == 1 and "6 failed" in done.stdout
-    assert done.stdout.count("E   nala_min.course.checks.NotDone: not done yet") == 3
-    assert "E   nala_min.course.checks.Wrong: A query of an eighth of the norm" in done.stdout
-    assert len(done.stdout.splitlines()) < 60 and "raise Wrong" not in done.stdout
-
-
-@solved
-def test_pytest_accepts_solutions_and_tells_students_apart(tmp_path):
-    for student, file in (("alice", path_of(1, SOLUTIONS)), ("bob", path_of(1))):
-        (tmp_path / student).mkdir()
-        shutil.copy(file, tmp_path / student / "lesson_1.py")
-    files = [str(tmp_path / student / "lesson_1.py") for student in ("alice", "bob")]
-    assert run("-m", "pytest", files[0]).returncode == 0
-    done = run("-m", "pytest", "--import-mode=importlib", *files)
-    assert "3 failed, 3 passed" in done.stdout
-    assert done.stdout.count("FAILED") == done.stdout.count("bob/lesson_1.py::") == 3
 
 
 def test_checks_need_neither_pytest_nor_jupyter():

@@ -14,8 +14,11 @@ agree(got, expected, what, {"What is wrong.": the value that it makes}).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import os
+import sys
 import traceback
 import warnings
 from collections import Counter
@@ -29,6 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nala_min import model
+from nala_min.course import marking
 from nala_min.measure import Recorder
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks" / "exercises"
@@ -82,47 +86,29 @@ def exercise(lesson: int | str, *hints: str) -> Callable:
 def check(function: Callable) -> None:
     """Check the function that solves the exercise of its own name.
 
-    Raises NotDone, or Wrong with a sentence; ValueError if there is no exercise of that name.
+    It runs with torch's own defaults, whatever they are outside. Raises NotDone, or Wrong with a
+    sentence; ValueError if there is no exercise of that name.
     """
     __tracebackhide__ = True  # pytest shows the sentence, and no code of this file
-    exercise = _find(function.__name__)
-    quiet = warnings.catch_warnings(action="ignore")  # pytest may be told to raise them
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), quiet:
-        torch.manual_seed(0)
-        try:
-            exercise.check(function)
-        except Wrong as error:
-            raise error.with_traceback(None) from error.__cause__
-        except Exception as error:  # such as from a dictionary where a number was expected
-            raise Wrong(f"What it returns cannot be checked: {_describe(error, '')}") from error
+    _find(function.__name__)
+    _check(function, torch.float32)
 
 
-def report(lesson: int | str, path: str | Path | None = None) -> None:
+def report(lesson: int | str, path: str | os.PathLike | None = None) -> None:
     """Print a line for each exercise of a lesson, 1 to 5 or "find_the_bug".
 
-    path: the student's file, which is read anew each time; None is the one in notebooks/exercises.
-    Raises ValueError for a lesson without exercises, and nothing for a mistake of the student's.
+    path: the student's file, which runs in a fresh process; None is the one in notebooks/exercises.
+    What it prints is shown above, after a bar. Raises ValueError for a lesson without exercises,
+    and nothing for a mistake of the student's.
     """
-    names = [name for name, exercise in EXERCISES.items() if exercise.lesson == lesson]
+    names = _names(lesson)
     if not names:
         raise ValueError(f"lesson={lesson!r} has no exercises")
     stem = f"lesson_{lesson}" if isinstance(lesson, int) else lesson
-    path = Path(path or FOLDER / f"{stem}.py")
-    namespace = {"__name__": path.stem, "__file__": str(path)}
-    try:
-        source = path.read_text(encoding="utf-8")
-        exec(compile(source, path, "exec", dont_inherit=True), namespace)
-    except (Exception, SystemExit) as error:
-        print(f"{path.name}: wrong - {_describe(error, str(path))}")
-        return
-    for name in names:
-        try:
-            _check_name(namespace, name)
-            print(f"{name}: right")
-        except NotDone as error:
-            print(f"{name}: {error}")
-        except Wrong as error:
-            print(f"{name}: wrong - {error}")
+    verdicts, printed = marking.mark(path or FOLDER / f"{stem}.py", names)
+    _say(printed, bar="  | ")
+    for name, verdict in verdicts.items():
+        _say(f"{name}: {verdict.splitlines()[0]}")
 
 
 _hints_given: Counter[str] = Counter()
@@ -142,23 +128,49 @@ def add_tests(namespace: dict[str, Any]) -> None:
     """Add test_<name> for each exercise of a lesson to the student's file, for pytest to run.
 
     namespace: globals() of the file. Its lesson is the one that most of its functions belong to.
-    Raises ValueError if none belongs to any.
+    The file runs in a fresh process, once for all its tests. Raises ValueError if no function
+    belongs to any lesson.
     """
     lessons = Counter(EXERCISES[name].lesson for name in namespace if name in EXERCISES)
     if not lessons:
         raise ValueError("this file has no function that bears the name of an exercise")
     (lesson, _), *_ = lessons.most_common(1)
 
+    @functools.cache
+    def mark() -> tuple[dict[str, str], str]:
+        return marking.mark(path, _names(lesson))
+
     def make_test(name: str) -> Callable:
         def test() -> None:
             __tracebackhide__ = True
-            _check_name(namespace, name)
+            if path is None:
+                return check_name(namespace, name)
+            verdicts, printed = mark()
+            verdict = verdicts.get(name) or verdicts[os.path.basename(path)]
+            if verdict != "right":
+                _say(printed, bar="  | ")
+                error = NotDone if verdict == "not done yet" else Wrong
+                raise error(verdict.removeprefix("wrong - "))
 
         return test
 
-    for name, exercise in EXERCISES.items():
-        if exercise.lesson == lesson:
-            namespace[f"test_{name}"] = make_test(name)
+    path = namespace.get("__file__")  # a notebook has none
+    path = path and os.path.abspath(path)
+    for name in _names(lesson):
+        namespace[f"test_{name}"] = make_test(name)
+
+
+def check_name(namespace: dict[str, Any], name: str, dtype: torch.dtype = torch.float32) -> None:
+    """Check the function of that name in a student's file, where dtype is the default."""
+    __tracebackhide__ = True
+    if getattr(namespace.get(name), "__name__", "") != name:
+        mend = f" Write def {name}(...), not {name} = ..." if name in namespace else ""
+        raise Wrong(f"There is no function {name} in this file.{mend}")
+    _check(namespace[name], dtype)
+
+
+def _names(lesson):
+    return [name for name, exercise in EXERCISES.items() if exercise.lesson == lesson]
 
 
 def _find(name):
@@ -167,11 +179,36 @@ def _find(name):
     return EXERCISES[name]
 
 
-def _check_name(namespace, name):
+def _check(function, dtype):
+    """Check function where torch has its own defaults, but for dtype. The caller's come back."""
     __tracebackhide__ = True
-    if getattr(namespace.get(name), "__name__", "") != name:
-        raise Wrong(f"There is no function {name} in this file.")
-    check(namespace[name])
+    before, threads = torch.get_default_dtype(), torch.get_num_threads()
+    quiet = warnings.catch_warnings(action="ignore")  # pytest may be told to raise them
+    torch.set_default_dtype(dtype)
+    try:
+        with (
+            torch.device("cpu"),
+            torch.inference_mode(False),  # enables gradients as well
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+            quiet,
+        ):
+            torch.manual_seed(0)
+            EXERCISES[function.__name__].check(function)
+    except Wrong as error:
+        raise error.with_traceback(None) from error.__cause__
+    except Exception as error:  # such as from a dictionary where a number was expected
+        raise Wrong(f"What it returns cannot be checked: {describe(error, '')}") from error
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_num_threads(threads)
+
+
+def _say(text, bar=""):
+    """Print lines, which may hold characters that the output cannot show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    for line in text.splitlines():
+        print(bar + line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 # --- What the checkers of several lessons share ---------------------------------------------------
@@ -187,10 +224,10 @@ def features(*shape: int) -> Tensor:
     return draw(*shape).abs() + 0.1
 
 
-def _describe(error, file):
+def describe(error: BaseException, file: str) -> str:
     """The error's type and message, and the line of the student's file where it arose."""
     lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.filename == file and error.lineno:
         lines = [error.lineno]
     message = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}{f' in line {lines[-1]}' if lines else ''}: {message}"
@@ -205,7 +242,7 @@ def call(student: Callable, *arguments: Any) -> Any:
         if isinstance(error, NotImplementedError) and not error.args:  # torch's have a message
             raise NotDone("not done yet") from None
         file = getattr(getattr(inspect.unwrap(student), "__code__", None), "co_filename", "")
-        sentence = f"It stops with {_describe(error, file)}"
+        sentence = f"It stops with {describe(error, file)}"
         theirs = error.__traceback__.tb_next  # the frames below this one
         raise Wrong(sentence) from error.with_traceback(theirs)
     for name, x, y in zip(inspect.signature(student).parameters, arguments, before, strict=False):

@@ -1,0 +1,165 @@
+"""Marks one file of exercises in a fresh process, so no mark depends on what ran before it.
+
+mark() starts the process, which runs main(): it imports the file as Python imports a module, and
+checks the exercises. Verdicts are lines of one file; what the student's code prints goes to
+another. An exercise that crashes the process, or does not end, costs its own mark only: another
+process checks the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import suppress
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import torch
+
+START_LIMIT = 600  # seconds until PyTorch is imported
+TIME_LIMIT = 60  # seconds for the import of the file, and for each exercise
+PRINT_LIMIT = 10  # MB that a file may print; the first 10 kB are shown
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = str(Path(torch.__file__).parents[1])  # PYTHONPATH may have led there
+CODE = """import sys; sys.path.append(sys.argv[1])
+from nala_min.course import marking; marking.main(*sys.argv[2:])"""
+# As it was before a student's file ran, without what changes how Python runs.
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))
+} | {"PYTHONHASHSEED": "0"}
+
+_is_marking = False  # True in the fresh process: a file may itself call checks.report
+
+
+def mark(path: str | os.PathLike, names: list[str]) -> tuple[dict[str, str], str]:
+    """Check the exercises of these names in a file. No mistake in the file raises an error.
+
+    Returns the verdict on each, "right", "not done yet" or "wrong - ..." (a traceback may follow in
+    the next lines), and what the file printed. A file that cannot be imported has a verdict itself.
+    """
+    path = os.path.abspath(os.path.expanduser(os.fsdecode(path)))
+    file, verdicts, printed = os.path.basename(path), {}, ""
+    if not os.path.isfile(path) or not file.endswith(".py"):
+        said = f"wrong - There is no Python file {path}: give the path of a .py file."
+        return {file: said}, ""
+    while not _is_marking and (left := [name for name in names if name not in verdicts]):
+        found, text = _run(path, [file, *left])
+        printed += text
+        if found[file] != "right":
+            return verdicts | found, printed
+        verdicts |= found
+    verdicts.pop(file, None)
+    return verdicts, printed
+
+
+def _run(path, steps):
+    """One process, which gives a verdict on the import and, if that is right, on an exercise."""
+    with tempfile.TemporaryDirectory(prefix="nala_min_", ignore_cleanup_errors=True) as folder:
+        told, printed = Path(folder, "told"), Path(folder, "printed")
+        told.touch()
+        with printed.open("wb") as stdout:
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-Xutf8", "-c", CODE, PACKAGES, folder, path, *steps],
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                stdin=subprocess.PIPE,  # closes with the caller
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the caller only
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # so on Windows
+            )
+        with process:
+            try:
+                death = _wait(process, told, printed)
+            finally:
+                with suppress(OSError):  # it and all that it started have ended
+                    if os.name == "posix":
+                        os.killpg(process.pid, signal.SIGKILL)
+                    else:
+                        process.kill()
+        lines = told.read_bytes().split(b"\n")[:-1]  # the last may be half written
+        with printed.open("rb") as file:
+            text = file.read(10_000).decode(errors="replace")
+    if not lines:  # not the student's fault
+        raise RuntimeError(f"{path} is not marked: its process does not start. {text[-500:]}")
+    found = dict(zip(steps, map(json.loads, lines[1:]), strict=False))
+    if len(found) < len(steps) and found.get(steps[0], "right") == "right":
+        found[steps[len(found)]] = f"wrong - {death}"
+    return found, text
+
+
+def _wait(process, told, printed):
+    """Wait until the process ends, or has to be ended. Returns what its last step did wrong."""
+    size, since = 0, time.monotonic()
+    while process.poll() is None:
+        if told.stat().st_size > size:
+            size, since = told.stat().st_size, time.monotonic()
+        if time.monotonic() - since > (TIME_LIMIT if size else START_LIMIT):
+            return f"It did not end within {TIME_LIMIT} s: is there an endless loop?"
+        if printed.stat().st_size > PRINT_LIMIT * 1e6:
+            return f"It prints more than {PRINT_LIMIT} MB: is there an endless loop?"
+        time.sleep(0.02)
+    if 0 <= (code := process.returncode) < 256:
+        return f"It ends Python, with exit code {code}: remove what does that."
+    name = next((x.name for x in signal.Signals if x == -code), f"code {code}")
+    return f"Python crashes ({name}): does it recurse without end, or fill the memory?"
+
+
+def main(folder: str, path: str, file: str, *names: str) -> None:
+    """What the fresh process does. After each step it adds a line to the file told in folder."""
+    from nala_min.course import checks
+
+    def tell(verdict):
+        with open(os.path.join(folder, "told"), "a", encoding="utf-8") as told:
+            told.write(json.dumps(verdict) + "\n")
+
+    global _is_marking
+    _is_marking, caller = True, os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # The read returns when the caller is gone.
+    threading.Thread(target=lambda: os.read(caller, 1) or os._exit(1), daemon=True).start()
+    with suppress(OSError):  # Linux: if memory runs out, this process ends, and not the caller
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+    os.chdir(os.path.dirname(path))
+    sys.argv, sys.path[0], sys.pycache_prefix = [path], os.path.dirname(path), folder
+    sys.path.append(str(ROOT))
+    module_name = re.sub(r"\W", "_", Path(path).stem)
+    while module_name in sys.modules:  # such as torch.py
+        module_name += "_"
+    spec = util.spec_from_file_location(module_name, path)
+    module = sys.modules[module_name] = util.module_from_spec(spec)
+    torch.set_num_threads(1)
+    tell("ready")
+    for step in (file, *names):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+        verdict = "right"
+        try:
+            if step == file:
+                spec.loader.exec_module(module)
+                dtype = torch.get_default_dtype()  # the file may choose its own
+            else:
+                checks.check_name(vars(module), step, dtype)
+        except checks.NotDone as error:
+            verdict = str(error)
+        except checks.Wrong as error:
+            trace = traceback.format_exception(error.__cause__) if error.__cause__ else []
+            verdict = "\n".join([f"wrong - {error}", *trace])
+        except BaseException as error:
+            verdict = f"wrong - It stops with {checks.describe(error, path)}"
+        tell(verdict)
+        if step == file and verdict != "right":
+            break
+    os._exit(0)  # whatever threads the file has left behind
