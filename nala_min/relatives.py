@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -135,7 +136,7 @@ def is_file(name: str) -> bool:
     return name.endswith(".py")
 
 
-def register(path: str, dim: int, *, causal: bool) -> str:
+def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
     """Register what the file at path defines, under the name path. Returns the file's SHA-256.
 
     The file defines query_features(q) and key_features(k), (..., D) to non-negative (..., F), for
@@ -146,6 +147,7 @@ def register(path: str, dim: int, *, causal: bool) -> str:
     Raises ValueError, in one line, for a file that cannot be read or run, defines neither, or
     whose functions do not do that.
     """
+    path = os.fspath(path)
     try:
         content = Path(path).read_bytes()
     except OSError as error:

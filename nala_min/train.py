@@ -91,7 +91,7 @@ class Settings:
         for name, default in self.PRESETS[self.preset].items():  # other flags, another folder
             if getattr(self, name) != default:
                 run += f"_{name}{getattr(self, name):g}"
-        self.out = self.out or Path("runs") / run
+        self.out = Path(self.out or Path("runs") / run)
 
     def config(self) -> dict[str, Any]:
         """What decides the result, ready for JSON."""

@@ -4,6 +4,7 @@ what a file of one's own must define."""
 import math
 import pickle
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,6 +270,12 @@ def test_a_file_that_was_edited_is_registered_anew(write):
         relatives.register(path := write(source), D, causal=True)
         outs.append(ATTENTIONS[path](q, k, v, causal=True))
     assert_close(3 * outs[0], 2 * outs[1])
+
+
+def test_a_file_may_be_a_path(write):
+    path = Path(write(ATTENTION))
+    relatives.register(path, D, causal=True)
+    assert str(path) in ATTENTIONS
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
