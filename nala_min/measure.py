@@ -1,12 +1,14 @@
 """What is read off an attention or a model. `python -m nala_min.measure` measures the entropy gap
-anew and writes its run card and picture to notebooks/results."""
+anew and writes its run card and picture: in a checkout to notebooks/results, else to runs."""
 
 from __future__ import annotations
 
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from nala_min import plots, runcard
 from nala_min.arguments import in_mode
 from nala_min.data import all_windows, normalise
+from nala_min.flags import flag, parse_flags, run_script
 from nala_min.model import (
     GatedAttention,
     NaLaLM,
@@ -309,8 +312,20 @@ def worst_pairs(confusion: Tensor, count: int = 3) -> list[tuple[int, int, int]]
     return [pair for pair in pairs if pair[2] > 0]
 
 
+@dataclass
+class Settings:
+    """Measure the entropy of attention's weights against the norm of the query."""
+
+    out: Path = flag(
+        runcard.RESULTS if runcard.RESULTS.is_dir() else Path("runs"),  # not beside a wheel
+        "folder for the run card and the picture",
+    )
+
+
 def main() -> None:
-    start = time.perf_counter()
+    start, settings = time.perf_counter(), parse_flags(Settings)
+    card_file, picture = (settings.out / f"entropy_gap.{kind}" for kind in ("json", "png"))
+    runcard.prove_writable(card_file, picture)
     config = {"seed": 1, "num_keys": 64, "dim": 32, "draws": 200}
     norms = torch.logspace(-2, 1.5, 40, dtype=torch.float32, device="cpu")
     entropies = {}
@@ -327,11 +342,10 @@ def main() -> None:
         results,
     )
     card["command"] = "python -m nala_min.measure"
-    runcard.RESULTS.mkdir(parents=True, exist_ok=True)
-    runcard.write_json(runcard.RESULTS / "entropy_gap.json", card)
-    plots.write(plots.entropy_gap(norms.tolist(), entropies), runcard.RESULTS / "entropy_gap.png")
-    print(f"Written: {runcard.RESULTS / 'entropy_gap.json'} and .png")
+    runcard.write_json(card_file, card)
+    plots.write(plots.entropy_gap(norms.tolist(), entropies), picture)
+    print(f"Written: {card_file} and .png")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,6 +1,8 @@
 """What nala_min/measure.py reads off an attention, a computation and a trained model."""
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from nala_min import (
     runcard,
 )
 from nala_min.data import normalise
+from nala_min.flags import run_script
 from nala_min.measure import BUDGET
 
 FIVE = ("nala", "split", "elu", "relu", "softmax")
@@ -443,3 +446,32 @@ def test_queries_that_are_sampled_stand_for_all(monkeypatch):
     assert sampled["query_norm"] == whole["query_norm"]
     assert sampled["entropy"] != whole["entropy"]
     assert sampled["entropy"][2] == pytest.approx(whole["entropy"][2], abs=0.1)
+
+
+# --- The program ----------------------------------------------------------------------------------
+
+
+def test_the_card_is_written_where_out_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["measure.py", "--out", str(tmp_path / "new")])
+    run_script(measure.main)
+    again, card = (
+        runcard.read_json(p / "entropy_gap.json") for p in (tmp_path / "new", runcard.RESULTS)
+    )
+    assert again.keys() == card.keys() and again["config"] == card["config"]
+    assert (tmp_path / "new" / "entropy_gap.png").exists()
+    assert "entropy_gap.json" in capsys.readouterr().out
+
+
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["measure.py", "--out", str(tmp_path / "file" / "x")])
+    monkeypatch.setattr(measure, "entropy_against_norm", lambda *_, **__: pytest.fail("worked"))
+    with pytest.raises(SystemExit, match="2"):
+        run_script(measure.main)
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_installed_wheel_writes_to_runs_and_not_beside_itself(tmp_path, monkeypatch):
+    assert measure.Settings().out == runcard.RESULTS
+    monkeypatch.setattr(runcard, "RESULTS", tmp_path / "notebooks" / "results")  # is not there
+    assert runpy.run_path(measure.__file__)["Settings"]().out == Path("runs")

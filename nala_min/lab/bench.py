@@ -1,12 +1,6 @@
 """How fast, in how much memory? `python -m nala_min.lab.bench` measures attention against the
 number of tokens, decoding against the context, and whole training steps, NaLa beside the fused
-softmax.
-
-What is compared takes turns in one run, so that a slow minute slows all of it. Timed is the call
-alone, its backward pass included where it says so. Inputs are made before, laid out as a model has
-them. In each turn a call runs twice and the second is timed, so that it finds memory and caches as
-it leaves them itself and not as another call does; on a GPU the caches are flushed. Prints tables,
-writes a run card and a picture.
+softmax. HOW says how. Prints tables, writes a run card and a picture.
 """
 
 from __future__ import annotations
@@ -44,6 +38,11 @@ BATCH, HEADS, DIM = 1, 4, 64
 STEPS = {64: 12, 128: 8, 256: 8}  # characters in a window: windows in a batch
 LONGEST = {"quadratic": 2**11}  # tokens; N x N numbers, whose memory would slow down the others
 BURST = 128  # tokens to decode in a row
+HOW = """\
+What is compared takes turns in one run, so that a slow minute slows all of it. Timed is the call
+alone, its backward pass included where it says so. Inputs are made before, laid out as a model has
+them. In each turn a call runs twice and the second is timed, so that it finds memory and caches as
+it leaves them itself and not as another call does; on a GPU the caches are flushed."""
 
 
 @dataclass
@@ -412,7 +411,7 @@ def main() -> None:
     config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
     print(f"q, k, v: ({BATCH}, {HEADS}, N, {DIM}), {settings.dtype}")
-    print(__doc__.split("\n\n")[1])
+    print(HOW)
     print("N, what, median (lowest to highest), times as fast as the reference, peak memory\n")
     results = measure(settings, device)
     data = {"name": "standard normal queries, keys and values"}
