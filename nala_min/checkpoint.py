@@ -205,13 +205,18 @@ class Run:
 
 
 class Stop:
-    """Whether someone has requested an end, by Ctrl-C or as clusters do by SIGTERM. The step at
-    hand is finished first; a second Ctrl-C does not wait for it."""
+    """Whether someone has requested an end, by Ctrl-C, as clusters do by SIGTERM, or by closing the
+    terminal (SIGHUP, unless nohup has it ignored). The step at hand is finished first; a second
+    Ctrl-C does not wait for it."""
+
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # those that the platform has
 
     def __enter__(self) -> Stop:
         self.requested, self._handlers = False, {}
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (getattr(signal, n) for n in self.SIGNALS if hasattr(signal, n)):
+                if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
         return self
 

@@ -84,6 +84,7 @@ def until(stop, number=signal.SIGINT, times=1):
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
+CLOSED = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is closed, where that is told
 
 
 def assert_same_run(one, other):
@@ -106,6 +107,7 @@ def assert_same_run(one, other):
         (3, *SIGNALS[1:], None),
         (5, *SIGNALS[:1], 0.02),
         (6, *SIGNALS[1:], None),
+        (4, CLOSED, None),
     ],
 )
 def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, muon, tmp_path):
@@ -113,11 +115,11 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, 
     whole = small_model(seed=1, dropout=0.2)
     history, _ = train_small(whole, tmp_path / "whole.pt", recipe)
 
-    handlers = [signal.getsignal(each) for each in SIGNALS]
+    handlers = [signal.getsignal(each) for each in (*SIGNALS, CLOSED)]
     stopped = small_model(seed=1, dropout=0.2)
     with pytest.raises(KeyboardInterrupt, match=f"goes on from step {stop + 1}$"):
         train_small(stopped, tmp_path / "parts.pt", recipe, batch=until(stop, number))
-    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    assert [signal.getsignal(each) for each in (*SIGNALS, CLOSED)] == handlers
     assert checkpoint.load_checkpoint(tmp_path / "parts.pt")["step"] == stop + 1
 
     torch.manual_seed(17)  # another random state
@@ -487,3 +489,15 @@ def test_a_compiled_model_is_saved_under_plain_names_and_goes_on_as_any(first, s
     want, _ = train_small(small_model(), tmp_path / "whole.pt")
     for point, other in zip(history, want, strict=True):
         assert point == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminal tells that it is closed")
+def test_nohup_goes_on_when_the_terminal_is_closed(tmp_path):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        history, _ = train_small(
+            small_model(), tmp_path / "checkpoint.pt", batch=until(4, signal.SIGHUP)
+        )
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert history[-1]["step"] == 7
