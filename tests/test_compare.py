@@ -1,6 +1,8 @@
 """studies.py and compare.py: right answers, variants that are what they say, no run repeated."""
 
 import math
+import os
+import signal
 from dataclasses import replace
 from statistics import mean
 
@@ -433,8 +435,100 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "as_completed", interrupted)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         compare.run_all(replace(SMALL, variants=("nala",), seeds=1), tmp_path, 1, "cpu")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"3", b"\xff"])
+def test_a_damaged_row_is_none(damaged, tmp_path):
+    study = replace(SMALL, variants=("nala",), seeds=1)
+    (tmp_path / "nala_seed1").mkdir()
+    (tmp_path / "nala_seed1" / "row.json").write_bytes(damaged)
+    assert compare.finished(study, tmp_path) == {("nala", 1): None}
+
+
+# --- Before the first hour ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "count"),
+    [
+        (128, None, 61),
+        (8, "max 100000", 8),
+        (8, "250000 100000", 3),
+        (2, "800000 100000", 2),
+        (8, "1000 100000", 1),
+        (8, "nonsense", 8),
+    ],
+)
+def test_as_many_workers_as_processors_that_may_be_used(
+    affinity, quota, count, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 500)  # the host's
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)), raising=False)
+    monkeypatch.setattr(os, "process_cpu_count", lambda: affinity, raising=False)
+    monkeypatch.setattr(compare, "QUOTA", tmp_path / "cpu.max")
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n", encoding="ascii")
+    assert compare.processors() == count
+    compare.Settings(workers=count)
+
+
+@pytest.mark.parametrize(("told", "count"), [(None, 1), (7, 7), (100, 61)])
+def test_where_no_system_tells_of_affinity_all_processors_count(told, count, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "process_cpu_count", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: told)
+    monkeypatch.setattr(compare, "QUOTA", tmp_path / "none")
+    assert compare.processors() == count
+
+
+def refused(monkeypatch, capsys, *flags):
+    """What compare says of a mistake, before it trains anything."""
+    monkeypatch.setattr("sys.argv", ["compare.py", *map(str, flags)])
+    monkeypatch.setattr(compare, "run_all", lambda *_: pytest.fail("worked"))
+    with pytest.raises(SystemExit, match="2"):
+        run_script(compare.main)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("name", ["recall.json", "text.png", "images", "recall/elu_seed3/row.json"])
+def test_what_cannot_be_written_in_the_last_study_is_told_before_the_first(
+    name, tmp_path, monkeypatch, capsys
+):
+    small = {n: replace(SMALL, variants=("nala", "elu"), seeds=3) for n in ("recall", "images")}
+    monkeypatch.setattr(compare, "STUDIES", {"text": SMALL} | small)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.mkdir() if path.suffix else path.touch()
+    error = refused(monkeypatch, capsys, "--out", tmp_path)
+    assert "cannot be written" in error and path.name in error
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and p != path] == []
+
+
+def test_data_and_file_of_the_last_study_are_looked_at_before_the_first(
+    tmp_path, monkeypatch, capsys
+):
+    text = STUDIES["text"]
+    monkeypatch.setattr(compare, "STUDIES", {"sharpness": SMALL, "text": text})
+    missing = tmp_path / "missing.txt"
+    assert "missing.txt" in refused(monkeypatch, capsys, "--data", missing, "--out", tmp_path)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("1 / 0\n", encoding="utf-8")
+    assert "wrong.py" in refused(monkeypatch, capsys, "--attention", wrong, "--out", tmp_path)
+
+
+def test_a_checkpoint_of_another_task_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "STUDIES", {"sharpness": SMALL})
+    place = tmp_path / "sharpness" / "elu_seed1"
+    compare.run(replace(SMALL.task, steps=1), "elu", 1, place)
+    capsys.readouterr()  # its bar
+    error = refused(monkeypatch, capsys, "--out", tmp_path)
+    assert f"{place / 'checkpoint.pt'} is of another task" in error and "move it aside" in error
 
 
 def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
@@ -453,13 +547,3 @@ def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
 
 def test_a_variant_that_changes_nothing_is_the_plain_model():
     assert Variant().change(None) is None and VARIANTS["nala"] == Variant()
-
-
-def test_what_cannot_be_written_is_told_before_the_work(monkeypatch, capsys, tmp_path):
-    (tmp_path / "file").touch()
-    out = str(tmp_path / "file" / "x")
-    monkeypatch.setattr("sys.argv", ["compare", "--study", "recall", "--out", out])
-    monkeypatch.setattr(compare, "run_all", lambda *_: pytest.fail("worked"))
-    with pytest.raises(SystemExit, match="2"):
-        run_script(compare.main)
-    assert "cannot be written" in capsys.readouterr().err

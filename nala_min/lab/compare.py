@@ -15,10 +15,16 @@ import math
 import multiprocessing
 import os
 import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from nala_min import plots, relatives, runcard, train
+from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.lab.studies import STUDIES, VARIANTS, Study, Task, Variant, variant_of
 
@@ -35,7 +42,6 @@ from nala_min.lab.studies import STUDIES, VARIANTS, Study, Task, Variant, varian
 
 def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Train one variant once, or go on with it, in folder. Returns its row of the study's card."""
-    identity = _identity(task, name)
     variant = variant_of(name)
     torch.manual_seed(seed)
     model = task.build(variant)
@@ -57,7 +63,7 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         loss=task.loss,
         evaluate=task.evaluate,
         checkpoint=(path := folder / "checkpoint.pt"),
-        extra={"variant": name, "seed": seed} | identity,
+        extra=_extra(task, name, seed),
         resume=path.exists(),
     )
     row = {
@@ -92,38 +98,102 @@ def _identity(task: Task, name: str) -> dict[str, Any]:
     return identity
 
 
+def _extra(task: Task, name: str, seed: int) -> dict[str, Any]:
+    """What the checkpoint of a run says of it."""
+    return {"variant": name, "seed": seed} | _identity(task, name)
+
+
+def finished(study: Study, folder: Path) -> dict[tuple[str, int], dict[str, Any] | None]:
+    """The row of every run of study, by variant and seed; None for one that is left to do."""
+    rows = {}
+    for seed in range(1, study.seeds + 1):
+        for name in study.variants:
+            done = {}
+            with suppress(OSError, ValueError):  # none yet, or damaged: its checkpoint goes on
+                done = runcard.read_json(_place(folder, name, seed) / "row.json")
+            row = done.pop("row", None) if isinstance(done, dict) else None
+            rows[name, seed] = row if done == _identity(study.task, name) else None
+    return rows
+
+
+def _place(folder: Path, name: str, seed: int) -> Path:
+    slug = "".join(c if c.isalnum() else "-" for c in name)
+    return folder / f"{slug}_seed{seed}"
+
+
+def prove_runs(study: Study, folder: Path) -> None:
+    """Raise UsageError if a run that is left cannot be written to its folder, or finds there the
+    checkpoint of another."""
+    for (name, seed), row in finished(study, folder).items():
+        if row is None:
+            path = _place(folder, name, seed) / "checkpoint.pt"
+            runcard.prove_writable(path, path.with_name("row.json"))
+            if path.exists() and load_checkpoint(path)["extra"] != _extra(study.task, name, seed):
+                raise UsageError(
+                    f"{path} is of another task, data or file: move it aside, or name another"
+                    " folder with --out"
+                )
+
+
+def _start_worker(parent: Connection) -> None:
+    """End this process with the one that started it, which passes on what a terminal tells both."""
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own would outlive this process, were it killed
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Connection) -> None:
+    """Wait until the other end of parent is closed, as it is when its process ends, however that
+    was. Then train.fit saves the run at hand; between two runs the process ends."""
+    with suppress(EOFError):
+        parent.recv()
+    while True:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.5)
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """By this process for the moment, and for good by those that it starts in the block."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
 def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[str, Any]]:
     """Every run of study that folder does not hold yet, several at a time. Returns all rows."""
-    wanted = [(name, seed) for seed in range(1, study.seeds + 1) for name in study.variants]
-    rows, left = {}, []
-    for name, seed in wanted:
-        place = folder / f"{_slug(name)}_seed{seed}"
-        done = runcard.read_json(place / "row.json") if (place / "row.json").exists() else {}
-        row = done.pop("row", None)
-        if row and done == _identity(study.task, name):
-            rows[name, seed] = row
-        else:
-            left.append((name, seed, place, device))
+    rows = finished(study, folder)
+    left = [key for key, row in rows.items() if row is None]
     context = multiprocessing.get_context("spawn")
+    parent, here = context.Pipe(duplex=False)
     with (
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-        tqdm(total=len(wanted), initial=len(rows), unit="run", dynamic_ncols=True) as bar,
+        ProcessPoolExecutor(workers, context, _start_worker, (parent,)) as pool,
+        tqdm(total=len(rows), initial=len(rows) - len(left), unit="run", dynamic_ncols=True) as bar,
     ):
-        jobs = {pool.submit(_work, study.task, *job): job[:2] for job in left}
         try:
+            with _ctrl_c_ignored():
+                jobs = {
+                    pool.submit(_work, study.task, *key, _place(folder, *key), device): key
+                    for key in left
+                }
             for job in as_completed(jobs):
                 rows[jobs[job]] = job.result()
                 bar.update()
         except BaseException as error:
+            here.close()  # every worker saves its run and ends
             pool.shutdown(cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt("interrupted: the same command goes on") from error
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    "a worker was killed, perhaps for lack of memory: the same command goes on, and"
+                    " fewer --workers need less"
+                ) from error
             raise
-    return [rows[key] for key in wanted]
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
+    return list(rows.values())
 
 
 # --- What came out --------------------------------------------------------------------------------
@@ -187,13 +257,31 @@ def overview(studies: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+MOST = 61  # workers: as many as Windows can wait for
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container's processor time, on Linux
+
+
+def processors() -> int:
+    """How many processors this process may use, by its affinity and its container; at most MOST."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        count = os.process_cpu_count() or 1
+    elif hasattr(os, "sched_getaffinity"):  # Linux
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # there is no quota, or it is "max"
+        quota, period = map(int, QUOTA.read_text(encoding="ascii").split())
+        count = min(count, math.ceil(quota / period))
+    return min(count, MOST)
+
+
 @dataclass
 class Settings:
     """Compare attentions on a task, fairly. Without a study's name: all of the CPU's studies."""
 
     study: str | None = flag(None, "which (default: all for a CPU)", choices=list(STUDIES))
     quick: bool = flag(False, "few steps and one seed, to see that it works: minutes")
-    workers: int = flag(os.cpu_count() or 1, "runs at a time")
+    workers: int = flag(processors(), "runs at a time")
     device: str = flag("cpu", "where to run", choices=["cpu", "cuda", "mps"])
     data: Path | None = flag(None, "text for the study of text (default: Tiny Shakespeare)")
     data_dir: Path | None = flag(None, "folder of CIFAR-10, as for train_cifar.py")
@@ -201,8 +289,8 @@ class Settings:
     out: Path = flag(Path("runs/compare"), "folder of the runs and of the studies' cards")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.workers <= 61:  # as many as Windows can wait for
-            raise UsageError(f"--workers {self.workers} is not from 1 to 61")
+        if not 1 <= self.workers <= MOST:
+            raise UsageError(f"--workers {self.workers} is not from 1 to {MOST}")
         if self.attention is not None and not relatives.is_file(self.attention):
             raise UsageError(f"--attention {self.attention} is not the name of a file, FILE.py")
 
@@ -218,44 +306,57 @@ def chosen(settings: Settings, name: str) -> Study:
     return replace(study, task=task, variants=variants, seeds=seeds)
 
 
+def prove(study: Study, folder: Path, attention: str | None) -> None:
+    """Raise UsageError for what would end the study later: its data, your file or its folders."""
+    try:
+        study.task.data_info()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data, --data-dir: {error}") from error
+    if attention:
+        try:
+            _identity(study.task, attention)
+        except ValueError as error:
+            raise UsageError(f"--attention {error}") from error
+    runcard.prove_writable(folder.with_suffix(".json"), folder.with_suffix(".png"))
+    prove_runs(study, folder)
+
+
+def study_card(
+    settings: Settings, name: str, study: Study, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The run card of the study called name."""
+    config = {"study": name, "seeds": study.seeds, "variants": list(study.variants)}
+    command = ["python", "-m", "nala_min.lab.compare", "--study", name]
+    command += ["--quick"] * settings.quick
+    if settings.attention:
+        digest = _identity(study.task, settings.attention)["attention_sha256"]
+        config["attention_sha256"] = {settings.attention: digest}
+        command += ["--attention", settings.attention]
+    config["task"] = {k: x for k, x in vars(study.task).items() if k not in ("file", "folder")}
+    seconds, device = sum(row["seconds"] for row in rows), torch.device(settings.device)
+    card = runcard.run_card(config, study.task.data_info(), device, seconds, {"runs": rows})
+    card["command"] = shlex.join(command)
+    card["hardware"]["threads"] = 1  # of each run
+    return card
+
+
 def main() -> None:
     settings = parse_flags(Settings)
     train.choose_device(settings.device)
     names = [settings.study] if settings.study else [n for n in STUDIES if not n.endswith("-gpu")]
+    studies = {name: chosen(settings, name) for name in names}
     folders = {name: settings.out / (name + "-quick" * settings.quick) for name in names}
-    for folder in folders.values():
-        runcard.prove_writable(folder.with_suffix(".json"), folder.with_suffix(".png"))
-    for name, folder in folders.items():
-        study = chosen(settings, name)
-        try:
-            data_info = study.task.data_info()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--data, --data-dir: {error}") from error
-        files = {}  # SHA-256 of what is compared and not ours
-        if settings.attention:
-            try:
-                identity = _identity(study.task, settings.attention)
-            except ValueError as error:
-                raise UsageError(f"--attention {error}") from error
-            files = {"attention_sha256": {settings.attention: identity["attention_sha256"]}}
+    for name, study in studies.items():  # every mistake is found before the first hour of work
+        prove(study, folders[name], settings.attention)
+    for name, study in studies.items():
         print(f"{name}: {len(study.variants)} attentions, {study.seeds} seeds.")
+        folder = folders[name]
         rows = run_all(study, folder, settings.workers, settings.device)
-        shown = {key: str(x) if isinstance(x, Path) else x for key, x in vars(study.task).items()}
-        config = {"study": name, "seeds": study.seeds, "variants": list(study.variants)} | files
-        config["task"] = {key: x for key, x in shown.items() if key not in ("file", "folder")}
-        seconds = sum(row["seconds"] for row in rows)
-        card = runcard.run_card(
-            config, data_info, torch.device(settings.device), seconds, {"runs": rows}
-        )
-        command = ["python", "-m", "nala_min.lab.compare", "--study", name]
-        command += ["--quick"] * settings.quick
-        command += ["--attention", settings.attention] * bool(settings.attention)
-        card["command"] = shlex.join(command)
-        card["hardware"]["threads"] = 1  # of each run
+        card = study_card(settings, name, study, rows)
         runcard.write_json(folder.with_suffix(".json"), card)
         plots.write(study.task.draw(rows), folder.with_suffix(".png"))
         print(table(rows, study.task.result))
-        print(f"{seconds:.0f} s of training in all. Written: {folder}.json and .png\n")
+        print(f"{card['seconds']:.0f} s of training in all. Written: {folder}.json and .png\n")
 
 
 if __name__ == "__main__":
