@@ -426,7 +426,7 @@ def test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of_to
             assert peak(measure.attention_stats, lm, text[:-1].view(-1, block)) < most
         for count, side in ((256, 16), (16, 64), (1, 96)):
             assert peak(measure.classify, vit, bytes_of(count, side, side)) < most
-            assert peak(measure.attention_stats, vit, bytes_of(count, side, side)) < 2 * most
+            assert peak(measure.attention_stats, vit, bytes_of(count, side, side)) < 3 * most
 
 
 def test_the_default_runs_are_evaluated_as_many_at_a_time_as_ever():

@@ -100,7 +100,7 @@ def _identity(task: Task, name: str) -> dict[str, Any]:
 
 def _extra(task: Task, name: str, seed: int) -> dict[str, Any]:
     """What the checkpoint of a run says of it."""
-    return {"variant": name, "seed": seed} | _identity(task, name)
+    return runcard.plain({"variant": name, "seed": seed} | _identity(task, name))
 
 
 def finished(study: Study, folder: Path) -> dict[tuple[str, int], dict[str, Any] | None]:
