@@ -1,0 +1,163 @@
+"""Kinds of faults that bug reports of other projects found in ours, and what tries them now.
+
+`python tests/tools/kinds.py` runs the tests of every kind (ten minutes on two cores) and writes the
+table in tests/README.md.
+"""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+README = TESTS / "README.md"
+
+KINDS = {  # kind: its tests, of which a name may be a beginning
+    "A derivative is silently zero": """
+        test_fast.py::test_a_second_derivative_is_right
+        test_fast.py::test_whatever_asks_for_a_derivative_gets_the_right_one
+        test_distributed.py::test_a_sum_over_processes_has_a_second_derivative""",
+    "Saved, but never to be read again": """
+        test_checkpoint.py::test_whatever_extra_holds_is_read_again_as_plain_values
+        test_checkpoint.py::test_what_no_checkpoint_holds_is_refused_before_any_training
+        test_checkpoint.py::test_a_state_that_cannot_be_read_again_is_refused_before_any_training
+        test_checkpoint.py::test_a_number_of_evaluate_is_a_plain_number
+        test_checkpoint.py::test_weights_that_are_not_finite_are_not_saved
+        test_checkpoint.py::test_what_may_be_the_only_copy_is_to_be_moved_aside""",
+    "A mark depends on the machine, or on the file marked before": """
+        test_checks.py::test_check_works_under_any_defaults_and_gives_them_back
+        test_checks.py::test_all_ways_of_marking_agree
+        test_checks.py::test_no_file_changes_the_mark_of_the_next
+        test_checks.py::test_pytest_and_report_import_a_file_as_python_does
+        test_checks.py::test_a_death_costs_one_mark
+        test_checks.py::test_no_process_outlives_its_caller""",
+    "One call has two meanings": """
+        test_model.py::test_fewer_queries_than_keys_are_the_last_ones
+        test_model.py::test_a_mode_runs_its_own_form""",
+    "Long work learns at its end that it cannot write": """
+        test_runcard.py::test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag
+        test_bench.py::test_what_cannot_be_written_is_told_before_the_work
+        test_measure.py::test_what_cannot_be_written_is_told_before_the_work
+        test_compare.py::test_what_cannot_be_written_in_the_last_study_is_told_before_the_first
+        test_compare.py::test_data_and_file_of_the_last_study_are_looked_at_before_the_first
+        test_compare.py::test_a_checkpoint_of_another_task_is_told_before_the_work
+        test_checkpoint.py::test_a_folder_that_is_a_file_is_one_line_before_any_training""",
+    "Compiled training at changing sizes": """
+        test_fast.py::test_a_compiled_model_trains_at_changing_sizes
+        test_fast.py::test_the_compiler_meets_no_break_and_few_new_graphs""",
+    "Standard streams are foreign, closed, broken or None": """
+        test_flags.py::test_a_stream_that_is_not_python_s_own_is_written_to
+        test_flags.py::test_a_stream_that_is_broken_closed_or_none_ends_nothing
+        test_flags.py::test_what_a_console_cannot_show_is_a_question_mark
+        test_flags.py::test_a_run_whose_reader_goes_away_is_finished
+        test_flags.py::test_a_run_without_streams_is_finished_and_no_file_takes_their_place
+        test_flags.py::test_a_script_runs_in_a_notebook""",
+    "A library raises what nobody thought of": """
+        test_images.py::test_what_is_no_png_raises_syntax_error_or_os_error
+        test_images.py::test_whatever_pillow_raises_is_a_syntax_error
+        test_images.py::test_what_is_no_archive_raises_value_error_or_os_error
+        test_data.py::test_without_a_home_the_cache_is_a_temporary_folder
+        test_platforms.py::test_a_user_without_a_home_and_a_name_can_train""",
+    "A default that its own rule refuses": """
+        test_compare.py::test_as_many_workers_as_processors_that_may_be_used
+        test_compare.py::test_where_no_system_tells_of_affinity_all_processors_count""",
+    "Data known by name instead of content": """
+        test_checkpoint.py::test_data_and_attention_that_were_renamed_go_on
+        test_checkpoint.py::test_other_content_of_the_same_name_does_not_go_on
+        test_own_attention.py::test_a_file_that_changed_is_another_attention""",
+    "Training or evaluation mode is not given back": """
+        test_model.py::test_generate_gives_every_module_its_mode_back
+        test_measure.py::test_what_reads_a_model_gives_every_module_its_mode_back
+        test_train.py::test_every_module_has_its_mode_back_after_training""",
+    "PyTorch's defaults of the session leak in": """
+        test_model.py::test_the_default_dtype_changes_no_angle
+        test_data.py::test_windows_do_not_depend_on_torch_s_defaults
+        test_distributed.py::test_what_processes_say_does_not_depend_on_torch_s_defaults
+        test_images.py::test_images_do_not_depend_on_torch_s_defaults
+        test_measure.py::test_what_is_read_does_not_depend_on_torch_s_defaults
+        test_synthetic.py::test_drawn_digits_do_not_depend_on_torch_s_defaults
+        test_train.py::test_training_does_not_depend_on_torch_s_defaults
+        test_train.py::test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back""",
+    "An optimiser needs every gradient": """
+        test_train.py::test_frozen_and_unused_parameters_stay_as_they_are""",
+    "A wrong keyword is swallowed": """
+        test_model.py::test_a_keyword_that_nobody_takes_is_refused""",
+    "Values are looked at that are not there": """
+        test_model.py::test_shapes_go_through_without_values
+        test_model.py::test_an_exported_model_is_saved_and_does_the_same
+        test_model.py::test_what_cannot_be_followed_says_so""",
+    "A message does not lead on": """
+        test_model.py::test_states_that_do_not_go_with_the_tokens_are_named
+        test_model.py::test_states_of_another_model_are_named
+        test_model.py::test_a_mistake_is_named
+        test_arguments.py::test_tokens_that_the_model_does_not_know_are_named
+        test_checkpoint.py::test_another_text_is_named_and_not_its_whole_vocabulary
+        test_checkpoint.py::test_a_path_may_be_a_string
+        test_images.py::test_a_path_may_be_a_string
+        test_images.py::test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for
+        test_images.py::test_a_folder_that_is_none_is_named
+        test_checks.py::test_a_path_without_a_python_file_has_one_line""",
+    "top_k keeps every tie": """
+        test_model.py::test_top_k_keeps_k_tokens_of_equal_logits""",
+    "The environment: ~, -OO, wheels, killed parents, closed terminals, torch.compile": """
+        test_flags.py::test_a_tilde_is_the_home_folder_behind_an_equals_sign_too
+        test_flags.py::test_without_docstrings_there_is_no_description
+        test_flags.py::test_a_closed_terminal_is_a_ctrl_c_unless_it_is_to_be_ignored
+        test_measure.py::test_an_installed_wheel_writes_to_runs_and_not_beside_itself
+        test_checkpoint.py::test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits
+        test_checkpoint.py::test_nohup_goes_on_when_the_terminal_is_closed
+        test_checkpoint.py::test_a_compiled_model_is_saved_under_plain_names_and_goes_on_as_any
+        test_faults.py::""",
+    "The work is done, then the measuring of it is killed": """
+        test_checkpoint.py::test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for
+        test_measure.py::test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of
+        test_measure.py::test_the_weights_of_some_queries_are_those_among_all
+        test_measure.py::test_queries_that_are_sampled_stand_for_all""",
+}
+BEGIN, END = "<!-- by tools/kinds.py -->\n", "<!-- end -->\n"
+
+
+class Outcomes:
+    """A pytest plugin that counts what became of each case, by the name of its test."""
+
+    def __init__(self):
+        self.counts = Counter()
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            self.counts[report.nodeid.removeprefix("tests/").split("[")[0], report.outcome] += 1
+
+
+def row(kind, counts):
+    """A line of the table: what tries this kind of fault, and what came out."""
+    names = KINDS[kind].split()
+    found = Counter()
+    for (test, outcome), count in counts.items():
+        found[outcome] += count * any(test.startswith(name) for name in names)
+    result = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.items()) if count)
+    files = Counter(name.split("::")[0] for name in names)
+    tried = ", ".join(f"[`{file}`]({file}): {count}" for file, count in files.items())
+    return f"| {kind} | {tried} | {result} |"
+
+
+def main():
+    wanted = tuple(name for names in KINDS.values() for name in names.split())
+    files = sorted({str(TESTS / name.split("::")[0]) for name in wanted})
+    names = {name.split("::")[1] for name in wanted}
+    outcomes = Outcomes()
+    code = pytest.main(
+        ["-q", *files, "-k", " or ".join(filter(None, names)) + " or test_faults"],
+        plugins=[outcomes],
+    )
+    head = "| kind | tests that try it | cases |\n|---|---|---|\n"
+    table = head + "".join(row(kind, outcomes.counts) + "\n" for kind in KINDS)
+    text = README.read_text(encoding="utf-8")
+    text = re.sub(f"{BEGIN}.*{END}", lambda _: BEGIN + table + END, text, flags=re.DOTALL)
+    README.write_text(text, encoding="utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
