@@ -32,8 +32,18 @@ def test_kill_9_loses_nothing(broken, dice):
     assert lost == []
 
 
-def test_ctrl_c_loses_nothing(broken, dice):
-    assert faults.stops(*broken, 1, dice) == (1, [])
+def test_ctrl_c_and_a_closed_terminal_lose_nothing(broken, dice):
+    stop = faults.stops if broken[0] == "train_shakespeare" else faults.hang_ups
+    assert stop(*broken, 1, dice) == (1, [])
+
+
+def test_a_reader_that_goes_away_loses_nothing(broken, dice):
+    assert faults.broken_pipes(*broken, 1, dice) == (1, [])
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "a worker"])
+def test_a_study_that_is_ended_saves_its_runs_and_leaves_no_process(end, tmp_path, dice):
+    assert faults.end_study(tmp_path, "study", end, dice) == (True, [], 0)
 
 
 def test_a_full_disk_loses_nothing(broken, dice):
@@ -53,3 +63,12 @@ def test_what_differs_is_seen(broken):
     found = faults.differences(folder, "whole", "seed2")
     assert {"history", "extra", "card", "/model/head.weight"} <= set(found)
     assert faults.furthest(folder, "whole", "seed2") > 1e-3
+
+
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["faults.py", "--out", str(tmp_path / "file" / "x")])
+    monkeypatch.setattr(faults, "prepare", lambda folder: pytest.fail("worked"))
+    with pytest.raises(SystemExit, match="2"):
+        faults.main()
+    assert "cannot be written" in capsys.readouterr().err

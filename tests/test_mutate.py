@@ -1,7 +1,9 @@
 """The mutants of mutate.py: which ones a module gets, and that each is one change that acts."""
 
 import ast
+import sys
 
+import mutate
 import pytest
 from mutate import EQUIVALENT, MODEL, ROOT, TESTS, Order, diff, make_mutants
 
@@ -107,3 +109,18 @@ def test_what_caught_another_mutant_comes_first_then_each_test_once():
     items = [Item(function, case) for function in "ab" for case in "123"]
     Order(["b3", "gone"]).pytest_collection_modifyitems(items)
     assert [item.nodeid for item in items] == ["b3", "a1", "b1", "a2", "b2", "a3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [("--out FILE/card.json", "cannot be written"), ("--jobs 0", "1 or more")]
+)
+def test_a_mistake_is_told_before_the_work(flags, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["mutate.py", *flags.split()])
+    monkeypatch.setattr(mutate, "make_mutants", lambda text: pytest.fail("worked"))
+    before = list(sys.path)
+    with pytest.raises(SystemExit, match="2"):
+        mutate.main()
+    assert words in capsys.readouterr().err
+    assert sys.path == before  # a mutant's process gets a copy

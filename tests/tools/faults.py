@@ -1,4 +1,4 @@
-"""Break the training scripts in every way that happens to people, and see what is lost.
+"""Break the training scripts and compare in every way that happens to people: what is lost?
 
 `python tests/tools/faults.py` does all of it (half an hour on two cores) and writes the run card of
 the README's table, notebooks/results/faults.json; `--times 2` is quick; `--out` names another
@@ -7,14 +7,17 @@ functions. "Lost" is what of a run that was broken and resumed differs from one 
 """
 
 import argparse
+import importlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from nala_min import checkpoint, data, runcard, synthetic, train  # noqa: E402
-from nala_min.flags import run_script  # noqa: E402
+from nala_min.flags import UsageError, run_script  # noqa: E402
 
 SCRIPTS = ("train_shakespeare", "train_cifar")
 PHASES = ("training", "evaluation", "writing")
@@ -33,7 +36,12 @@ SIZES = "--preset cpu --device cpu --layers 1 --heads 2 --dim 32 --steps 60 --dr
 FLAGS = {
     "train_shakespeare": [*SIZES, *"--batch 4 --block 32 --data text.txt".split()],
     "train_cifar": [*SIZES, *"--batch 20 --shift 1 --data-dir images".split()],
+    "compare": "--study sharpness --workers 2".split(),
 }
+COMPARED = ("nala", "elu")  # one seed each
+COMPARE_STEPS = 1000
+# What ends compare: a signal to it, or kill -9 of one of its workers.
+ENDS = ("SIGKILL", "a worker", "SIGINT", "SIGTERM", "SIGHUP")
 
 
 # --- What a script is run on, and how -------------------------------------------------------------
@@ -53,7 +61,14 @@ def prepare(folder):
 
 def child(script, phase, flags):
     """Run script in this process; the byte in the file phase says what it is doing just now."""
-    module = __import__(script)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # although nohup may have started faults.py
+    if script == "compare":
+        module = importlib.import_module("nala_min.lab.compare")
+        study = module.STUDIES["sharpness"]
+        task = replace(study.task, steps=COMPARE_STEPS)
+        module.STUDIES["sharpness"] = replace(study, task=task, variants=COMPARED, seeds=1)
+    else:
+        module = importlib.import_module(script)
     data.BATCH = COUNT
     place = os.open(phase, os.O_RDWR | os.O_CREAT) if phase else None
 
@@ -79,11 +94,13 @@ def child(script, phase, flags):
 
 
 class Job:
-    """A script that trains in folder, in one process or, by torchrun, in several."""
+    """A script that trains in folder, in one process or, by torchrun, in several. output: where it
+    prints to, in place of a file that wait reads."""
 
-    def __init__(self, script, folder, *flags, processes=1):
+    def __init__(self, script, folder, *flags, processes=1, output=None):
         self.folder, self.script = folder, script
-        self.phase_file = folder / f"phase{random.getrandbits(48)}" if processes == 1 else None
+        has_phases = script in SCRIPTS and processes == 1
+        self.phase_file = folder / f"phase{random.getrandbits(48)}" if has_phases else None
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
@@ -94,8 +111,9 @@ class Job:
             [*command, *FLAGS[script], *map(str, flags)],
             cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
-            stdout=self.log,
+            stdout=output or self.log,
             stderr=subprocess.STDOUT,
+            start_new_session=script == "compare",
         )
 
     def phase(self):
@@ -214,20 +232,21 @@ def kills(script, folder, times, dice):
     return hit, lost
 
 
-def stops(script, folder, times, dice):
-    """Ctrl-C and SIGTERM at random moments of training. Returns how often, and what was lost."""
+def stops(script, folder, times, dice, signals=("SIGINT", "SIGTERM")):
+    """Signals at random moments of training, in turn. Returns how often, and what was lost."""
     lost, tried, started = [], 0, 0
     if not (folder / "whole").exists():
         run(script, folder, "--out", "whole")
     while tried < times:
-        name, number = f"stop{started}", (signal.SIGINT, signal.SIGTERM)[tried % 2]
+        name, sent = f"stop{started}", signals[tried % len(signals)]
+        name += sent
         started += 1
         job = Job(script, folder, "--out", name)
         job.until(lambda name=name: has_checkpoint(folder, name))
         moment = time.perf_counter() + dice.uniform(0, 0.5)
         job.until(lambda moment=moment: time.perf_counter() >= moment)
         if stopped := job.phase() is not None:
-            job.process.send_signal(number)
+            job.process.send_signal(getattr(signal, sent))
         code, text = job.wait()
         if not stopped:  # it was faster
             continue
@@ -235,9 +254,31 @@ def stops(script, folder, times, dice):
         last = text.rstrip().rsplit("\n", 1)[-1]
         if code != 130 or not last.split(": ")[-1].startswith("--resume goes on from"):
             lost.append(f"no word on how to go on: {last[-200:]}")
+        if (steps := re.findall(r" step (\d+)", last)) and len(set(steps)) > 1:
+            lost.append(f"steps: {last[-200:]}")
         code, text = run(script, folder, "--out", name, "--resume")
         lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
     return tried, lost
+
+
+def hang_ups(script, folder, times, dice):
+    """The terminal is closed at random moments of training. Returns as stops."""
+    return stops(script, folder, times, dice, ["SIGHUP"])
+
+
+def broken_pipes(script, folder, times, dice):
+    """Nobody reads any more what is printed, after a few lines: `| head -1`. Returns as stops."""
+    lost = []
+    for i in range(times):
+        read, write = os.pipe()
+        job = Job(script, folder, "--out", f"pipe{i}", output=write)
+        os.close(write)
+        with open(read, "rb") as reader:
+            for _ in range(dice.randrange(4)):
+                reader.readline()
+        code, _ = job.wait()
+        lost += differences(folder, "whole", f"pipe{i}") if code == 0 else [f"exit code {code}"]
+    return times, lost
 
 
 def full_disk(script, folder, times, dice):
@@ -364,9 +405,77 @@ def children(pid):
     return [int(number) for number in listed.split()]
 
 
+def workers_of(pid):
+    """Those of pid's children that run a study's models."""
+    commands = {each: Path(f"/proc/{each}/cmdline").read_bytes() for each in children(pid)}
+    return [each for each, command in commands.items() if b"spawn_main" in command]
+
+
+def end_study(folder, name, end, dice):
+    """Start compare, and end it by one of ENDS when it trains. Returns whether it was still
+    training, what was lost, and how many times a process was left after it: at most once."""
+    job = Job("compare", folder, "--out", name, output=subprocess.PIPE)
+    job.log.close()
+    runs = [folder / name / "sharpness" / f"{v}_seed1" / "checkpoint.pt" for v in COMPARED]
+    job.until(lambda: all(path.exists() for path in runs))
+    time.sleep(dice.uniform(0.2, 0.5))
+    if job.process.poll() is not None:
+        job.process.communicate()
+        return False, [], 0
+    whom, number = job.process.pid, getattr(signal, end, signal.SIGKILL)
+    if end == "a worker":
+        whom = dice.choice(workers_of(whom))
+    os.kill(whom, number)
+    left = 0
+    try:
+        text = job.process.communicate(timeout=30)[0].decode()  # all that can print have ended
+    except subprocess.TimeoutExpired:
+        left = 1
+        os.killpg(job.process.pid, signal.SIGKILL)
+        text = job.process.communicate()[0].decode()
+    lost = []
+    words = {"SIGKILL": "", "a worker": "error: a worker was killed"}.get(end, "interrupted")
+    code = {"SIGKILL": -9, "a worker": 1}.get(end, 130)
+    if job.process.returncode != code or words not in text or "Traceback" in text:
+        lost.append(f"no word on how to go on: {text[-300:]}")
+    steps = [checkpoint.load_checkpoint(path)["step"] for path in runs]
+    if steps.count(0) > (end == "a worker"):  # that one could save nothing
+        lost.append(f"steps: saved {steps}")
+    return True, lost, left
+
+
+def ended_studies(folder, times, dice):
+    """Each of ENDS in turn, at random moments of training; then the same command again. Returns
+    how often, what was lost, and how many times a process was left."""
+    lost, tried, started, left = [], 0, 0, 0
+    run("compare", folder, "--out", "whole")
+    whole = rows_of(folder, "whole")
+    while tried < times:
+        name, end = f"study{started}", ENDS[tried % len(ENDS)]
+        started += 1
+        training, unsaved, leaves = end_study(folder, name, end, dice)
+        if not training:  # it was faster
+            continue
+        tried, lost, left = tried + 1, lost + unsaved, left + leaves
+        code, text = run("compare", folder, "--out", name)
+        if code:
+            lost.append(text[-300:])
+        elif rows_of(folder, name) != whole:
+            lost.append("rows")
+    return tried, lost, left
+
+
+def rows_of(folder, name):
+    """The rows of a finished study. Time is not compared."""
+    rows = runcard.read_json(folder / name / "sharpness.json")["results"]["runs"]
+    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
+
+
 ROWS = {  # what the README calls a fault, and how it says that it was tried
     "kill -9": ("`kill -9`", "at random moments of {phases}; then `--resume`"),
     "stop": ("Ctrl-C, or SIGTERM", "at random moments; then `--resume`"),
+    "closed terminal": ("a closed terminal (SIGHUP)", "at random moments; then `--resume`"),
+    "broken pipe": ("output that nobody reads on (`head -1`)", "the run goes on to its end"),
     "full disk": ("a full disk", "the first or a later checkpoint goes to `/dev/full`; `--resume`"),
     "bad checkpoint": ("a bad checkpoint", "{damages}, other flags: refused in one line"),
     "unwritable folder": ("a folder that cannot be made", "refused in one line before training"),
@@ -375,6 +484,11 @@ ROWS = {  # what the README calls a fault, and how it says that it was tried
         "one of two processes killed",
         "then `--resume` with 2, 1 or 4: the same bits with 2, else curves {far} apart at most",
     ),
+    "ended study": (
+        "`compare` ended",
+        "by `kill -9` of it or of a worker, Ctrl-C, SIGTERM or SIGHUP: {left} of these left a"
+        " process behind; then the same command",
+    ),
 }
 
 
@@ -382,12 +496,15 @@ def table(results):
     """The rows of the README's table: fault, how it was tried, how often, what was lost."""
     rows = []
     for name, (fault, how) in ROWS.items():
-        parts = [results[script][name] for script in SCRIPTS]
+        parts = [found[name] for found in results.values() if name in found]
+        if not parts:  # a card from before it was tried
+            continue
         phases = {p: sum(part.get("phases", {}).get(p, 0) for part in parts) for p in PHASES}
         said = how.format(
             phases=", ".join(f"{phase} ({count})" for phase, count in phases.items()),
             damages=", ".join(DAMAGES),
             far=f"{max(part.get('difference', 0) for part in parts):.0e}",
+            left=sum(part.get("left", 0) for part in parts) or "none",
         )
         lost = [each for part in parts for each in part["lost"]]
         times = sum(part["times"] for part in parts)
@@ -396,13 +513,18 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--times", type=int, default=24, help="of each script and fault")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=runcard.RESULTS)
     settings = parser.parse_args()
+    try:
+        runcard.prove_writable(settings.out / "faults.json")
+    except UsageError as error:
+        parser.error(str(error))
     start, dice, results = time.perf_counter(), random.Random(settings.seed), {}
-    for script in SCRIPTS:
+    few = max(2, settings.times // 4)
+    for script in (*SCRIPTS, "compare"):
         with tempfile.TemporaryDirectory() as folder:
             prepare(folder := Path(folder))
             found = results[script] = {}
@@ -411,10 +533,15 @@ def main():
                 found[name] = {"times": count, "lost": lost} | more
                 print(f"{script}, {name}: {count} times, lost: {lost or 'nothing'} {more or ''}")
 
-            few = max(2, settings.times // 4)
+            if script == "compare":
+                count, lost, left = ended_studies(folder, max(few, len(ENDS)), dice)
+                tried("ended study", count, lost, left=left)
+                continue
             hit, lost = kills(script, folder, settings.times, dice)
             tried("kill -9", sum(hit.values()), lost, phases=hit)
             tried("stop", *stops(script, folder, few, dice))
+            tried("closed terminal", *hang_ups(script, folder, few, dice))
+            tried("broken pipe", *broken_pipes(script, folder, few, dice))
             tried("full disk", *full_disk(script, folder, few, dice))
             tried("bad checkpoint", *bad_checkpoints(script, folder, few, dice))
             tried("unwritable folder", *unwritable(script, folder, few, dice))
@@ -428,7 +555,6 @@ def main():
     seconds = time.perf_counter() - start
     card = runcard.run_card(config, data_info, torch.device("cpu"), seconds, results)
     card["command"] = card["command"].replace("faults.py", "tests/tools/faults.py")
-    settings.out.mkdir(parents=True, exist_ok=True)
     runcard.write_json(settings.out / "faults.json", card)
 
 

@@ -372,12 +372,26 @@ def diff(old: str, new: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    # A mutant's process must not find this package: it is imported here, and its place forgotten.
+    sys.path.insert(0, str(ROOT))
+    from nala_min import runcard
+    from nala_min.flags import UsageError
+    from nala_min.lab.compare import processors
+
+    sys.path.remove(str(ROOT))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--every", type=int, default=1, metavar="K", help="each K-th mutant only")
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants with TEXT in their key")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=processors(), help="processes at a time")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a run card")
     flags = parser.parse_args()
+    if min(flags.every, flags.jobs) < 1:
+        parser.error("--every and --jobs are 1 or more")
+    if flags.out is not None:
+        try:
+            runcard.prove_writable(flags.out)
+        except UsageError as error:
+            parser.error(str(error))
     start = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"  # the jobs share the cores
 
@@ -407,9 +421,6 @@ def main() -> None:
             bar.update()
     results = report(text, chosen, known)
     if flags.out is not None:
-        sys.path.insert(0, str(ROOT))  # not above: a mutant's process must not find this package
-        from nala_min import runcard
-
         data_info = {"name": MODEL, "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
         config = {"every": flags.every, "only": flags.only, "tests": TESTS}
         seconds = time.perf_counter() - start
