@@ -153,6 +153,9 @@ def main() -> None:
         moved = data.augment(chosen, seed, step, shift=settings.shift, mirror=images.mirror)
         return data.normalise(moved), targets
 
+    runcard.prove_writable(
+        *(settings.out / name for name in ("card.json", "curve.png", "confusion.png", "maps.png"))
+    )
     history, seconds = train.fit(
         model,
         settings.recipe(device),

@@ -156,7 +156,7 @@ def examined(
     A kind is what the outcome may depend on: features and what they are told, heads, channels,
     direction, device.
     """
-    names = tuple(readable.__globals__.values())
+    names = tuple(_named_by(readable))
     code = tuple([(id(x), x.__code__, x.__defaults__) for x in names if type(x) is FunctionType])
     known = _known.get(readable)
     if known is None or known.code != code or [*map(id, known.names)] != [*map(id, names)]:
@@ -170,6 +170,11 @@ def examined(
         return known.found[kind]
     except TypeError:  # features that cannot be hashed
         return None
+
+
+def _named_by(readable: Callable) -> list[Any]:
+    """What model.py names. torch.compile adds its own to it, with names that begin with __."""
+    return [x for name, x in readable.__globals__.items() if not name.startswith("__")]
 
 
 def _kind(features: Callable) -> Any:
@@ -287,7 +292,7 @@ def _may_be_by_hand(call: Call) -> bool:
             x.__globals__ is namespace or x.__module__ in sys.stdlib_module_names
             if type(x) is FunctionType
             else isinstance(x, type) or not callable(x)
-            for x in namespace.values()
+            for x in _named_by(call.readable)
         )
     )
 

@@ -107,13 +107,13 @@ def _tensors(tree: Any) -> list[Tensor]:
 # --- A trained model ------------------------------------------------------------------------------
 
 
-def at_once(model: NaLaLM | NaLaViT, inputs: Tensor | int) -> int:
-    """How many texts of inputs tokens, or of the images inputs, model reads at one time: BUDGET
-    numbers in the residual stream, so that memory grows neither with their number nor their size.
-    """
-    if isinstance(inputs, Tensor):
-        inputs = inputs.shape[2] * inputs.shape[3] // model.config.patch_size**2
-    return max(1, BUDGET // (inputs * model.config.dim))
+def at_once(model: NaLaLM | NaLaViT, inputs: Tensor) -> int:
+    """How many of inputs, texts (B, N) or images (B, 3, height, width), model reads at one time:
+    of BUDGET numbers in the residual stream, so that memory does not grow with their number."""
+    num_tokens = inputs.shape[1]
+    if inputs.ndim == 4:
+        num_tokens = inputs.shape[2] * inputs.shape[3] // model.config.patch_size**2
+    return max(1, BUDGET // (num_tokens * model.config.dim))
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int = 1) -> float:
     """Mean loss over consecutive windows of tokens, or over every n-th of them."""
-    device, windows = model.head.weight.device, at_once(model, block_size)
+    device, windows = model.head.weight.device, at_once(model, tokens[None, :block_size])
     total, count = 0.0, 0
     with in_mode(model, training=False):
         for inputs, targets in all_windows(tokens, block_size, windows, every):
@@ -251,8 +251,7 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
     attention that is a module has no weights in common for all channels of a value, and so no
     entropy.
     """
-    size = inputs.shape[1] if inputs.ndim == 2 else inputs
-    blocks, inputs = [], inputs[: at_once(model, size)]
+    blocks, inputs = [], inputs[: at_once(model, inputs)]
     for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):
         norm, _ = decompose(block.q)  # (B, H, N, 1)
         numbers = {"query_norm": norm}

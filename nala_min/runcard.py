@@ -95,7 +95,7 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
 def prove_writable(*paths: Path | str, flag: str = "--out") -> None:
     """Make the folders of paths, and try that files can be written there, before the work for them
     begins. Leaves no file behind. Raises UsageError, with the name of the flag that says where."""
-    for path in map(Path, paths):
+    for path in map(Path, paths if distributed.rank() == 0 else ()):  # the first process writes
         trial = path.with_name(path.name + ".trial")
         try:
             if path.is_dir():
@@ -105,7 +105,7 @@ def prove_writable(*paths: Path | str, flag: str = "--out") -> None:
             trial.unlink()
         except OSError as error:
             raise UsageError(
-                f"{flag}: {path} cannot be written ({error}): name another place with {flag}"
+                f"{flag}: {path} cannot be written ({error}): name another folder with {flag}"
             ) from error
 
 

@@ -83,6 +83,16 @@ def until(stop, number=signal.SIGINT, times=1):
     return interrupted
 
 
+@pytest.fixture(autouse=True)
+def no_nohup():
+    """The tests themselves may be run under it, where SIGHUP is ignored."""
+    if hasattr(signal, "SIGHUP"):
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, before)
+
+
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 CLOSED = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is closed, where that is told
 

@@ -455,7 +455,7 @@ MISTAKES = {
     "another patch to resume": ([*RUN, "--patch", "2", "--resume"], "patch = 4, not 2"),
     "other images to resume": ([*RUN, "--data-dir", "others", "--resume"], "data = "),
     "a model of text to resume": ([*OF_TEXT, "--resume"], "of_text"),
-    "a file for the folder of the run": (["--out", "text.txt"], "--out text.txt"),
+    "a file for the folder of the run": (["--out", "text.txt"], "text.txt"),
 }
 
 

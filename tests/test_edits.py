@@ -233,7 +233,9 @@ def test_a_module_that_is_loaded_again_is_noticed(tmp_path, monkeypatch):
 
 
 def test_the_paper_s_own_features_have_their_gradient_by_hand():
-    """What all this must not cost."""
+    """What all this must not cost; nor does torch.compile, which adds functions to model.py."""
+    torch.compile(nala_min.model.entropy, backend="eager")(torch.rand(2, 3))
+    assert any(name.startswith("__compiled_fn") for name in vars(nala_min.model))
     fast._known.clear()
     q, k, v = inputs(17)
     for causal in (False, True):

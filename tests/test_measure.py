@@ -430,8 +430,8 @@ def test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of_to
 
 
 def test_the_default_runs_are_evaluated_as_many_at_a_time_as_ever():
-    assert measure.at_once(small_lm(dim=128, num_heads=4), 128) == 64
-    assert measure.at_once(small_lm(), 2 * BUDGET) == 1
+    assert measure.at_once(small_lm(dim=128, num_heads=4), torch.zeros(1, 128)) == 64
+    assert measure.at_once(small_lm(), torch.zeros(1, BUDGET)) == 1
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     assert measure.at_once(small_vit(patch_size=4, dim=64, num_heads=4), images) == 256
 

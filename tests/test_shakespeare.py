@@ -60,6 +60,15 @@ def files(trained, tmp_path):
 # --- Training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["card.json", "curve.png"])
+def test_a_file_that_cannot_be_written_is_told_before_training(name, run, tmp_path):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    result = run("--steps", "1000000", "--out", str(tmp_path / "run"))
+    assert result.returncode == 2
+    assert f"{name} cannot be written" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
 def test_a_run_writes_its_three_files_and_nothing_else(trained):
     assert sorted(path.name for path in trained.run.iterdir()) == [
         "card.json",

@@ -42,7 +42,7 @@ from nala_min.lab.studies import STUDIES, VARIANTS, Study, Task, Variant, varian
 
 def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Train one variant once, or go on with it, in folder. Returns its row of the study's card."""
-    variant = variant_of(name)
+    extra, variant = _extra(task, name, seed), variant_of(name)  # registers a file of yours
     torch.manual_seed(seed)
     model = task.build(variant)
     for layer in task.layers(model):
@@ -63,7 +63,7 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         loss=task.loss,
         evaluate=task.evaluate,
         checkpoint=(path := folder / "checkpoint.pt"),
-        extra=_extra(task, name, seed),
+        extra=extra,
         resume=path.exists(),
     )
     row = {
