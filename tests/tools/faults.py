@@ -342,7 +342,7 @@ def bad_checkpoints(script, folder, times, dice):
         before = (folder / name / "checkpoint.pt").read_bytes()
         for flags in ([], ["--resume"]):
             code, text = run(script, folder, "--out", name, *flags)
-            if not one_line(code, text, "is no checkpoint of this version"):
+            if not one_line(code, text, "cannot be read by this version"):
                 lost.append(f"{name}: {text[-200:]}")
         if (folder / name / "checkpoint.pt").read_bytes() != before:
             lost.append(f"{name} was overwritten")
