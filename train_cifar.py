@@ -165,6 +165,7 @@ def main() -> None:
         checkpoint=settings.out / "checkpoint.pt",
         extra=settings.config() | {"data": data_info, "classes": list(images.classes)},
         resume=settings.resume,
+        compile=settings.compile,
     )
     if distributed.rank() > 0:  # the first process has the results
         return

@@ -113,6 +113,7 @@ def main() -> None:
         checkpoint=settings.out / "checkpoint.pt",
         extra=settings.config() | {"data": data_info, "characters": vocabulary.characters},
         resume=settings.resume,
+        compile=settings.compile,
     )
     if distributed.rank() > 0:  # the first process has the results
         return

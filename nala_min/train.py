@@ -49,6 +49,7 @@ class Settings:
         "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"], decides=False
     )
     resume: bool = flag(False, "go on from the checkpoint in --out", decides=False)
+    compile: bool = flag(False, "train with torch.compile, if there is a compiler", decides=False)
     steps: int | None = flag(None, "training steps")
     batch: int | None = flag(None, "examples in a batch")
     lr: float | None = flag(None, "highest learning rate")
@@ -268,6 +269,7 @@ def fit(
     checkpoint: Path | str,
     extra: dict[str, Any],
     resume: bool = False,
+    compile: bool = False,
 ) -> tuple[list[dict[str, float]], float]:
     """Train model in place, on the device it is on.
 
@@ -276,7 +278,8 @@ def fit(
     recipe.eval_every steps, at the end and on Ctrl-C, checkpoint is written: model, optimiser,
     history and extra, a dict of plain values that must be the same when the run is resumed. All
     that is random is a function of recipe.seed and the step, so a resumed run is the same run.
-    Afterwards every module is in the mode, training or evaluation, in which it was.
+    Afterwards every module is in the mode, training or evaluation, in which it was. compile: train
+    with torch.compile where there is a compiler; only training, so a checkpoint is the same.
 
     Of several processes each computes the gradient of its share of a batch; the first evaluates
     and writes.
@@ -296,7 +299,9 @@ def fit(
             run.begin()
         if not distributed.is_same([run.extra, recipe, run.step]):
             raise UsageError("the processes of this job differ in flags, data or checkpoint")
-        parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
+        parallel = torch.compile(model) if compile and _can_compile(device) else model
+        if distributed.world_size() > 1:
+            parallel = DistributedDataParallel(parallel)
         bar = _progress(run.step, recipe.steps)
         with in_mode(model, training=True), bar, run.saying_how_to_go_on():
             while True:
@@ -322,6 +327,16 @@ def fit(
                 if run.step % 20 == 1:  # reading a loss makes a GPU wait
                     bar.set_postfix(loss=f"{value.item():.3f}")
     return run.history, run.seconds()
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works for device; if not, say so."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds: no C++ compiler, no Triton, no Python headers
+        print(f"--compile: no compiler works ({type(error).__name__}): training goes on without.")
+        return False
+    return True
 
 
 def _progress(first: int, steps: int) -> tqdm:

@@ -619,3 +619,57 @@ def test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back():
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert (found[0].dtype, found[0].device.type) == (torch.float32, "cpu")
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """What is compiled, by a backend that needs no compiler."""
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda x: (compiled.append(x), real(x, backend="eager"))[1]
+    )
+    return compiled
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_compiled_training_is_the_same_training_and_either_resumes_the_other(
+    first, compiles, tmp_path
+):
+    """Only training is compiled: what evaluates and what is saved is the model itself."""
+    path, seen = tmp_path / "checkpoint.pt", []
+
+    def batch_until(step):
+        if step == 4 and not seen.count("stopped"):
+            seen.append("stopped")
+            raise KeyboardInterrupt
+        return batch(step)
+
+    def looking(model):
+        seen.append(model)
+        return evaluate(model)
+
+    model = small_model()
+    with pytest.raises(KeyboardInterrupt):
+        train_small(model, path, batch=batch_until, evaluate=looking, compile=first)
+    history, _ = train_small(
+        model, path, batch=batch_until, evaluate=looking, resume=True, compile=not first
+    )
+    want, _ = train_small(small_model(), tmp_path / "whole.pt")
+    for point, other in zip(history, want, strict=True):
+        assert point == pytest.approx(other, rel=1e-4)
+    assert compiles == [torch.sin, model]
+    assert all(x is model for x in seen if x != "stopped")
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+    def fails(function):
+        raise RuntimeError("no C++ compiler\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    history, _ = train_small(small_model(), tmp_path / "checkpoint.pt", compile=True)
+    assert history == train_small(small_model(), tmp_path / "whole.pt")[0]
+    out = capsys.readouterr().out.splitlines()
+    assert out.count("--compile: no compiler works (RuntimeError): training goes on without.") == 1
