@@ -219,6 +219,7 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
 
     inputs: tokens (B, N), or images (B, 3, height, width) uint8, all of them at once.
     """
+    model = getattr(model, "_orig_mod", model)  # not torch.compile's, which calls no hooks
     seen: list[tuple] = []
     layers = [block.attention for block in model.blocks]
     hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call)) for layer in layers]

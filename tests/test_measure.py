@@ -410,6 +410,15 @@ def test_the_weights_of_some_queries_are_those_among_all(attention, rope):
             assert_close(block.rows([0, 3, 11]), weights[:, :, [0, 3, 11]], rtol=1e-4, atol=1e-6)
 
 
+def test_stats_of_a_compiled_model_are_those_of_the_model():
+    for model, inputs in (
+        (small_lm(), torch.randint(9, (3, 12))),
+        (small_vit().float(), bytes_of()),
+    ):
+        compiled = torch.compile(model, backend="eager")
+        assert measure.attention_stats(compiled, inputs) == measure.attention_stats(model, inputs)
+
+
 def peak(function, *arguments):
     with measure.Recorder() as recorder:
         function(*arguments)
