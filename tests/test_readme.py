@@ -349,7 +349,9 @@ def test_what_was_lost_is_the_run_card():
     results = runcard.read_json(runcard.RESULTS / "faults.json")["results"]
     (rows,) = re.findall(r"^\| fault \|.+\n\|---.+\n((?:\|.+\n)+)", README, re.MULTILINE)
     assert rows.strip() == faults.table(results)
+    assert len(rows.strip().splitlines()) == len(faults.ROWS)
     assert all(row.endswith("| nothing |") for row in rows.strip().splitlines())
+    assert results["compare"]["ended study"]["left"] == 0
     for script in faults.SCRIPTS:
         kills = results[script]["kill -9"]
         assert kills["times"] >= 20 and min(kills["phases"].values()) >= 5

@@ -497,8 +497,6 @@ def table(results):
     rows = []
     for name, (fault, how) in ROWS.items():
         parts = [found[name] for found in results.values() if name in found]
-        if not parts:  # a card from before it was tried
-            continue
         phases = {p: sum(part.get("phases", {}).get(p, 0) for part in parts) for p in PHASES}
         said = how.format(
             phases=", ".join(f"{phase} ({count})" for phase, count in phases.items()),
