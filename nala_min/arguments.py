@@ -444,6 +444,7 @@ class NaLaViT(model.NaLaViT):
     @functools.wraps(model.NaLaViT.forward)
     def forward(self, images):
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            # Compiled for each size anew: with symbols for sizes it fails, pytorch #172204.
+            # A range needs numbers: so each size is compiled anew. With symbols for sizes PyTorch
+            # fails, https://github.com/pytorch/pytorch/issues/172204.
             [len(range(side)) for side in images.shape[2:]]
         return super().forward(images)

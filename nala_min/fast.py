@@ -173,8 +173,9 @@ def examined(
 
 
 def _named_by(readable: Callable) -> list[Any]:
-    """What model.py names. torch.compile adds its own to it, with names that begin with __."""
-    return [x for name, x in readable.__globals__.items() if not name.startswith("__")]
+    """What model.py names, without the functions that torch.compile adds to it."""
+    added = ("__compiled_fn_", "__resume_at_")
+    return [x for name, x in readable.__globals__.items() if not name.startswith(added)]
 
 
 def _kind(features: Callable) -> Any:

@@ -274,10 +274,11 @@ def fit(
     """Train model in place, on the device it is on.
 
     batch(step) gives inputs and targets and must depend on step alone; loss(model, inputs, targets)
-    a scalar; evaluate(model) numbers by name, as validation_loss. At the start, every
-    recipe.eval_every steps, at the end and on Ctrl-C, checkpoint is written: model, optimiser,
-    history and extra, a dict of plain values that must be the same when the run is resumed. All
-    that is random is a function of recipe.seed and the step, so a resumed run is the same run.
+    a scalar; evaluate(model) numbers by name, as validation_loss. At the start, before and after
+    evaluate every recipe.eval_every steps and at the end, and on Ctrl-C, checkpoint is written:
+    model, optimiser, history and extra, a dict of plain values that must be the same when the run
+    is resumed. All that is random is a function of recipe.seed and the step, so a resumed run is
+    the same run.
     Afterwards every module is in the mode, training or evaluation, in which it was. compile: train
     with torch.compile where there is a compiler; only training, so a checkpoint is the same.
 

@@ -232,6 +232,15 @@ def test_a_module_that_is_loaded_again_is_noticed(tmp_path, monkeypatch):
     check_gradients(module, True, 17)
 
 
+def test_a_function_from_elsewhere_is_noticed_whatever_its_name(monkeypatch):
+    """What it does could change without notice: nothing is done by hand beside it."""
+    fast._known.clear()
+    monkeypatch.setattr(nala_min.model, "__own", inputs, raising=False)
+    nala_min.model.nala_attention(*inputs(17), causal=True)
+    (known,) = fast._known.values()
+    assert [verdict.by_hand for verdict in known.found.values()] == [False]
+
+
 def test_the_paper_s_own_features_have_their_gradient_by_hand():
     """What all this must not cost; nor does torch.compile, which adds functions to model.py."""
     torch.compile(nala_min.model.entropy, backend="eager")(torch.rand(2, 3))

@@ -396,11 +396,12 @@ def test_what_is_read_does_not_depend_on_torch_s_defaults(reader):
             assert read() == want
 
 
-@pytest.mark.parametrize("attention", [*FIVE, "focused", "clipped", "magnitude-aware"])
-@pytest.mark.parametrize("rope", [None, "numerator"])
+@pytest.mark.parametrize(
+    ("attention", "rope"),
+    [(name, None) for name in (*FIVE, "focused", "clipped", "magnitude-aware")]
+    + [(name, "numerator") for name in ("nala", "split", "elu", "relu", "focused", "clipped")],
+)
 def test_the_weights_of_some_queries_are_those_among_all(attention, rope):
-    if rope and attention in ("softmax", "magnitude-aware"):
-        pytest.skip("takes no rope")
     for model, inputs in (
         (small_lm(attention=attention, rope=rope), torch.randint(9, (3, 12))),
         (small_vit(attention=attention, rope=rope).float(), bytes_of()),
