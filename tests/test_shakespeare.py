@@ -63,7 +63,7 @@ def files(trained, tmp_path):
 @pytest.mark.parametrize("name", ["card.json", "curve.png"])
 def test_a_file_that_cannot_be_written_is_told_before_training(name, run, tmp_path):
     (tmp_path / "run" / name).mkdir(parents=True)
-    result = run("--steps", "1000000", "--out", str(tmp_path / "run"))
+    result = run(*FLAGS, "--out", str(tmp_path / "run"))
     assert result.returncode == 2
     assert f"{name} cannot be written" in result.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
