@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from nala_min.measure import smoothed_loss
 
 # fmt: off
 PRESETS = {
-    "cpu": dict(layers=3, heads=4, dim=64, patch=4, batch=32, steps=2000, lr=2e-3, muon=0.02,
-                dropout=0.0, shift=0),
-    "gpu": dict(layers=7, heads=6, dim=192, patch=2, batch=256, steps=15600, lr=2e-3, muon=0.02,
-                dropout=0.0, shift=4),
+    "cpu": dict(layers=3, heads=4, dim=64, patch=4, batch=32, steps=2500, lr=2e-3, muon=0.02,
+                weight_decay=0.02, dropout=0.0, shift=0),
+    "gpu": dict(layers=7, heads=6, dim=192, patch=2, batch=256, steps=7000, lr=2e-3, muon=0.02,
+                weight_decay=0.1, dropout=0.0, shift=4),
 }
 # fmt: on
 FEW = 1000  # test images for a point of the curve; the result is of all of them
@@ -44,9 +44,6 @@ class Settings(train.Settings):
     predict: Path | None = flag(
         None, "train nothing, let the checkpoint name what is on this PNG", decides=False
     )
-    muon: float | None = flag(
-        None, "highest learning rate of Muon, for matrices; --lr for the rest"
-    )
     patch: int | None = flag(None, "pixels along a side of a patch")
     shift: int | None = flag(None, "pixels by which augmentation moves an image", zero=True)
 
@@ -58,9 +55,6 @@ class Settings(train.Settings):
             raise UsageError(f"--patch {self.patch}: {error}") from error
         if (self.data == "synthetic") + (self.data_dir is not None) + (self.url is not None) > 1:
             raise UsageError("--data synthetic, --data-dir and --url exclude one another")
-
-    def recipe(self, device: torch.device) -> train.Recipe:
-        return replace(super().recipe(device), muon=self.muon)
 
 
 def build_model(config: dict[str, Any]) -> NaLaViT:

@@ -14,10 +14,14 @@ from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import next_token_loss, validation_loss
 
-PRESETS = {  # gpu: nanoGPT's character recipe
-    "cpu": dict(layers=4, heads=4, dim=128, block=128, batch=8, steps=2400, lr=3e-3, dropout=0.0),
-    "gpu": dict(layers=6, heads=6, dim=384, block=256, batch=64, steps=5000, lr=1e-3, dropout=0.2),
+# fmt: off
+PRESETS = {  # gpu: nanoGPT's sizes
+    "cpu": dict(layers=4, heads=4, dim=96, block=128, batch=8, steps=3400, lr=4e-3, muon=0.02,
+                weight_decay=0.02, dropout=0.0),
+    "gpu": dict(layers=6, heads=6, dim=384, block=256, batch=64, steps=4000, lr=1e-3, muon=0.02,
+                weight_decay=0.1, dropout=0.2),
 }
+# fmt: on
 
 
 @dataclass

@@ -405,8 +405,6 @@ class ViTConfig(BlockConfig):
         self.check_rope(axes=2)
         if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size={self.patch_size} is not a power of 2")
-        if self.dim % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} does not divide dim={self.dim}")
         if self.conv_size % 2 == 0:
             raise ValueError(f"conv_size={self.conv_size} is even: it has no middle")
 

@@ -459,12 +459,12 @@ class NaLaViT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        width = config.dim // config.patch_size
+        width, halvings = (config.dim + 1) // 2, config.patch_size.bit_length() - 1
         layers = [nn.Conv2d(3, width, 3, padding=1)]
-        while width < config.dim:  # half the size, twice the channels
+        for stride in (2, 1) * halvings or (1,):  # half the size, and once more at that size
             norm = nn.GroupNorm(1, width)  # of each image as a whole
-            layers += [norm, nn.GELU(), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)]
-            width *= 2
+            layers += [norm, nn.GELU(), nn.Conv2d(width, config.dim, 3, stride, padding=1)]
+            width = config.dim
         self.stem = nn.Sequential(*layers)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, name, causal=False) for name in config.attentions)

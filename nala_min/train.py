@@ -52,7 +52,12 @@ class Settings:
     compile: bool = flag(False, "train with torch.compile, if there is a compiler", decides=False)
     steps: int | None = flag(None, "training steps")
     batch: int | None = flag(None, "examples in a batch")
-    lr: float | None = flag(None, "highest learning rate")
+    lr: float | None = flag(None, "highest learning rate of AdamW")
+    muon: float | None = flag(
+        None, "highest learning rate of Muon, for matrices (0: AdamW for all)", zero=True
+    )
+    weight_decay: float | None = flag(None, "share of a matrix lost per learning rate", zero=True)
+    schedule: str = flag("linear", "how learning rates fall", choices=["linear", "cosine"])
     dropout: float | None = flag(None, "share of activations dropped in training", zero=True)
     layers: int | None = flag(None, "blocks")
     heads: int | None = flag(None, "attention heads in a block")
@@ -92,6 +97,7 @@ class Settings:
         for name, default in self.PRESETS[self.preset].items():  # other flags, another folder
             if getattr(self, name) != default:
                 run += f"_{name}{getattr(self, name):g}"
+        run += f"_{self.schedule}" if self.schedule != "linear" else ""
         self.out = Path(self.out or Path("runs") / run)
 
     def config(self) -> dict[str, Any]:
@@ -102,7 +108,16 @@ class Settings:
     def recipe(self, device: torch.device) -> Recipe:
         """How to train: ten points on the curve, and on a CUDA card in bfloat16."""
         every, half = max(1, self.steps // 10), device.type == "cuda"
-        return Recipe(self.steps, self.lr, eval_every=every, bfloat16=half, seed=self.seed)
+        return Recipe(
+            self.steps,
+            self.lr,
+            muon=self.muon,
+            weight_decay=self.weight_decay,
+            schedule=self.schedule,
+            eval_every=every,
+            bfloat16=half,
+            seed=self.seed,
+        )
 
 
 def load_attentions(config: dict[str, Any], settings: Settings) -> None:
@@ -157,15 +172,22 @@ def choose_device(name: str) -> torch.device:
 # --- Recipe and optimisers ------------------------------------------------------------------------
 
 
+SCHEDULES: dict[str, Callable[[float], float]] = {  # rate ÷ the highest, after a share of a run
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done),  # to a tenth
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, or Muon beside it, with linear warm-up and cosine decay to a tenth."""
+    """How to train: AdamW, or Muon beside it, with a linear warm-up and a schedule's decay."""
 
     steps: int
     learning_rate: float
-    muon: float | None = None  # learning rate of Muon, for matrices; None: AdamW for all
+    muon: float | None = None  # learning rate of Muon, for matrices; None or 0: AdamW for all
     warmup: int = 100
     weight_decay: float = 0.1
+    schedule: str = "linear"  # a name in SCHEDULES
     beta2: float = 0.99
     clip: float = 1.0
     eval_every: int = 500  # steps between two points of the curve, and two checkpoints
@@ -175,8 +197,7 @@ class Recipe:
     def learning_rate_at(self, step: int, highest: float) -> float:
         """Learning rate of step 0, 1, ..., steps - 1, which rises to highest and falls."""
         warm = min(1.0, (step + 1) / self.warmup)
-        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return highest * warm * (0.1 + 0.9 * decay)
+        return highest * warm * SCHEDULES[self.schedule](step / self.steps)
 
 
 class Muon(torch.optim.Optimizer):
@@ -215,10 +236,13 @@ def orthogonal(x: Tensor) -> Tensor:
     if x.shape[0] > x.shape[1]:
         return orthogonal(x.mT).mT
     x = x / (torch.linalg.matrix_norm(x) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
+    gram = x @ x.mT  # (R, R): smaller than x
+    factor = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    for _ in range(5):  # the iterate is factor @ x, and gram its product with itself
+        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        factor = polynomial @ factor
+        gram = polynomial @ gram @ polynomial
+    return factor @ x
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:

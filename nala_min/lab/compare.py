@@ -52,6 +52,7 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         task.steps,
         task.learning_rate,
         muon=task.muon,
+        schedule="cosine",  # of the committed cards
         eval_every=task.steps,
         bfloat16=device == "cuda",
         seed=seed,
