@@ -72,7 +72,8 @@ class Settings:
             value = getattr(self, name)
             if not (0 < value < 2**31 or (value == 0 and name in zero)):
                 wanted = "0 or more" if name in zero else "positive"
-                raise UsageError(f"--{name} {value} is not {wanted} and below 2^31")
+                given = f"--{name.replace('_', '-')} {value}"
+                raise UsageError(f"{given} is not {wanted} and below 2^31")
         if self.batch % distributed.world_size():
             processes = distributed.world_size()
             raise UsageError(f"--batch {self.batch} cannot be shared by {processes} processes")

@@ -2,6 +2,7 @@
 of PyTorch's state a user may have changed."""
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def environment(folder):
 
 def flags_of(sizes):
     """Flags for the dict sizes, on the CPU."""
-    return [*HERE, *(part for name, size in sizes.items() for part in (f"--{name}", str(size)))]
+    flags = ((f"--{name.replace('_', '-')}", str(size)) for name, size in sizes.items())
+    return [*HERE, *itertools.chain(*flags)]
 
 
 def run_process(script, folder, *flags):

@@ -38,11 +38,12 @@ SIZES = {
     "steps": 200,
     "lr": 0.01,
     "muon": 0.05,
+    "weight_decay": 0.1,
     "dropout": 0.1,
     "shift": 1,
 }
 FLAGS = flags_of(SIZES)
-CONFIG = SIZES | {"preset": "cpu", "attention": "nala", "seed": 1}
+CONFIG = SIZES | {"preset": "cpu", "attention": "nala", "seed": 1, "schedule": "linear"}
 SHORT = [*FLAGS, "--data-dir", "images", "--steps", "3"]
 FROM_FOLDER = "CIFAR-10 (files in a folder)"
 
@@ -425,7 +426,6 @@ MISTAKES = {
     "a corrupt archive": (["--data-dir", "archive"], data.CIFAR10.file),
     "unknown images": (["--data", "bogus"], "--data"),
     "a patch that is no power of 2": (["--patch", "3"], "--patch"),
-    "a patch that does not divide dim": (["--patch", "32"], "--patch"),
     "no patch": (["--patch", "0"], "--patch"),
     "heads that do not divide dim": (["--heads", "3"], "--heads"),
     "more attentions than layers": (["--attention", "nala,softmax"], "--attention"),
@@ -439,7 +439,7 @@ MISTAKES = {
     "a folder and an address": (["--url", "http://127.0.0.1:9/"], "--url"),
     "half a pixel": (["--shift", "1.5"], "--shift"),
     "a batch of more than there is": (["--batch", str(5 * COUNT + 1)], "--batch"),
-    "a Muon that learns nothing": (["--muon", "0"], "--muon"),
+    "a Muon that climbs": (["--muon", "-1"], "--muon"),
     "a dropout of everything": (["--dropout", "1"], "--dropout"),
     "a picture that is missing": ([*RUN, "--predict", "nowhere.png"], "--predict nowhere.png"),
     "a picture that is no PNG": ([*RUN, "--predict", "text.txt"], "--predict text.txt"),

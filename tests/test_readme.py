@@ -4,6 +4,7 @@ import re
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import faults
 import pytest
@@ -15,10 +16,30 @@ from nala_min.lab.studies import STUDIES
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ATTENTIONS = ("nala", "softmax", "elu", "relu")
-# The cards of a table: their result, the table's heading, how it writes a number, the images' name.
+PROSE = " ".join(README.split()).replace(" %", "%")
+LABELS = {"softmax": "softmax", "elu": "elu + 1", "relu": "ReLU"}
+
+
+class Table(NamedTuple):
+    """Of the runs of a script's default recipe with four attentions."""
+
+    result: str  # in the cards
+    heading: str  # what the README calls it
+    form: str  # of a number
+    away: str  # form of a difference, times unit, and half its interval
+    unit: int
+    better: int  # 1: more is better; -1: less
+    data: str
+
+
 TABLES = {
-    "shakespeare": ("validation_loss", "loss", "{:.3f}", "Tiny Shakespeare"),
-    "cifar": ("test_accuracy", "accuracy", "{:.1%}", "CIFAR-10 (files in a folder)"),
+    "shakespeare": Table(
+        "validation_loss", "loss", "{:.3f}", "{:+.3f} ± {:.3f}", 1, -1, "Tiny Shakespeare"
+    ),
+    "cifar": Table(
+        *("test_accuracy", "accuracy", "{:.1%}", "{:+.1f} ± {:.1f} points", 100, 1),
+        "CIFAR-10 (files in a folder)",
+    ),
 }
 tables = pytest.mark.parametrize("task", TABLES)
 
@@ -29,21 +50,56 @@ def cards(task, attention):
     return sorted((runcard.read_json(path) for path in paths), key=lambda c: c["config"]["seed"])
 
 
+def reached(task, attention):
+    return [card["results"][TABLES[task].result] for card in cards(task, attention)]
+
+
 def default(task):
     return runcard.read_json(runcard.RESULTS / f"{task}_cpu_default.json")
 
 
+def results_table(task):
+    """The README's table of a task: every attention's mean, range and difference from NaLa's."""
+    table = TABLES[task]
+    lines = [
+        f"| attention, {table.heading} | mean | lowest to highest | minus NaLa's |",
+        "|---|---|---|---|",
+    ]
+    for name in ATTENTIONS:
+        values, away = reached(task, name), ""
+        if name != "nala":
+            both = compare.difference(values, reached(task, "nala"))
+            away = table.away.format(*(table.unit * number for number in both))
+        low, middle, high = map(table.form.format, (min(values), mean(values), max(values)))
+        lines.append(f"| `{name}` | **{middle}** | {low} to {high} | {away} |")
+    return "\n".join(lines).replace("%", " %")
+
+
+def verdict(task):
+    """What a task's 95 % intervals say of NaLa and the others, in the README's words."""
+    groups = {"ahead of": [], "behind": [], "not to be told from": []}
+    for name, label in LABELS.items():
+        away, half = compare.difference(reached(task, name), reached(task, "nala"))
+        lead = -away * TABLES[task].better
+        group = "not to be told from" if abs(lead) < half else "ahead of" if lead > 0 else "behind"
+        groups[group].append(label)
+    found = [f"{group} {' and '.join(names)}" for group, names in groups.items() if names]
+    return "NaLa is " + ", ".join(found)
+
+
 @tables
 def test_results_table_is_the_run_cards(task):
-    result, heading, form, _ = TABLES[task]
-    (table,) = re.findall(rf"^\| attention, {heading} .+?\n\n", README, re.MULTILINE | re.DOTALL)
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|$", table, re.MULTILINE)
-    assert [name for name, _ in rows] == list(ATTENTIONS)
-    for name, row in rows:
-        values = [card["results"][result] for card in cards(task, name)]
-        assert len(values) == 3
-        written = [form.format(value) for value in values] + [f"**{form.format(mean(values))}**"]
-        assert row.replace(" %", "%").split(" | ") == written, name
+    assert f"\n\n{results_table(task)}\n\n" in README
+    assert {len(cards(task, name)) for name in ATTENTIONS} == {5}
+
+
+@tables
+def test_what_the_readme_says_of_a_table_is_what_its_intervals_say(task):
+    section = PROSE[PROSE.index("### Text") : PROSE.index("### Images")]
+    if task == "cifar":
+        section = PROSE[PROSE.index("### Images") : PROSE.index("### Speed")]
+    assert section.count(f" {verdict(task)}. ") == 1
+    assert section.count("NaLa is ") == 1
 
 
 @pytest.mark.parametrize(
@@ -54,38 +110,20 @@ def test_results_table_is_the_run_cards(task):
     ],
 )
 def test_the_default_run_is_its_run_card(task, command):
-    result, _, form, _ = TABLES[task]
-    card = default(task)
+    card, form = default(task), TABLES[task].form
     assert card["command"] == command
-    number = form.format(card["results"][result]).replace("%", " %")
-    said = f"reached {number} after {card['seconds']:.0f} s of training"
-    assert said in " ".join(README.split())
+    number = form.format(card["results"][TABLES[task].result])
+    assert f"reached {number} after {card['seconds']:.0f} s of training" in PROSE
     assert card["config"] == cards(task, "nala")[0]["config"]
-
-
-@pytest.mark.parametrize("attention", ["nala", "softmax"])
-@tables
-def test_the_health_cards_are_seed_1_once_more(task, attention):
-    """The same run; on images, where another machine ended elsewhere, the README says so."""
-    result, _, form, _ = TABLES[task]
-    card = runcard.read_json(runcard.RESULTS / f"{task}_cpu_{attention}_health.json")
-    first = cards(task, attention)[0]
-    for key in ("config", "data", "versions"):
-        assert card[key] == first[key]
-    again, before = (form.format(x["results"][result]) for x in (card, first))
-    if again != before:
-        text = " ".join(README.split()).replace(" %", "%")
-        assert (
-            f"{again} instead of {before} for {'NaLa' * (attention == 'nala') or 'softmax'}" in text
-        )
+    assert card["seconds"] < 300
+    assert f"({card['results']['parameters'] / 1e6:.2f} M parameters)" in PROSE
 
 
 def test_the_stand_in_of_the_image_model_is_its_run_card():
     card = runcard.read_json(runcard.RESULTS / "cifar_cpu_synthetic.json")
     assert card["config"] == default("cifar")["config"]
     assert card["data"]["name"] == "drawn digits (stand-in)"
-    number = f"{card['results']['test_accuracy']:.1%}".replace("%", " %")
-    assert f"the same recipe reached {number}" in " ".join(README.split())
+    assert f"the same recipe reached {card['results']['test_accuracy']:.1%}" in PROSE
 
 
 @tables
@@ -95,9 +133,11 @@ def test_the_runs_of_a_table_differ_in_attention_and_seed_only(task):
         assert all(card[key] == everything[0][key] for card in everything), key
     same = {"attention": "", "seed": 0}
     assert all(card["config"] | same == everything[0]["config"] | same for card in everything)
-    assert {card["config"]["attention"] for card in everything} == set(ATTENTIONS)
+    runs = [(card["config"]["attention"], card["config"]["seed"]) for card in everything]
+    assert len(set(runs)) == len(runs)
     assert len({card["results"]["parameters"] for card in everything}) == 1
-    assert everything[0]["data"]["name"] == TABLES[task][3]
+    assert {card["hardware"]["threads"] for card in everything} == {1}
+    assert everything[0]["data"]["name"] == TABLES[task].data
 
 
 def test_code_in_the_readme_runs():

@@ -16,7 +16,8 @@ from nala_min import LMConfig, NaLaLM, checkpoint, data, runcard, synthetic
 TEXT = "".join(f"Line {i}: the quick brown fox jumps över 5 € dogs.\n" for i in range(44))
 SIZES = {"layers": 1, "heads": 2, "dim": 16, "block": 8, "batch": 2, "steps": 3, "dropout": 0.25}
 FLAGS = flags_of(SIZES)
-CONFIG = SIZES | {"preset": "cpu", "attention": "nala", "seed": 1, "lr": 3e-3}
+RECIPE = {"lr": 4e-3, "muon": 0.02, "weight_decay": 0.02, "schedule": "linear"}
+CONFIG = SIZES | RECIPE | {"preset": "cpu", "attention": "nala", "seed": 1}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,7 +222,8 @@ def test_help_names_every_flag(run):
     result = run("--help")
     assert result.returncode == 0 and result.stderr == ""
     for field in dataclasses.fields(train_shakespeare.Settings):
-        assert re.search(rf"^  --{field.name}\b", result.stdout, re.MULTILINE), field.name
+        name = field.name.replace("_", "-")
+        assert re.search(rf"^  --{name}\b", result.stdout, re.MULTILINE), name
 
 
 # --- Mistakes of a user --------------------------------------------------------------------------

@@ -100,14 +100,14 @@ class Run(train.Settings):
     """A run of something small."""
 
     NAME = "toy"
+    # fmt: off
     PRESETS = {  # noqa: RUF012
-        "cpu": dict(
-            steps=50, batch=2, lr=0.5, dropout=0.0, layers=2, heads=2, dim=8, width=8, shift=1
-        ),
-        "gpu": dict(
-            steps=70, batch=4, lr=0.25, dropout=0.2, layers=4, heads=3, dim=12, width=16, shift=2
-        ),
+        "cpu": dict(steps=50, batch=2, lr=0.5, muon=0.125, weight_decay=0.0, dropout=0.0, layers=2,
+                    heads=2, dim=8, width=8, shift=1),
+        "gpu": dict(steps=70, batch=4, lr=0.25, muon=0.0, weight_decay=0.1, dropout=0.2, layers=4,
+                    heads=3, dim=12, width=16, shift=2),
     }
+    # fmt: on
 
     width: int | None = flag(None, "how wide it is")
     shift: int | None = flag(None, "how far it moves", zero=True)
@@ -120,6 +120,8 @@ def test_a_preset_gives_what_the_flags_do_not():
     assert (run.layers, run.heads, run.dim, run.shift) == (4, 3, 12, 2)
     assert parse_flags(Run, ["--preset", "gpu"]).out == Path("runs") / "toy_gpu_nala_seed1"
     assert run.out == Path("runs") / "toy_gpu_nala_seed1_steps3_dropout0"  # nothing overwritten
+    other = parse_flags(Run, ["--preset", "gpu", "--schedule", "cosine"])
+    assert other.out == Path("runs") / "toy_gpu_nala_seed1_cosine"
     assert parse_flags(Run, ["--out", "here"]).out == Path("here")
 
 
@@ -163,6 +165,9 @@ def test_the_config_is_what_decides_the_result():
         "steps": 50,
         "batch": 2,
         "lr": 0.5,
+        "muon": 0.125,
+        "weight_decay": 0.0,
+        "schedule": "linear",
         "dropout": 0.0,
         "layers": 2,
         "heads": 2,
@@ -175,8 +180,10 @@ def test_the_config_is_what_decides_the_result():
 @pytest.mark.parametrize(("steps", "every"), [("1", 1), ("9", 1), ("50", 5), ("59", 5)])
 @pytest.mark.parametrize(("device", "bfloat16"), [("cpu", False), ("cuda", True), ("mps", False)])
 def test_the_recipe_of_settings(steps, every, device, bfloat16):
-    recipe = parse_flags(Run, ["--preset", "cpu", "--steps", steps]).recipe(torch.device(device))
-    assert recipe == Recipe(int(steps), 0.5, eval_every=every, bfloat16=bfloat16)
+    flags = ["--preset", "cpu", "--steps", steps, "--weight-decay", "0.25", "--schedule", "cosine"]
+    recipe = parse_flags(Run, [*flags, "--seed", "7"]).recipe(torch.device(device))
+    given = {"muon": 0.125, "weight_decay": 0.25, "schedule": "cosine", "seed": 7}
+    assert recipe == Recipe(int(steps), 0.5, eval_every=every, bfloat16=bfloat16, **given)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,8 @@ def test_the_recipe_of_settings(steps, every, device, bfloat16):
         ["--batch", "-1"],
         ["--lr", "nan"],
         ["--lr", "0"],
+        ["--muon", "-1"],
+        ["--weight-decay", "nan"],
         ["--width", "0"],
         ["--width", "-3"],
         ["--shift", "-1"],
@@ -335,21 +344,27 @@ def test_choose_device_refuses_one_that_is_not_there(name, cuda, mps, machine):
 # --- Recipe and optimiser ------------------------------------------------------------------------
 
 
-def test_the_learning_rate_warms_up_and_decays_along_a_cosine_to_a_tenth():
-    recipe = Recipe(steps=1000, learning_rate=0.5, warmup=10)
+@pytest.mark.parametrize(
+    ("schedule", "quarter", "half", "last"),
+    [("linear", 0.75, 0.5, 0.001), ("cosine", 0.1 + 0.9 * (0.5 + math.sqrt(0.125)), 0.55, 0.1)],
+)
+def test_the_learning_rate_warms_up_and_decays(schedule, quarter, half, last):
+    """In a line to nothing, or along a cosine to a tenth."""
+    recipe = Recipe(steps=1000, learning_rate=0.5, warmup=10, schedule=schedule)
     rates = [recipe.learning_rate_at(step, 2.0) / 2.0 for step in range(1000)]
     for step in range(10):
-        assert rates[step] == pytest.approx((step + 1) / 10, rel=1e-3)
+        assert rates[step] == pytest.approx((step + 1) / 10, rel=1e-2)
     assert max(rates) <= 1.0
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[250] == pytest.approx(0.1 + 0.9 * (0.5 + math.sqrt(0.125)))
-    assert rates[500] == pytest.approx(0.55)
-    assert rates[999] == pytest.approx(0.1, rel=1e-3)
+    assert rates[250] == pytest.approx(quarter)
+    assert rates[500] == pytest.approx(half)
+    assert rates[999] == pytest.approx(last, rel=1e-3)
 
 
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 3, 100, 150])
-def test_the_learning_rate_is_never_zero_negative_or_above_its_peak(steps):
-    recipe = Recipe(steps, learning_rate=0.5)
+def test_the_learning_rate_is_never_zero_negative_or_above_its_peak(steps, schedule):
+    recipe = Recipe(steps, learning_rate=0.5, schedule=schedule)
     assert all(0 < recipe.learning_rate_at(step, 0.5) <= 0.5 for step in range(steps))
 
 
@@ -544,7 +559,7 @@ def test_a_step_is_clipped_adamw_at_the_recipe_s_learning_rate(tmp_path):
     for step in range(3):
         gradients = torch.autograd.grad(loss(model, *batch(step)), list(model.parameters()))
         norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm())
-        rate = 0.01 * min(1, (step + 1) / 2) * (0.55 + 0.45 * math.cos(math.pi * step / 3))
+        rate = 0.01 * min(1, (step + 1) / 2) * (1 - step / 3)
         for parameter, gradient, m, v in zip(
             model.parameters(), gradients, first, second, strict=True
         ):
