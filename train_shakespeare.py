@@ -53,12 +53,12 @@ def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:
     return NaLaLM(LMConfig(vocab_size=len(vocabulary.characters), **train.block_options(config)))
 
 
-def print_sample(
+def continued(
     model: NaLaLM, vocabulary: data.Vocabulary, prompt: Tensor, length: int, seed: int
-):
-    """Print prompt (1, N) and a continuation of length characters."""
+) -> str:
+    """The text of prompt (1, N) and of a continuation of length characters."""
     prompt = prompt.to(model.head.weight.device)
-    print(vocabulary.decode(model.generate(prompt, length, temperature=0.8, seed=seed)[0]))
+    return vocabulary.decode(model.generate(prompt, length, temperature=0.8, seed=seed)[0])
 
 
 def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
@@ -77,7 +77,7 @@ def sample(settings: Settings, device: torch.device) -> None:
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)
     model.load_state_dict(saved["model"])
-    print_sample(model, vocabulary, prompt, settings.sample, settings.seed)
+    print(continued(model, vocabulary, prompt, settings.sample, settings.seed))
 
 
 def main() -> None:
@@ -127,6 +127,7 @@ def main() -> None:
     runcard.write_json(settings.out / "card.json", card)  # before what may need more memory
     inputs, _ = next(data.all_windows(validation, settings.block, 64))
     results["attention_stats"] = measure.attention_stats(model, inputs)
+    results["sample"] = continued(model, vocabulary, prompt, 500, settings.seed)
     runcard.write_json(settings.out / "card.json", card)
     title = f"attention {settings.attention}, {parameters:,} parameters, seed {settings.seed}"
     plots.write(plots.curve(history, title), settings.out / "curve.png")
@@ -134,7 +135,7 @@ def main() -> None:
         f"Validation loss {loss:.4f} nats a character on the last tenth of {text.name}, after"
         f" {seconds:.0f} s of training. Checkpoint, curve and run card: {settings.out}"
     )
-    print_sample(model, vocabulary, prompt, 500, settings.seed)
+    print(results["sample"])
 
 
 if __name__ == "__main__":

@@ -72,12 +72,20 @@ def write(picture: Figure, path: Path | str) -> None:
 
 @_styled
 def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Figure:
-    """Entropy against the norm of the query, a line a feature map."""
-    picture, axes = figure()
+    """Entropy, and the number of keys over which even attention has it, against the norm of the
+    query: one line per feature map."""
+    picture, axes = figure(height=3.9)
     for name, values in entropies.items():
-        axes.plot(norms, values, **LOOKS[name])
+        axes.plot(norms, np.exp(values), **LOOKS[name])
     axes.set_xscale("log")
-    axes.set(xlabel="norm of the query", ylabel="entropy of its attention (nats)")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set(xlabel="norm of the query", ylabel="keys that share its attention")
+    axes.set_title("A longer query attends to fewer keys, but not in plain linear attention")
+    nats = axes.secondary_yaxis("right", functions=(np.log, np.exp))
+    nats.set_yticks(range(1, 5), range(1, 5))
+    nats.tick_params(which="minor", right=False)
+    nats.set_ylabel("entropy (nats)")
     axes.legend(loc="lower left")
     return picture
 
@@ -292,18 +300,40 @@ def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Fi
     return picture
 
 
-# How a study draws its variants; all others as dots.
+# What a study's pictures call its variants; ", same state" and the like are added.
+NAMES = {
+    "nala": "NaLa",
+    "split": "NaLa, sign split",
+    "softmax": "softmax",
+    "elu": "linear, elu + 1",
+    "relu": "linear, ReLU",
+    "focused": "FLatten",
+    "polar": "PolaFormer",
+    "magnitude-aware": "MALA",
+    "no query norm": "NaLa, norm ignored",
+    "no cosine map": "NaLa, ReLU for cosines",
+    "tanh(norm/s)": "NaLa, tanh(norm/s)",
+    "hybrid": "NaLa and softmax in turn",
+    **{f"lam {lam}": f"NaLa, λ = {lam}" for lam in (1, 2, 4)},
+    **{f"tau {tau}": f"NaLa, τ = {tau}" for tau in (0, 1)},
+    "alpha 2": "NaLa, α = 2",  # noqa: RUF001
+}
+
+
+def name_of(variant: str) -> str:
+    """What a picture calls a variant of a study; a file of yours by its own name."""
+    first, *rest = variant.split(", ")
+    return ", ".join([NAMES.get(first, first), *rest])
+
+
+# How a study draws its variants as lines; as dots, all others are grey.
 VARIANTS = {
     "softmax": LOOKS["softmax"],
     "nala": LOOKS["cosine"],
-    "no query norm": {"label": "NaLa, norm ignored", "color": YELLOW, "linestyle": "-"},
-    "no cosine map, same state": {
-        "label": "NaLa, ReLU for cosines, same state",
-        "color": YELLOW,
-        "linestyle": ":",
-    },
-    "elu, same state": LOOKS["elu"] | {"label": "linear, elu + 1, same state"},
-    "relu, same state": LOOKS["relu"] | {"label": "linear, ReLU, same state"},
+    "no query norm": {"color": YELLOW, "linestyle": "-"},
+    "no cosine map, same state": {"color": YELLOW, "linestyle": ":"},
+    "elu, same state": LOOKS["elu"],
+    "relu, same state": LOOKS["relu"],
 }
 
 
@@ -316,7 +346,7 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
     """
     picture, axes = figure()
     files = {row["variant"] for row in rows if row["variant"].endswith(".py")}  # a reader's own
-    own = {name: {"label": name, "color": "#666666", "linestyle": "-."} for name in sorted(files)}
+    own = {name: {"color": "#666666", "linestyle": "-."} for name in sorted(files)}
     for name, look in (VARIANTS | own).items():
         runs = [row for row in rows if row["variant"] == name]
         if not runs:
@@ -325,24 +355,27 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
         axes.fill_between(
             pairs, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.12
         )
-        axes.plot(pairs, values.mean(axis=0), **look)
+        axes.plot(pairs, values.mean(axis=0), **look | {"label": name_of(name)})
     axes.set_xscale("log", base=2)
     axes.set_xticks(pairs, [str(n) for n in pairs])
     axes.set(xlabel="pairs of a key and a value in the text", ylabel="share of values recalled")
+    axes.set_title("How much a state can recall")
     axes.set_ylim(0, 1.03)
     axes.legend(loc="lower left", fontsize="small")
     return picture
 
 
 @_styled
-def study(panels: dict[str, list[dict[str, Any]]]) -> Figure:
-    """A panel for each of some results: for each variant a dot a run, and a stroke at their mean.
+def study(panels: dict[str, list[dict[str, Any]]], title: str = "") -> Figure:
+    """A panel for each of some results: for each variant one dot per run, and a stroke at their
+    mean.
 
     panels: by the name of the result, the runs of a card of nala_min.lab.compare.
     """
     names = list(dict.fromkeys(row["variant"] for rows in panels.values() for row in rows))
     size = {"width": 2.6 + 3.4 * len(panels), "height": 1.2 + 0.27 * len(names)}
     picture, drawn = figure(1, len(panels), squeeze=False, sharey=True, **size)
+    picture.suptitle(title)
     for axes, (result, rows) in zip(drawn[0], panels.items(), strict=True):
         for place, name in enumerate(names):
             found = [row[result] for row in rows if row["variant"] == name]
@@ -352,6 +385,6 @@ def study(panels: dict[str, list[dict[str, Any]]]) -> Figure:
             axes.plot([middle, middle], [place - 0.35, place + 0.35], color=colour)
         axes.set(xlabel=result)
         axes.locator_params(axis="x", nbins=5)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), map(name_of, names))
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     return picture

@@ -294,7 +294,7 @@ def test_the_table_has_mean_bounds_and_difference():
 def test_the_overview_is_markdown_with_mean_and_bounds():
     recall = [{"variant": "elu", "seed": i, "accuracy at 64 pairs": i / 4} for i in (1, 2, 3)]
     text = [{"variant": "nala", "seed": 1, "validation loss": 1.5}]
-    assert compare.overview({"recall": recall, "text": text}).splitlines() == [
+    assert compare.overview({"recall": recall, "text": text}, ["nala", "elu"]).splitlines() == [
         "| attention | recall ↑ | text ↓ |",
         "| --- | --- | --- |",
         "| `nala` |  | 1.500 (1.500 to 1.500) |",
@@ -309,7 +309,7 @@ def test_a_study_s_picture_has_its_runs():
         for seed in (1, 2)
     ]
     left, right = SHARPNESS.draw(found).axes
-    assert [label.get_text() for label in left.get_yticklabels()] == ["nala", "tau 0"]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["NaLa", "NaLa, τ = 0"]
     for axes, unit in ((left, 4), (right, 8)):
         dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
         assert [list(x) for x in dots] == [[1 / unit, 2 / unit]] * 2

@@ -1,6 +1,7 @@
 """What nala_min/plots.py draws, asked of the figures themselves."""
 
 import io
+import math
 
 import matplotlib
 import pytest
@@ -30,7 +31,7 @@ def test_a_picture_is_written_as_a_png_whole(tmp_path):
     png = (tmp_path / "gap.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
     assert list(tmp_path.iterdir()) == [tmp_path / "gap.png"]
-    assert imread(tmp_path / "gap.png").shape[:2] == (540, 960)  # 3.6 x 6.4 inches, 150 dpi
+    assert imread(tmp_path / "gap.png").shape[:2] == (585, 960)  # 3.6 x 6.4 inches, 150 dpi
 
 
 def test_drawing_leaves_the_caller_s_style_alone():
@@ -47,14 +48,21 @@ def test_the_looks_can_be_told_apart_without_colour():
 
 def test_entropy_gap_has_a_line_a_feature_map():
     values = {name: [float(i), 2.0] for i, name in enumerate(plots.LOOKS)}
-    axes = plots.entropy_gap([0.1, 1.0], values).axes[0]
+    figure = plots.entropy_gap([0.1, 1.0], values)
+    figure.draw_without_rendering()  # the second axis follows the first
+    axes = figure.axes[0]
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
-    assert drawn == {plots.LOOKS[name]["label"]: values[name] for name in values}
+    assert list(drawn) == [plots.LOOKS[name]["label"] for name in values]
+    for keys, entropies in zip(drawn.values(), values.values(), strict=True):
+        assert keys == pytest.approx([math.exp(x) for x in entropies])  # even over so many
     colours = [line.get_color() for line in axes.get_lines()]
     assert colours == [look["color"] for look in plots.LOOKS.values()]
     assert all(list(line.get_xdata()) == [0.1, 1.0] for line in axes.get_lines())
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
-    assert "norm" in axes.get_xlabel() and "entropy" in axes.get_ylabel()
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert "norm" in axes.get_xlabel() and "keys" in axes.get_ylabel()
+    (nats,) = axes.child_axes
+    low, high = axes.get_ylim()
+    assert nats.get_ylim() == pytest.approx((math.log(low), math.log(high)))
 
 
 @pytest.mark.parametrize(

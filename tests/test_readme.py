@@ -1,143 +1,72 @@
-"""The README: its commands, its code and every number of its tables."""
+"""The README: its length, its commands, its code and every number in it."""
 
 import re
-from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
 
-import faults
 import pytest
+import test_results
+from test_results import SPEED, found, reached, small_tasks, speed_in_short
 
 from nala_min import runcard
-from nala_min.lab import bench, compare
-from nala_min.lab.studies import STUDIES
+from nala_min.lab import bench
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ATTENTIONS = ("nala", "softmax", "elu", "relu")
-PROSE = " ".join(README.split()).replace(" %", "%")
-LABELS = {"softmax": "softmax", "elu": "elu + 1", "relu": "ReLU"}
+PROSE = " ".join(README.split())
 
 
-class Table(NamedTuple):
-    """Of the runs of a script's default recipe with four attentions."""
-
-    result: str  # in the cards
-    heading: str  # what the README calls it
-    form: str  # of a number
-    away: str  # form of a difference, times unit, and half its interval
-    unit: int
-    better: int  # 1: more is better; -1: less
-    data: str
+def test_it_is_one_page():
+    """Short enough to be read at a sitting, and the first command comes soon."""
+    assert len(README.split()) <= 1200
+    assert len(README[: README.index("```bash")].split()) <= 160
+    tables = re.findall(r"(?:^\|.+\n)+", README, re.MULTILINE)
+    assert max(len(table.splitlines()) for table in tables) <= 2 + 8
 
 
-TABLES = {
-    "shakespeare": Table(
-        "validation_loss", "loss", "{:.3f}", "{:+.3f} ± {:.3f}", 1, -1, "Tiny Shakespeare"
-    ),
-    "cifar": Table(
-        *("test_accuracy", "accuracy", "{:.1%}", "{:+.1f} ± {:.1f} points", 100, 1),
-        "CIFAR-10 (files in a folder)",
-    ),
-}
-tables = pytest.mark.parametrize("task", TABLES)
+def seconds(form, length=16384):
+    which = {"form": form, "length": length, "causal": True, "pass": "forward + backward"}
+    (row,) = bench.select(SPEED["attention"], **which)
+    return f"{row['median']:.2f} s"
 
 
-def cards(task, attention):
-    """The committed cards of a task's default run with another attention, by seed."""
-    paths = runcard.RESULTS.glob(f"{task}_cpu_{attention}_seed*.json")
-    return sorted((runcard.read_json(path) for path in paths), key=lambda c: c["config"]["seed"])
-
-
-def reached(task, attention):
-    return [card["results"][TABLES[task].result] for card in cards(task, attention)]
-
-
-def default(task):
-    return runcard.read_json(runcard.RESULTS / f"{task}_cpu_default.json")
-
-
-def results_table(task):
-    """The README's table of a task: every attention's mean, range and difference from NaLa's."""
-    table = TABLES[task]
-    lines = [
-        f"| attention, {table.heading} | mean | lowest to highest | minus NaLa's |",
-        "|---|---|---|---|",
+def test_the_first_table_is_the_run_cards():
+    (table,) = re.findall(r"^\| \| NaLa .+\n\|---.+\n((?:\|.+\n)+)", README, re.MULTILINE)
+    rows = [line.strip("|").split("|")[1:] for line in table.strip().splitlines()]
+    names = ("nala", "elu", "softmax")
+    recall = [found("recall", name) for name in ("nala", "elu, same state", "softmax")]
+    assert [[cell.strip().replace(" %", "%") for cell in row] for row in rows] == [
+        [f"{mean(values):.0%}" for values in recall],
+        [f"{mean(reached('shakespeare', name)):.2f}" for name in names],
+        [f"{mean(reached('cifar', name)):.1%}" for name in names],
+        [seconds("nala"), "", seconds("softmax")],
     ]
-    for name in ATTENTIONS:
-        values, away = reached(task, name), ""
-        if name != "nala":
-            both = compare.difference(values, reached(task, "nala"))
-            away = table.away.format(*(table.unit * number for number in both))
-        low, middle, high = map(table.form.format, (min(values), mean(values), max(values)))
-        lines.append(f"| `{name}` | **{middle}** | {low} to {high} | {away} |")
-    return "\n".join(lines).replace("%", " %")
 
 
-def verdict(task):
-    """What a task's 95 % intervals say of NaLa and the others, in the README's words."""
-    groups = {"ahead of": [], "behind": [], "not to be told from": []}
-    for name, label in LABELS.items():
-        away, half = compare.difference(reached(task, name), reached(task, "nala"))
-        lead = -away * TABLES[task].better
-        group = "not to be told from" if abs(lead) < half else "ahead of" if lead > 0 else "behind"
-        groups[group].append(label)
-    found = [f"{group} {' and '.join(names)}" for group, names in groups.items() if names]
-    return "NaLa is " + ", ".join(found)
+def test_its_verse_is_of_the_default_run():
+    (verse,) = re.findall(r"```text\n(.+?)\n```", README, re.DOTALL)
+    assert len(verse.splitlines()) == 6
+    assert verse in test_results.default("shakespeare")["results"]["sample"]
 
 
-@tables
-def test_results_table_is_the_run_cards(task):
-    assert f"\n\n{results_table(task)}\n\n" in README
-    assert {len(cards(task, name)) for name in ATTENTIONS} == {5}
+def test_its_conclusions_are_the_run_cards():
+    """Further ones are proved in test_results.py, where the page of results has them as well."""
+    assert f"3. {small_tasks()}" in PROSE
+    where, how_fast = speed_in_short()
+    assert f"faster than the fused softmax {where}; {how_fast}" in PROSE
 
 
-@tables
-def test_what_the_readme_says_of_a_table_is_what_its_intervals_say(task):
-    section = PROSE[PROSE.index("### Text") : PROSE.index("### Images")]
-    if task == "cifar":
-        section = PROSE[PROSE.index("### Images") : PROSE.index("### Speed")]
-    assert section.count(f" {verdict(task)}. ") == 1
-    assert section.count("NaLa is ") == 1
-
-
-@pytest.mark.parametrize(
-    ("task", "command"),
-    [
-        ("shakespeare", "python train_shakespeare.py"),
-        ("cifar", "python train_cifar.py --data-dir ."),
-    ],
-)
-def test_the_default_run_is_its_run_card(task, command):
-    card, form = default(task), TABLES[task].form
-    assert card["command"] == command
-    number = form.format(card["results"][TABLES[task].result])
-    assert f"reached {number} after {card['seconds']:.0f} s of training" in PROSE
-    assert card["config"] == cards(task, "nala")[0]["config"]
-    assert card["seconds"] < 300
-    assert f"({card['results']['parameters'] / 1e6:.2f} M parameters)" in PROSE
-
-
-def test_the_stand_in_of_the_image_model_is_its_run_card():
-    card = runcard.read_json(runcard.RESULTS / "cifar_cpu_synthetic.json")
-    assert card["config"] == default("cifar")["config"]
-    assert card["data"]["name"] == "drawn digits (stand-in)"
-    assert f"the same recipe reached {card['results']['test_accuracy']:.1%}" in PROSE
-
-
-@tables
-def test_the_runs_of_a_table_differ_in_attention_and_seed_only(task):
-    everything = [card for name in ATTENTIONS for card in cards(task, name)]
-    for key in ("data", "versions"):
-        assert all(card[key] == everything[0][key] for card in everything), key
-    same = {"attention": "", "seed": 0}
-    assert all(card["config"] | same == everything[0]["config"] | same for card in everything)
-    runs = [(card["config"]["attention"], card["config"]["seed"]) for card in everything]
-    assert len(set(runs)) == len(runs)
-    assert len({card["results"]["parameters"] for card in everything}) == 1
-    assert {card["hardware"]["threads"] for card in everything} == {1}
-    assert everything[0]["data"]["name"] == TABLES[task].data
+def test_the_alternative_text_of_its_first_picture_is_the_run_card():
+    gap = runcard.read_json(runcard.RESULTS / "entropy_gap.json")["results"]["entropies"]
+    keys = {name: [2.718281828**x for x in values] for name, values in gap.items()}
+    assert (
+        f"Softmax falls from {keys['softmax'][0]:.0f} to {keys['softmax'][-1]:.1f} keys. Linear"
+        f" attention stays flat, elu + 1 at {min(keys['elu']):.0f} and ReLU at"
+        f" {min(keys['relu']):.0f}. NaLa falls from {keys['cosine'][0]:.0f} to"
+        f" {keys['cosine'][-1]:.0f}"
+    ) in PROSE
+    for name in ("elu", "relu"):
+        assert max(keys[name]) - min(keys[name]) < 2
 
 
 def test_code_in_the_readme_runs():
@@ -148,265 +77,9 @@ def test_code_in_the_readme_runs():
     assert scope["out_rest"] == pytest.approx(whole[:, :, 700:], abs=1e-5)
 
 
-def test_every_linked_file_is_there():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+@pytest.mark.parametrize("page", ["README.md", "notebooks/results/README.md"])
+def test_every_linked_file_is_there(page):
+    folder = (ROOT / page).parent
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     assert len(links) > 8
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
-# --- When does it help? ---------------------------------------------------------------------------
-
-CARDS = {name: runcard.RESULTS / f"compare_{name}.json" for name in STUDIES if "gpu" not in name}
-CARDS = {name: runcard.read_json(path) for name, path in CARDS.items()}
-STUDIED = {name: card["results"]["runs"] for name, card in CARDS.items()}
-
-
-def found(study, variant, result=None):
-    return compare.values(STUDIED[study], variant, result or STUDIES[study].task.result)
-
-
-def away(study, variant, than="nala"):
-    """Mean difference of variant's result from another's, and half its 95 % interval."""
-    return compare.difference(found(study, variant), found(study, than))
-
-
-def said(study, variant, form="{:+.2f} ± {:.2f}"):
-    return form.format(*away(study, variant))
-
-
-def evidence():
-    """What stands in the README's text for each of these marks."""
-    norms = {kind: found("sharpness", "nala", f"norm of {kind}") for kind in ("one", "many")}
-    runs = [
-        f"{names} {sum(share > 0.5 for share in found('binding', name))}"
-        for name, names in {
-            "softmax": "softmax solves",
-            "no gate": "NaLa without its gate",
-            "relu, same state": "ReLU with a state as large",
-            "lam 1": "NaLa with λ = 1",
-        }.items()
-    ]
-    minutes = sum(card["seconds"] for card in CARDS.values()) / 2 / 60
-    return {
-        "@A1@": said("sharpness", "no query norm").lstrip("+"),
-        "@A2@": said("recall", "no cosine map, same state").lstrip("-"),
-        "@A3@": said("recall", "no query norm"),
-        "@L1@": said("recall", "lam 1"),
-        "@L2@": said("recall", "lam 2", "{:+.3f} ± {:.3f}"),
-        "@Q5@": said("recall", "q and k 5 times as large"),
-        "@N1@": f"{min(norms['one']):.1f} to {max(norms['one']):.1f}",
-        "@N2@": f"{min(norms['many']):.2f} to {max(norms['many']):.2f}",
-        "@B@": ", ".join(runs),
-        "@H@": f"{minutes:.0f} minutes",
-    }
-
-
-def test_the_table_of_studies_is_their_cards():
-    table = compare.overview({name: STUDIED[name] for name in compare.COLUMNS})
-    assert f"\n\n{table}\n\n" in README
-    for mark, text in evidence().items():
-        assert text in " ".join(README.split()), mark
-
-
-@pytest.mark.parametrize("study", CARDS)
-def test_a_study_s_card_is_of_the_study_as_it_is(study):
-    card, now = CARDS[study], STUDIES[study]
-    runs = [(row["variant"], row["seed"]) for row in card["results"]["runs"]]
-    assert runs == [(v, seed) for seed in range(1, now.seeds + 1) for v in now.variants]
-    assert card["config"]["variants"] == list(now.variants)
-    task = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(now.task).items()}
-    assert card["config"]["task"] == {k: v for k, v in task.items() if k not in ("file", "folder")}
-    command = card["command"].replace("nala_min.compare", "nala_min.lab.compare")  # before lab/
-    assert command == f"python -m nala_min.lab.compare --study {study}"
-
-
-def test_what_the_readme_concludes_is_in_the_cards():
-    """1: ahead of elu + 1 and ReLU with states as large, run by run; softmax recalls more."""
-    for name in ("elu, same state", "relu, same state"):
-        assert min(found("recall", "nala")) > max(found("recall", name))
-        assert max(found("sharpness", "nala")) < min(found("sharpness", name))
-    assert min(found("recall", "softmax")) == 1 > max(found("recall", "nala"))
-    # 2: nothing beyond chance on text and images
-    for study in ("text", "images"):
-        for name in STUDIES[study].variants[1:]:
-            middle, half = away(study, name)
-            assert abs(middle) < half, (study, name)
-    for name in ("softmax", "elu", "relu"):
-        assert mean(found("text", name)) < mean(found("text", "nala"))
-        assert mean(found("images", name)) > mean(found("images", "nala"))
-    # 3: elu + 1 is no worse where all are to be averaged, ReLU is
-    assert mean(found("sharpness-all", "elu, same state")) < mean(found("sharpness-all", "nala"))
-    assert min(found("sharpness-all", "relu, same state")) > max(found("sharpness-all", "nala"))
-    # The claims: without the norm as bad as ReLU, without the cosine map far less is recalled.
-    norm, relu = (mean(found("sharpness", n)) for n in ("no query norm", "relu, same state"))
-    assert norm == pytest.approx(relu, abs=0.001)
-    for study, name in (("sharpness", "no query norm"), ("recall", "no cosine map, same state")):
-        middle, half = away(study, name)
-        assert abs(middle) > half
-    for study, name in (
-        ("sharpness", "no cosine map, same state"),
-        ("sharpness", "magnitude-aware, same state"),
-        ("recall", "no query norm"),
-    ):
-        middle, half = away(study, name)
-        assert abs(middle) < half
-    # What bounds it.
-    for study in ("recall", "sharpness", "sharpness-all"):
-        sign = 1 if study == "recall" else -1
-        for name in STUDIES["recall"].variants:
-            if name[:3] in ("lam", "tau", "alp", "tan"):
-                middle, half = away(study, name)
-                assert sign * middle < half, (study, name)  # not beyond chance better
-        for name in ("alpha 2", "lam 1") if study != "sharpness-all" else ("alpha 2",):
-            middle, half = away(study, name)
-            assert sign * middle < -half  # beyond chance worse
-    middle, half = away("recall", "q and k 5 times as large")
-    assert abs(middle) < half
-    assert abs(away("text", "no query norm")[0]) < away("text", "no query norm")[1]
-    solved = {v for v in STUDIES["binding"].variants if max(found("binding", v)) > 0.5}
-    assert solved == {"softmax", "no gate", "relu, same state", "lam 1"}
-
-
-def test_the_alternative_texts_of_the_studies_pictures_are_the_cards():
-    shares = [
-        f"{mean(found('recall', name)):.2f}"
-        for name in ("nala", "no query norm", "elu, same state", "no cosine map, same state")
-    ]
-    text = " ".join(README.split())
-    assert (
-        "NaLa falls to {} at 64 pairs, without the query norm to {}; elu + 1 with a state as large"
-        " to {}; NaLa with ReLU for its cosines, its state as large, to {}".format(*shares)
-    ) in text
-    errors = [
-        f"{mean(found('sharpness', name, f'error of {kind}')):.2f}"
-        for name in ("no query norm", "elu, same state")
-        for kind in ("one", "many")
-    ]
-    assert (
-        "the query norm lie at {} and {}, elu + 1 with a state as large at {} and {}".format(
-            *errors
-        )
-    ) in text
-
-
-# --- Speed ----------------------------------------------------------------------------------------
-
-SPEED = runcard.read_json(runcard.RESULTS / "speed_cpu_float32.json")["results"]
-PEERS = runcard.read_json(runcard.RESULTS / "speed_cpu_peers.json")["results"]["peers"]
-BOTH = {"pass": "forward + backward"}
-
-
-def ratio(rows, slow, fast, **which):
-    """How many times as long slow takes as fast: two forms, or two contexts of one form."""
-    times = [bench.select(rows, **which, **one)[0]["median"] for one in (slow, fast)]
-    return times[0] / times[1]
-
-
-def against_softmax(length, form="nala", causal=True):
-    pair = {"form": "softmax"}, {"form": form}
-    return ratio(SPEED["attention"], *pair, length=length, causal=causal, **BOTH)
-
-
-def short(number):
-    return f"{number:.2f}" if number < 10 else f"{number:.1f}"
-
-
-def test_how_many_times_as_long_softmax_takes_is_the_run_card():
-    (table,) = re.findall(
-        r"^\| softmax's time ÷ NaLa's \|.+?\n\n", README, re.MULTILINE | re.DOTALL
-    )
-    heading, _, *rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
-    lengths = [int(cell.replace(",", "")) for cell in heading[1:]]
-    forms = {
-        "causal": ("nala", True),
-        "causal, sign split": ("split", True),
-        "causal, compiled": ("compiled", True),
-        "bidirectional": ("nala", False),
-        "bidirectional, compiled": ("compiled", False),
-    }
-    assert [row[0] for row in rows] == list(forms)
-    for name, *cells in rows:
-        assert cells == [short(against_softmax(n, *forms[name])) for n in lengths], name
-
-
-def test_aims_of_speed_and_what_came_out_are_the_run_cards():
-    rows = dict(re.findall(r"^\| (.+?) \| [≥≤>] \S+ \| (.+?) \|$", README, re.MULTILINE))
-    step = partial(ratio, SPEED["steps"], {"form": "nala"}, {"form": "softmax"})
-    decode = partial(ratio, SPEED["decode"])
-    peaks = [
-        bench.select(SPEED["attention"], form=form, length=16384, causal=True, **BOTH)[0]["peak"]
-        for form in ("nala", "softmax")
-    ]
-    place = SPEED["crossover"]["causal, forward + backward"]
-    compiled = bench.crossover(SPEED["attention"], form="compiled", causal=True, **BOTH)
-    want = {
-        "causal, 4,096 tokens: softmax's": f"{short(against_softmax(4096))}; compiled"
-        f" {short(against_softmax(4096, 'compiled'))}",
-        "the same at 16,384": f"{short(against_softmax(16384))}; compiled"
-        f" {short(against_softmax(16384, 'compiled'))}",
-        "NaLa is never the slower": f"{place:,}; compiled {compiled:,}",
-        "peak memory at 16,384": f"{peaks[0] / peaks[1]:.2f}",
-        "a step of training": f"{step(block=256):.3f}",
-        "the same with windows": f"{step(block=64):.3f}",
-        "decoding": f"{decode({'context': 16384}, {'context': 64}, form='nala'):.2f}",
-    }
-    for form, name in (("softmax_grown", "after 16,384"), ("softmax", "the same, its cache")):
-        want[name] = f"{decode({'form': form}, {'form': 'nala'}, context=16384):.1f}"
-    for form, name in (
-        ("fla_naive_chunk", "flash-linear-attention"),
-        ("fast_transformers", "pytorch-fast-transformers"),
-        ("performer_pytorch", "performer-pytorch"),
-    ):
-        found = [
-            ratio(PEERS, {"form": form}, {"form": "nala"}, length=2**i, **BOTH)
-            for i in range(10, 15)
-        ]
-        want[name] = f"{min(found):.3f} to {max(found):.3f}"
-    pair = {"form": "product"}, {"form": "nala"}
-    share = ratio(SPEED["attention"], *pair, length=4096, causal=True, **BOTH)
-    assert f"alone takes {share:.0%}".replace("%", " %") in " ".join(README.split())
-    elu = partial(ratio, SPEED["steps"], {"form": "elu"}, {"form": "softmax"})
-    said = f"it takes {elu(block=256):.3f} and {elu(block=64):.3f} of softmax's time"
-    assert said in " ".join(README.split())
-    pair, alone = ({"form": "fast_transformers"}, {"form": "nala"}), {"pass": "forward"}
-    said = f"forward pass alone takes {ratio(PEERS, *pair, length=16384, **alone):.3f} of our time"
-    assert said in " ".join(README.split())
-    assert f"For fewer than {place:,} tokens softmax is the faster" in README
-    assert len(rows) == len(want)
-    for name, value in want.items():
-        (said,) = (
-            cell
-            for label, cell in rows.items()
-            if label.startswith(name) or f" of {name} " in label
-        )
-        assert said == value, name
-
-
-# --- When something breaks ------------------------------------------------------------------------
-
-
-def test_what_was_lost_is_the_run_card():
-    results = runcard.read_json(runcard.RESULTS / "faults.json")["results"]
-    (rows,) = re.findall(r"^\| fault \|.+\n\|---.+\n((?:\|.+\n)+)", README, re.MULTILINE)
-    assert rows.strip() == faults.table(results)
-    assert len(rows.strip().splitlines()) == len(faults.ROWS)
-    assert all(row.endswith("| nothing |") for row in rows.strip().splitlines())
-    assert results["compare"]["ended study"]["left"] == 0
-    for script in faults.SCRIPTS:
-        kills = results[script]["kill -9"]
-        assert kills["times"] >= 20 and min(kills["phases"].values()) >= 5
-
-
-def test_what_mutants_showed_is_the_run_card():
-    card = runcard.read_json(runcard.RESULTS / "mutation.json")
-    found = card["results"]
-    survivors, equivalent = len(found["survivors"]), len(found["equivalent"])
-    assert found["mutants"] == found["caught"] + survivors + equivalent
-    share = found["caught"] / (found["caught"] + survivors)
-    assert share >= 0.95 and card["config"]["every"] == 2
-    said = (
-        f"Of {found['mutants']} mutants of `model.py`, every second one that"
-        f" `tests/tools/mutate.py` makes, {equivalent} do just what it does, as far as we can see;"
-        f" of the others the tests caught {found['caught']}, {share:.1%}"
-    ).replace("%", " %")
-    assert said in " ".join(README.split())
+    assert [link for link in links if not (folder / link).exists()] == []

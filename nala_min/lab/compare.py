@@ -18,7 +18,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from nala_min import plots, relatives, runcard, train
 from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
-from nala_min.lab.studies import STUDIES, VARIANTS, Study, Task, Variant, variant_of
+from nala_min.lab.studies import STUDIES, Study, Task, Variant, variant_of
 
 # --- Runs -----------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ def table(rows: list[dict[str, Any]], result: str) -> str:
     return "\n".join(lines)
 
 
-# The columns of the README's table: study, heading, result and how to write it.
+# The columns of the page of results: study, heading, result and how to write it.
 COLUMNS = {
     "recall": ("recall ↑", "accuracy at 64 pairs", "{:.2f}"),
     "sharpness": ("one or its group ↓", "error", "{:.3f}"),
@@ -241,13 +241,12 @@ COLUMNS = {
 }
 
 
-def overview(studies: dict[str, list[dict[str, Any]]]) -> str:
-    """The README's table: mean and, in brackets, lowest and highest result of each variant in each
-    study, of which studies holds the rows."""
-    names = list(dict.fromkeys(row["variant"] for rows in studies.values() for row in rows))
+def overview(studies: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> str:
+    """A Markdown table: mean and, in brackets, lowest and highest result of each of the variants
+    called names in each study, of which studies holds the rows."""
     heading = ["attention", *(COLUMNS[study][0] for study in studies)]
     lines = [heading, ["---"] * len(heading)]
-    for name in (name for name in VARIANTS if name in names):
+    for name in names:
         cells = []
         for study, rows in studies.items():
             _, result, form = COLUMNS[study]

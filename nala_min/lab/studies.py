@@ -364,7 +364,8 @@ class Sharpness(Task):
         }
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
-        return plots.study({"error of one": rows, "error of many": rows})
+        title = "Squared error where one item is wanted, and where the mean of many is"
+        return plots.study({"error of one": rows, "error of many": rows}, title)
 
 
 @cache

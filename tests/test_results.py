@@ -1,0 +1,426 @@
+"""notebooks/results/README.md: every number, table and verdict is that of the run cards."""
+
+import re
+from functools import partial
+from statistics import mean
+from typing import NamedTuple
+
+import faults
+import pytest
+
+from nala_min import runcard
+from nala_min.lab import bench, compare
+from nala_min.lab.studies import STUDIES, VARIANTS
+
+PAGE = (runcard.RESULTS / "README.md").read_text(encoding="utf-8")
+PROSE = " ".join(PAGE.split()).replace(" %", "%")
+ATTENTIONS = ("nala", "softmax", "elu", "relu")
+LABELS = {"softmax": "softmax", "elu": "elu + 1", "relu": "ReLU"}
+
+
+class Table(NamedTuple):
+    """Of the runs of a script's default recipe with four attentions."""
+
+    result: str  # in the cards
+    heading: str  # what the page calls it
+    form: str  # of a number
+    away: str  # form of a difference, times unit, and half its interval
+    unit: int
+    better: int  # 1: more is better; -1: less
+    data: str
+
+
+TABLES = {
+    "shakespeare": Table(
+        "validation_loss", "loss", "{:.3f}", "{:+.3f} ± {:.3f}", 1, -1, "Tiny Shakespeare"
+    ),
+    "cifar": Table(
+        *("test_accuracy", "accuracy", "{:.1%}", "{:+.1f} ± {:.1f} points", 100, 1),
+        "CIFAR-10 (files in a folder)",
+    ),
+}
+tables = pytest.mark.parametrize("task", TABLES)
+
+
+def cards(task, attention):
+    """The committed cards of a task's default run with another attention, by seed."""
+    paths = runcard.RESULTS.glob(f"{task}_cpu_{attention}_seed*.json")
+    return sorted((runcard.read_json(path) for path in paths), key=lambda c: c["config"]["seed"])
+
+
+def reached(task, attention):
+    return [card["results"][TABLES[task].result] for card in cards(task, attention)]
+
+
+def default(task):
+    return runcard.read_json(runcard.RESULTS / f"{task}_cpu_default.json")
+
+
+def results_table(task):
+    """The page's table of a task: every attention's mean, range and difference from NaLa's."""
+    table = TABLES[task]
+    lines = [
+        f"| attention, {table.heading} | mean | lowest to highest | minus NaLa's |",
+        "|---|---|---|---|",
+    ]
+    for name in ATTENTIONS:
+        values, away = reached(task, name), ""
+        if name != "nala":
+            both = compare.difference(values, reached(task, "nala"))
+            away = table.away.format(*(table.unit * number for number in both))
+        low, middle, high = map(table.form.format, (min(values), mean(values), max(values)))
+        lines.append(f"| `{name}` | **{middle}** | {low} to {high} | {away} |")
+    return "\n".join(lines).replace("%", " %")
+
+
+def verdict(task):
+    """What a task's 95 % intervals say of NaLa and the others, in the words of both pages."""
+    groups = {"ahead of": [], "behind": [], "level with": []}
+    for name, label in LABELS.items():
+        away, half = compare.difference(reached(task, name), reached(task, "nala"))
+        lead = -away * TABLES[task].better
+        group = "level with" if abs(lead) < half else "ahead of" if lead > 0 else "behind"
+        groups[group].append(label)
+    listed = {group: " and ".join(", ".join(x).rsplit(", ", 1)) for group, x in groups.items() if x}
+    return ", ".join(f"{group} {names}" for group, names in listed.items())
+
+
+def small_tasks():
+    """What both pages say of text and images."""
+    text, images = verdict("shakespeare"), verdict("cifar")
+    return f"On Shakespeare, NaLa is {text}; on CIFAR-10, it is {images}."
+
+
+@tables
+def test_results_table_is_the_run_cards(task):
+    assert f"\n\n{results_table(task)}\n\n" in PAGE
+    assert {len(cards(task, name)) for name in ATTENTIONS} == {5}
+
+
+def test_what_the_page_says_of_the_tables_is_what_their_intervals_say():
+    assert small_tasks() in PROSE
+    text, images = (PROSE.index(f"## {name}") for name in ("Text", "Images"))
+    sections = {"shakespeare": PROSE[text:images], "cifar": PROSE[images:]}
+    for task, section in sections.items():
+        assert section.count(f" NaLa is {verdict(task)}. ") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "command"),
+    [
+        ("shakespeare", "python train_shakespeare.py"),
+        ("cifar", "python train_cifar.py --data-dir ."),
+    ],
+)
+def test_the_default_run_is_its_run_card(task, command):
+    card, form = default(task), TABLES[task].form
+    assert card["command"] == command
+    number = form.format(card["results"][TABLES[task].result])
+    assert f"reached {number} after {card['seconds']:.0f} s of training" in PROSE
+    assert card["config"] == cards(task, "nala")[0]["config"]
+    assert card["seconds"] < 300
+    assert f"({card['results']['parameters'] / 1e6:.2f} M parameters)" in PROSE
+
+
+def test_the_stand_in_of_the_image_model_is_its_run_card():
+    card = runcard.read_json(runcard.RESULTS / "cifar_cpu_synthetic.json")
+    assert card["config"] == default("cifar")["config"]
+    assert card["data"]["name"] == "drawn digits (stand-in)"
+    assert f"the same recipe reached {card['results']['test_accuracy']:.1%}" in PROSE
+
+
+@tables
+def test_the_runs_of_a_table_differ_in_attention_and_seed_only(task):
+    everything = [card for name in ATTENTIONS for card in cards(task, name)]
+    for key in ("data", "versions"):
+        assert all(card[key] == everything[0][key] for card in everything), key
+    same = {"attention": "", "seed": 0}
+    assert all(card["config"] | same == everything[0]["config"] | same for card in everything)
+    runs = [(card["config"]["attention"], card["config"]["seed"]) for card in everything]
+    assert len(set(runs)) == len(runs)
+    assert len({card["results"]["parameters"] for card in everything}) == 1
+    assert {card["hardware"]["threads"] for card in everything} == {1}
+    assert everything[0]["data"]["name"] == TABLES[task].data
+
+
+# --- When does it help? ---------------------------------------------------------------------------
+
+CARDS = {name: runcard.RESULTS / f"compare_{name}.json" for name in STUDIES if "gpu" not in name}
+CARDS = {name: runcard.read_json(path) for name, path in CARDS.items()}
+STUDIED = {name: card["results"]["runs"] for name, card in CARDS.items()}
+
+
+def found(study, variant, result=None):
+    return compare.values(STUDIED[study], variant, result or STUDIES[study].task.result)
+
+
+def away(study, variant, than="nala"):
+    """Mean difference of variant's result from another's, and half its 95 % interval."""
+    return compare.difference(found(study, variant), found(study, than))
+
+
+def said(study, variant, form="{:+.2f} ± {:.2f}"):
+    return form.format(*away(study, variant))
+
+
+def evidence():
+    """What stands in the page's text for each of these marks."""
+    norms = {kind: found("sharpness", "nala", f"norm of {kind}") for kind in ("one", "many")}
+    runs = [
+        f"{names} {sum(share > 0.5 for share in found('binding', name))}"
+        for name, names in {
+            "softmax": "softmax solves",
+            "no gate": "NaLa without its gate",
+            "relu, same state": "ReLU with an equally large state",
+            "lam 1": "NaLa with λ = 1",
+        }.items()
+    ]
+    minutes = sum(card["seconds"] for card in CARDS.values()) / 2 / 60
+    return {
+        "@A1@": said("sharpness", "no query norm").lstrip("+"),
+        "@A2@": said("recall", "no cosine map, same state").lstrip("-"),
+        "@A3@": said("recall", "no query norm"),
+        "@L1@": said("recall", "lam 1"),
+        "@L2@": said("recall", "lam 2", "{:+.3f} ± {:.3f}"),
+        "@Q5@": said("recall", "q and k 5 times as large"),
+        "@N1@": f"{min(norms['one']):.1f} to {max(norms['one']):.1f}",
+        "@N2@": f"{min(norms['many']):.2f} to {max(norms['many']):.2f}",
+        "@B@": ", ".join(runs),
+        "@H@": f"{minutes:.0f} minutes",
+    }
+
+
+MAIN = (
+    *("nala", "softmax", "elu", "elu, same state", "relu", "relu, same state", "no query norm"),
+    "no cosine map, same state",
+)
+
+
+def studies_table(main):
+    """The page's table of MAIN, or of all other variants of the studies in compare.COLUMNS."""
+    shown = {name: STUDIED[name] for name in compare.COLUMNS}
+    tried = {row["variant"] for rows in shown.values() for row in rows}
+    rest = [name for name in VARIANTS if name in tried and name not in MAIN]
+    return compare.overview(shown, MAIN if main else rest)
+
+
+def test_the_tables_of_studies_are_their_cards():
+    for main in (True, False):
+        assert f"\n\n{studies_table(main)}\n\n" in PAGE
+    for mark, text in evidence().items():
+        assert text in PROSE, mark
+
+
+@pytest.mark.parametrize("study", CARDS)
+def test_a_study_s_card_is_of_the_study_as_it_is(study):
+    card, now = CARDS[study], STUDIES[study]
+    runs = [(row["variant"], row["seed"]) for row in card["results"]["runs"]]
+    assert runs == [(v, seed) for seed in range(1, now.seeds + 1) for v in now.variants]
+    assert card["config"]["variants"] == list(now.variants)
+    task = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(now.task).items()}
+    assert card["config"]["task"] == {k: v for k, v in task.items() if k not in ("file", "folder")}
+    command = card["command"].replace("nala_min.compare", "nala_min.lab.compare")  # before lab/
+    assert command == f"python -m nala_min.lab.compare --study {study}"
+
+
+def test_what_the_readme_concludes_is_in_the_cards():
+    """1: ahead of elu + 1 and ReLU with states as large, run by run; softmax recalls more."""
+    for name in ("elu, same state", "relu, same state"):
+        assert min(found("recall", "nala")) > max(found("recall", name))
+        assert max(found("sharpness", "nala")) < min(found("sharpness", name))
+    assert min(found("recall", "softmax")) == 1 > max(found("recall", "nala"))
+    # 2: nothing beyond chance on text and images
+    for study in ("text", "images"):
+        for name in STUDIES[study].variants[1:]:
+            middle, half = away(study, name)
+            assert abs(middle) < half, (study, name)
+    for name in ("softmax", "elu", "relu"):
+        assert mean(found("text", name)) < mean(found("text", "nala"))
+        assert mean(found("images", name)) > mean(found("images", "nala"))
+    # 3: elu + 1 is no worse where all are to be averaged, ReLU is
+    assert mean(found("sharpness-all", "elu, same state")) < mean(found("sharpness-all", "nala"))
+    assert min(found("sharpness-all", "relu, same state")) > max(found("sharpness-all", "nala"))
+    # The claims: without the norm as bad as ReLU, without the cosine map far less is recalled.
+    norm, relu = (mean(found("sharpness", n)) for n in ("no query norm", "relu, same state"))
+    assert norm == pytest.approx(relu, abs=0.001)
+    for study, name in (("sharpness", "no query norm"), ("recall", "no cosine map, same state")):
+        middle, half = away(study, name)
+        assert abs(middle) > half
+    for study, name in (
+        ("sharpness", "no cosine map, same state"),
+        ("sharpness", "magnitude-aware, same state"),
+        ("recall", "no query norm"),
+    ):
+        middle, half = away(study, name)
+        assert abs(middle) < half
+    # What bounds it.
+    for study in ("recall", "sharpness", "sharpness-all"):
+        sign = 1 if study == "recall" else -1
+        for name in STUDIES["recall"].variants:
+            if name[:3] in ("lam", "tau", "alp", "tan"):
+                middle, half = away(study, name)
+                assert sign * middle < half, (study, name)  # not beyond chance better
+        for name in ("alpha 2", "lam 1") if study != "sharpness-all" else ("alpha 2",):
+            middle, half = away(study, name)
+            assert sign * middle < -half  # beyond chance worse
+    middle, half = away("recall", "q and k 5 times as large")
+    assert abs(middle) < half
+    assert abs(away("text", "no query norm")[0]) < away("text", "no query norm")[1]
+    solved = {v for v in STUDIES["binding"].variants if max(found("binding", v)) > 0.5}
+    assert solved == {"softmax", "no gate", "relu, same state", "lam 1"}
+
+
+def test_the_alternative_texts_of_the_studies_pictures_are_the_cards():
+    shares = [
+        f"{mean(found('recall', name)):.2f}"
+        for name in ("nala", "no query norm", "elu, same state", "no cosine map, same state")
+    ]
+    assert (
+        "NaLa falls to {} at 64 pairs, without the query norm to {}; elu + 1 with an equally large"
+        " state to {}; NaLa with ReLU for its cosines, at the same state, to {}".format(*shares)
+    ) in PROSE
+    errors = [
+        f"{mean(found('sharpness', name, f'error of {kind}')):.2f}"
+        for name in ("no query norm", "elu, same state")
+        for kind in ("one", "many")
+    ]
+    assert (
+        "the query norm lie at {} and {}, elu + 1 with an equally large state at {} and {}".format(
+            *errors
+        )
+    ) in PROSE
+
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+SPEED = runcard.read_json(runcard.RESULTS / "speed_cpu_float32.json")["results"]
+PEERS = runcard.read_json(runcard.RESULTS / "speed_cpu_peers.json")["results"]["peers"]
+BOTH = {"pass": "forward + backward"}
+
+
+def ratio(rows, slow, fast, **which):
+    """How many times as long slow takes as fast: two forms, or two contexts of one form."""
+    times = [bench.select(rows, **which, **one)[0]["median"] for one in (slow, fast)]
+    return times[0] / times[1]
+
+
+def against_softmax(length, form="nala", causal=True):
+    pair = {"form": "softmax"}, {"form": form}
+    return ratio(SPEED["attention"], *pair, length=length, causal=causal, **BOTH)
+
+
+def short(number):
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}"
+
+
+def test_how_many_times_as_long_softmax_takes_is_the_run_card():
+    (table,) = re.findall(r"^\| softmax's time ÷ NaLa's \|.+?\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    heading, _, *rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+    lengths = [int(cell.replace(",", "")) for cell in heading[1:]]
+    forms = {
+        "causal": ("nala", True),
+        "causal, sign split": ("split", True),
+        "causal, compiled": ("compiled", True),
+        "bidirectional": ("nala", False),
+        "bidirectional, compiled": ("compiled", False),
+    }
+    assert [row[0] for row in rows] == list(forms)
+    for name, *cells in rows:
+        assert cells == [short(against_softmax(n, *forms[name])) for n in lengths], name
+
+
+def cells(heading):
+    """The last column of the page's table of two columns with this heading, by its first."""
+    (table,) = re.findall(rf"^\| {heading} \|\n\|---\|---\|\n((?:\|.+\n)+)", PAGE, re.MULTILINE)
+    return dict(line.strip("| ").split(" | ") for line in table.strip().splitlines())
+
+
+def test_the_other_numbers_of_speed_are_the_run_card():
+    step = partial(ratio, SPEED["steps"])
+    decode = partial(ratio, SPEED["decode"])
+    peaks = [
+        bench.select(SPEED["attention"], form=form, length=16384, causal=True, **BOTH)[0]["peak"]
+        for form in ("nala", "softmax")
+    ]
+    place = SPEED["crossover"]["causal, forward + backward"]
+    compiled = bench.crossover(SPEED["attention"], form="compiled", causal=True, **BOTH)
+    steps = {
+        block: "; ".join(
+            f"{step({'form': form}, {'form': 'softmax'}, block=block):.3f}"
+            for form in ("nala", "elu")
+        )
+        for block in (256, 64)
+    }
+    after = {
+        form: f"{decode({'form': form}, {'form': 'nala'}, context=16384):.1f}"
+        for form in ("softmax_grown", "softmax")
+    }
+    assert list(cells(r"\| measured").values()) == [
+        f"{place:,}; compiled {compiled:,}",
+        f"{peaks[0] / peaks[1]:.2f}",
+        steps[256],
+        steps[64],
+        f"{decode({'context': 16384}, {'context': 64}, form='nala'):.2f}",
+        after["softmax_grown"],
+        after["softmax"],
+    ]
+
+
+def test_the_times_of_other_libraries_are_the_run_card():
+    want = []
+    for form in ("fla_naive_chunk", "fast_transformers", "performer_pytorch"):
+        found = [
+            ratio(PEERS, {"form": form}, {"form": "nala"}, length=2**i, **BOTH)
+            for i in range(10, 15)
+        ]
+        want.append(f"{min(found):.3f} to {max(found):.3f}")
+    assert list(cells(r"library \| time ÷ ours").values()) == want
+    pair = {"form": "product"}, {"form": "nala"}
+    share = ratio(SPEED["attention"], *pair, length=4096, causal=True, **BOTH)
+    assert f"alone takes {share:.0%} at 4,096 tokens" in PROSE
+    pair, alone = ({"form": "fast_transformers"}, {"form": "nala"}), {"pass": "forward"}
+    said = f"alone takes {ratio(PEERS, *pair, length=16384, **alone):.3f} of our time at 16,384"
+    assert said in PROSE
+
+
+def speed_in_short():
+    """Where causal NaLa passes the fused softmax, and how it stands at 16,384 tokens."""
+    place = SPEED["crossover"]["causal, forward + backward"]
+    return (
+        f"from {place:,} tokens",
+        f"at 16,384 it is {short(against_softmax(16384))} times as fast",
+    )
+
+
+def test_speed_in_short():
+    assert f"Causal NaLa is faster than the fused softmax {speed_in_short()[0]}," in PROSE
+
+
+# --- When something breaks ------------------------------------------------------------------------
+
+
+def test_what_was_lost_is_the_run_card():
+    results = runcard.read_json(runcard.RESULTS / "faults.json")["results"]
+    (rows,) = re.findall(r"^\| fault \|.+\n\|---.+\n((?:\|.+\n)+)", PAGE, re.MULTILINE)
+    assert rows.strip() == faults.table(results)
+    assert len(rows.strip().splitlines()) == len(faults.ROWS)
+    assert all(row.endswith("| nothing |") for row in rows.strip().splitlines())
+    assert results["compare"]["ended study"]["left"] == 0
+    for script in faults.SCRIPTS:
+        kills = results[script]["kill -9"]
+        assert kills["times"] >= 20 and min(kills["phases"].values()) >= 5
+
+
+def test_what_mutants_showed_is_the_run_card():
+    card = runcard.read_json(runcard.RESULTS / "mutation.json")
+    found = card["results"]
+    survivors, equivalent = len(found["survivors"]), len(found["equivalent"])
+    assert found["mutants"] == found["caught"] + survivors + equivalent
+    share = found["caught"] / (found["caught"] + survivors)
+    assert share >= 0.95 and card["config"]["every"] == 2
+    said = (
+        f"Of {found['mutants']} mutants of `model.py`, every second one that"
+        f" `tests/tools/mutate.py` makes, {equivalent} do just what it does, as far as we can see;"
+        f" of the others the tests caught {found['caught']}, {share:.1%}"
+    )
+    assert said in PROSE
