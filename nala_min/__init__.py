@@ -1,5 +1,26 @@
-"""Norm-aware linear attention, made to be read: see model.py. Exported are its functions and
-models, which here check their arguments."""
+"""Norm-aware linear attention, made to be read.
+
+The method:
+    model.py        all of it and both models, top to bottom: start here
+    fast.py         the same attention for any features, faster; proves itself against model.py
+    arguments.py    what is exported below, with wrong arguments refused by name
+    relatives.py    related attentions, and what a file of yours defines: names for --attention
+Training:
+    data.py         text and images: find, download, verify, batch
+    synthetic.py    what replaces them without a network
+    train.py        settings, recipe, optimisers, the loop
+    checkpoint.py   what is saved, resumed and stopped without loss
+    distributed.py  several processes: one model trained by all, one sequence over all
+    flags.py        flags from a dataclass; a mistake is one line
+Measuring:
+    measure.py      entropy, memory, norms and powers of a trained model, attention maps
+    plots.py        every picture, in one style
+    runcard.py      run cards: what made a result
+    lab/bench.py    speed and memory beside the fused softmax
+    lab/compare.py  fair comparisons over several seeds; lab/studies.py: what is compared
+Teaching:
+    course/         what the lessons share, and the checkers of the exercises
+"""
 
 from nala_min import relatives  # noqa: F401, registers them
 from nala_min.arguments import LMConfig, NaLaLM, NaLaViT, ViTConfig, public

@@ -31,7 +31,7 @@ def test_a_picture_is_written_as_a_png_whole(tmp_path):
     png = (tmp_path / "gap.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
     assert list(tmp_path.iterdir()) == [tmp_path / "gap.png"]
-    assert imread(tmp_path / "gap.png").shape[:2] == (585, 960)  # 3.6 x 6.4 inches, 150 dpi
+    assert imread(tmp_path / "gap.png").shape[:2] == (585, 960)  # 3.9 x 6.4 inches, 150 dpi
 
 
 def test_drawing_leaves_the_caller_s_style_alone():
@@ -47,7 +47,7 @@ def test_the_looks_can_be_told_apart_without_colour():
 
 
 def test_entropy_gap_has_a_line_a_feature_map():
-    values = {name: [float(i), 2.0] for i, name in enumerate(plots.LOOKS)}
+    values = {name: [1.0 + i, 2.0] for i, name in enumerate(plots.LOOKS)}
     figure = plots.entropy_gap([0.1, 1.0], values)
     figure.draw_without_rendering()  # the second axis follows the first
     axes = figure.axes[0]
