@@ -27,25 +27,25 @@ FEW = 1000  # test images for a point of the curve; the result is of all of them
 
 @dataclass
 class Settings(train.Settings):
-    """Train an image classifier with norm-aware linear attention on CIFAR-10. With no flag: under 5
-    minutes on 2 CPU cores. Writes a checkpoint, a run card and pictures (curve, confusion matrix,
-    attention maps) to --out."""
+    """Train an image classifier with norm-aware linear attention on CIFAR-10. Takes under 5 minutes
+    on 2 CPU cores by default. Writes a checkpoint, a run card and pictures (curve, confusion
+    matrix, attention maps) to --out."""
 
     NAME = "cifar"
     PRESETS = PRESETS
     CAUSAL = False
 
-    data: str = flag("cifar10", "images", choices=["cifar10", "synthetic"], decides=False)
+    data: str = flag("cifar10", "training images", choices=["cifar10", "synthetic"], decides=False)
     data_dir: Path | None = flag(
-        None, "folder of cifar-10-batches-bin or of its archive (default: download)", decides=False
+        None, "folder with cifar-10-batches-bin or its archive (default: download)", decides=False
     )
-    url: str | None = flag(None, "another address of the archive", decides=False)
-    eval: bool = flag(False, "train nothing, test the checkpoint", decides=False)
+    url: str | None = flag(None, "another address for the download", decides=False)
+    eval: bool = flag(False, "do not train: test the checkpoint", decides=False)
     predict: Path | None = flag(
-        None, "train nothing, let the checkpoint name what is on this PNG", decides=False
+        None, "do not train: classify this PNG with the checkpoint", decides=False
     )
-    patch: int | None = flag(None, "pixels along a side of a patch")
-    shift: int | None = flag(None, "pixels by which augmentation moves an image", zero=True)
+    patch: int | None = flag(None, "side of a patch, in pixels")
+    shift: int | None = flag(None, "largest augmentation shift, in pixels", zero=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,8 +27,8 @@ PRESETS = {  # gpu: nanoGPT's sizes
 @dataclass
 class Settings(train.Settings):
     """Train a character model with norm-aware linear attention on Tiny Shakespeare, then sample
-    from it. With no flag: under 5 minutes on 2 CPU cores. Writes a checkpoint, a loss curve and a
-    run card to --out."""
+    from it. Takes under 5 minutes on 2 CPU cores by default. Writes a checkpoint, a loss curve and
+    a run card to --out."""
 
     NAME = "shakespeare"
     PRESETS = PRESETS
@@ -37,10 +37,10 @@ class Settings(train.Settings):
         None, "UTF-8 text to train on (default: Tiny Shakespeare)", decides=False
     )
     sample: int | None = flag(
-        None, "train nothing, generate this many characters from the checkpoint", decides=False
+        None, "do not train: write this many characters from the checkpoint", decides=False
     )
-    prompt: str = flag("", "what the sample begins with (default: a new line)", decides=False)
-    block: int | None = flag(None, "characters in a training window")
+    prompt: str = flag("", "start of the sample (default: a new line)", decides=False)
+    block: int | None = flag(None, "characters per training window")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +132,7 @@ def main() -> None:
     title = f"attention {settings.attention}, {parameters:,} parameters, seed {settings.seed}"
     plots.write(plots.curve(history, title), settings.out / "curve.png")
     print(
-        f"Validation loss {loss:.4f} nats a character on the last tenth of {text.name}, after"
+        f"Validation loss {loss:.4f} nats per character on the last tenth of {text.name}, after"
         f" {seconds:.0f} s of training. Checkpoint, curve and run card: {settings.out}"
     )
     print(results["sample"])

@@ -132,12 +132,12 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def smoothed_loss(model: NaLaViT, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats an image, a tenth of each label shared among all classes."""
+    """Mean cross-entropy in nats per image, a tenth of each label shared among all classes."""
     return F.cross_entropy(model(inputs).float(), labels, label_smoothing=0.1)
 
 
 def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats a character. inputs, targets: (B, N)."""
+    """Mean cross-entropy in nats per character. inputs, targets: (B, N)."""
     logits, _ = model(inputs)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 

@@ -36,31 +36,33 @@ class Settings:
     CAUSAL: ClassVar[bool] = True  # whether a token sees the past only
 
     preset: str | None = flag(
-        None, "sizes and recipe (default: gpu with CUDA, else cpu)", choices=["cpu", "gpu"]
+        None, "model size and recipe (default: gpu with CUDA, else cpu)", choices=["cpu", "gpu"]
     )
     attention: str = flag(
-        "nala", "of every block, a name or your FILE.py; or one for each: nala,nala,softmax,softmax"
+        "nala", "a name, or your own FILE.py; or one per block: nala,nala,softmax,softmax"
     )
-    seed: int = flag(1, "of initial weights, data order and dropout")
+    seed: int = flag(1, "seed for the weights, the data order and dropout")
     out: Path | None = flag(
-        None, "folder of the run (default: named after the flags, below runs/)", decides=False
+        None, "folder for this run (default: named after the flags, in runs/)", decides=False
     )
     device: str = flag(
-        "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"], decides=False
+        "auto", "device to train on", choices=["auto", "cpu", "cuda", "mps"], decides=False
     )
-    resume: bool = flag(False, "go on from the checkpoint in --out", decides=False)
+    resume: bool = flag(False, "continue from the checkpoint in --out", decides=False)
     compile: bool = flag(False, "train with torch.compile, if there is a compiler", decides=False)
-    steps: int | None = flag(None, "training steps")
-    batch: int | None = flag(None, "examples in a batch")
-    lr: float | None = flag(None, "highest learning rate of AdamW")
+    steps: int | None = flag(None, "number of training steps")
+    batch: int | None = flag(None, "examples per batch")
+    lr: float | None = flag(None, "peak learning rate of AdamW")
     muon: float | None = flag(
-        None, "highest learning rate of Muon, for matrices (0: AdamW for all)", zero=True
+        None, "peak learning rate of Muon for the matrices; 0: AdamW for everything", zero=True
     )
-    weight_decay: float | None = flag(None, "share of a matrix lost per learning rate", zero=True)
-    schedule: str = flag("linear", "how learning rates fall", choices=["linear", "cosine"])
-    dropout: float | None = flag(None, "share of activations dropped in training", zero=True)
-    layers: int | None = flag(None, "blocks")
-    heads: int | None = flag(None, "attention heads in a block")
+    weight_decay: float | None = flag(None, "decoupled weight decay of matrices", zero=True)
+    schedule: str = flag(
+        "linear", "decay: linear to 0, or cosine to a tenth", choices=["linear", "cosine"]
+    )
+    dropout: float | None = flag(None, "dropout probability", zero=True)
+    layers: int | None = flag(None, "number of blocks")
+    heads: int | None = flag(None, "attention heads per block")
     dim: int | None = flag(None, "width of the model")
 
     def __post_init__(self) -> None:

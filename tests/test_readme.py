@@ -1,6 +1,7 @@
 """The README: its length, its commands, its code and every number in it."""
 
 import re
+import tomllib
 from pathlib import Path
 from statistics import mean
 
@@ -67,6 +68,15 @@ def test_the_alternative_text_of_its_first_picture_is_the_run_card():
     ) in PROSE
     for name in ("elu", "relu"):
         assert max(keys[name]) - min(keys[name]) < 2
+
+
+def test_the_parts_of_an_installation_are_the_whole():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    parts = [project["dependencies"], *project["optional-dependencies"].values()]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    whole = {re.split("[=>]=", line)[0] for line in lines if not line.startswith("#")}
+    assert sorted(re.split("[=>]=", x)[0] for part in parts for x in part) == sorted(whole)
+    assert all(f".[{name}]`" in PROSE for name in project["optional-dependencies"])
 
 
 def test_code_in_the_readme_runs():

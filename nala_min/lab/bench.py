@@ -50,10 +50,10 @@ class Settings:
     """Measure the speed and the memory of attention, of decoding and of training steps."""
 
     quick: bool = flag(False, "up to 4,096 tokens, and fewer repetitions: under a minute")
-    peers: bool = flag(False, "instead, the causal attention of other libraries that are installed")
-    device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
+    peers: bool = flag(False, "instead, compare with other libraries that are installed")
+    device: str = flag("auto", "device to measure", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = flag(
-        "float32", "of q, k and v", choices=["float32", "bfloat16", "float16", "float64"]
+        "float32", "dtype of q, k and v", choices=["float32", "bfloat16", "float16", "float64"]
     )
     out: Path = flag(Path("runs/speed"), "folder for the run card and the picture")
 

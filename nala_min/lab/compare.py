@@ -277,16 +277,17 @@ def processors() -> int:
 
 @dataclass
 class Settings:
-    """Compare attentions on a task, fairly. Without a study's name: all of the CPU's studies."""
+    """Compare attentions on the same task, under the same conditions. By default: all studies for
+    a CPU, one after another."""
 
-    study: str | None = flag(None, "which (default: all for a CPU)", choices=list(STUDIES))
-    quick: bool = flag(False, "few steps and one seed, to see that it works: minutes")
-    workers: int = flag(processors(), "runs at a time")
-    device: str = flag("cpu", "where to run", choices=["cpu", "cuda", "mps"])
-    data: Path | None = flag(None, "text for the study of text (default: Tiny Shakespeare)")
-    data_dir: Path | None = flag(None, "folder of CIFAR-10, as for train_cifar.py")
-    attention: str | None = flag(None, "a FILE.py that defines yours, to be compared as well")
-    out: Path = flag(Path("runs/compare"), "folder of the runs and of the studies' cards")
+    study: str | None = flag(None, "which study (default: all for a CPU)", choices=list(STUDIES))
+    quick: bool = flag(False, "few steps and one seed: a trial of a few minutes")
+    workers: int = flag(processors(), "runs at the same time")
+    device: str = flag("cpu", "device to train on", choices=["cpu", "cuda", "mps"])
+    data: Path | None = flag(None, "text for the text studies (default: Tiny Shakespeare)")
+    data_dir: Path | None = flag(None, "folder with CIFAR-10, as for train_cifar.py")
+    attention: str | None = flag(None, "a FILE.py with your own attention, to compare as well")
+    out: Path = flag(Path("runs/compare"), "folder for the runs and the studies' cards")
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= MOST:
