@@ -12,9 +12,9 @@ import torch
 from torch.testing import assert_close
 
 import nala_min
-from nala_min import ATTENTIONS, nala_attention, plots, runcard
+from nala_min import ATTENTIONS, data, nala_attention, plots, runcard, train
 from nala_min.flags import UsageError, run_script
-from nala_min.lab import compare
+from nala_min.lab import compare, studies
 from nala_min.lab.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,7 +234,7 @@ def test_every_study_names_variants_and_nala_first():
 
 
 def test_the_recipes_are_those_of_the_scripts():
-    """But for their length and schedule, and for "text", which keeps an earlier recipe."""
+    """But for their length, and for "text" and "images", which keep an earlier recipe."""
     import train_cifar
     import train_shakespeare
 
@@ -242,7 +242,15 @@ def test_the_recipes_are_those_of_the_scripts():
     assert task.sizes == (script["layers"], script["heads"], script["dim"])
     assert (task.block, task.windows) == (script["block"], script["batch"])
     assert (task.learning_rate, task.dropout) == (script["lr"], script["dropout"])
-    task, script = STUDIES["images"].task, train_cifar.PRESETS["cpu"]
+    task, script = STUDIES["text-rates"].task, train_shakespeare.PRESETS["cpu"]
+    assert task.sizes == (script["layers"], script["heads"], script["dim"])
+    assert (task.block, task.windows) == (script["block"], script["batch"])
+    rates = ("lr", "muon", "weight_decay")
+    assert (task.learning_rate, task.muon, task.weight_decay) == tuple(script[x] for x in rates)
+    task, script = STUDIES["images-rates"].task, train_cifar.PRESETS["cpu"]
+    assert (task.learning_rate, task.muon, task.weight_decay) == tuple(script[x] for x in rates)
+    assert STUDIES["text-rates"].task.schedule == task.schedule == "linear"
+    task = STUDIES["images"].task
     assert task.sizes == (script["layers"], script["heads"], script["dim"])
     assert (task.patch, task.images, task.shift) == (
         script["patch"],
@@ -250,6 +258,39 @@ def test_the_recipes_are_those_of_the_scripts():
         script["shift"],
     )
     assert (task.learning_rate, task.muon) == (script["lr"], script["muon"])
+
+
+def test_a_variant_s_rates_multiply_those_of_the_task(tmp_path, monkeypatch):
+    recipes = []
+
+    def fit(model, recipe, **options):
+        recipes.append(recipe)
+        return [{"step": 1, "train_loss": 1.0}], 0.0
+
+    monkeypatch.setattr(train, "fit", fit)
+    task = replace(RECALL, weight_decay=0.25, schedule="linear")
+    for name in ("elu", "elu, half rates", "elu, double rates"):
+        compare.run(task, name, 1, tmp_path)
+    first, half, double = recipes
+    assert (first.weight_decay, first.schedule) == (0.25, "linear")
+    for recipe, factor in ((half, 0.5), (double, 2.0)):
+        rates = {"learning_rate": factor * first.learning_rate, "muon": factor * first.muon}
+        assert recipe == replace(first, **rates)
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
+    """The last tenth of the training text, or the last of the training images."""
+    (tmp_path / "text.txt").write_text("abcdefghij" * 40, encoding="utf-8")
+    whole = replace(STUDIES["text"].task, block=2, file=tmp_path / "text.txt")
+    (training, validation), (all_training, _) = replace(whole, held_out=True).parts(), whole.parts()
+    assert torch.equal(torch.cat([training, validation]), all_training)
+    assert len(training) == 324 and len(all_training) == 360
+    images = data.drawn_images(30, 10)
+    monkeypatch.setattr(studies, "_images", lambda *source: images)
+    found = replace(STUDIES["images-rates"].task, held_out=7).load()
+    for before, training, held_out in zip(images.train, found.train, found.test, strict=True):
+        assert len(held_out) == 7
+        assert torch.equal(torch.cat([training, held_out]), before)
 
 
 # --- Numbers --------------------------------------------------------------------------------------

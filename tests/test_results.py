@@ -145,8 +145,9 @@ def test_the_runs_of_a_table_differ_in_attention_and_seed_only(task):
 
 # --- When does it help? ---------------------------------------------------------------------------
 
-CARDS = {name: runcard.RESULTS / f"compare_{name}.json" for name in STUDIES if "gpu" not in name}
-CARDS = {name: runcard.read_json(path) for name, path in CARDS.items()}
+NOT_MEASURED = {"text-rates", "images-rates", "text-gpu"}
+MEASURED = [name for name in STUDIES if name not in NOT_MEASURED]
+CARDS = {name: runcard.read_json(runcard.RESULTS / f"compare_{name}.json") for name in MEASURED}
 STUDIED = {name: card["results"]["runs"] for name, card in CARDS.items()}
 
 
@@ -218,7 +219,13 @@ def test_a_study_s_card_is_of_the_study_as_it_is(study):
     assert runs == [(v, seed) for seed in range(1, now.seeds + 1) for v in now.variants]
     assert card["config"]["variants"] == list(now.variants)
     task = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(now.task).items()}
-    assert card["config"]["task"] == {k: v for k, v in task.items() if k not in ("file", "folder")}
+    later = {
+        "weight_decay": 0.1,
+        "schedule": "cosine",
+        "held_out": False,
+    }  # was so before it said so
+    same = later | card["config"]["task"]
+    assert same == later | {k: v for k, v in task.items() if k not in ("file", "folder")}
     command = card["command"].replace("nala_min.compare", "nala_min.lab.compare")  # before lab/
     assert command == f"python -m nala_min.lab.compare --study {study}"
 

@@ -50,9 +50,10 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
     model.to(device)
     recipe = train.Recipe(
         task.steps,
-        task.learning_rate,
-        muon=task.muon,
-        schedule="cosine",  # of the committed cards
+        variant.rates * task.learning_rate,
+        muon=task.muon and variant.rates * task.muon,
+        weight_decay=task.weight_decay,
+        schedule=task.schedule,
         eval_every=task.steps,
         bfloat16=device == "cuda",
         seed=seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +32,7 @@ class Variant:
     norm_scale: float | None = 1.0  # as in BlockConfig
     wide: bool = False  # half as many heads: a state as large as NaLa's, which has 2D features
     change: Callable[[GatedAttention], None] = lambda layer: None
+    rates: float = 1.0  # times the task's learning rates
 
 
 class _Open(nn.Module):
@@ -75,6 +76,8 @@ CHANGED = {
 }
 ATTENTIONS.update({name: partial(nala_attention, **told) for name, told in CHANGED.items()})
 
+SIMPLE = ("nala", "softmax", "elu", "relu")  # the attentions of the scripts' tables
+
 VARIANTS: dict[str, Variant] = {
     "nala": Variant(),
     "split": Variant("split"),
@@ -100,6 +103,9 @@ VARIANTS: dict[str, Variant] = {
     "no convolution": Variant(change=_no_convolution),
     "softmax, no convolution": Variant("softmax", change=_no_convolution),
     "hybrid": Variant("nala,softmax"),
+    # Other learning rates.
+    **{f"{name}, half rates": Variant(name, rates=0.5) for name in SIMPLE},
+    **{f"{name}, double rates": Variant(name, rates=2.0) for name in SIMPLE},
 }
 
 
@@ -118,6 +124,8 @@ class Task(ABC):
     steps: int
     learning_rate: float
     muon: float | None = None
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
     result: ClassVar[str]  # the number that the table shows
     CAUSAL: ClassVar[bool] = True  # whether a token sees the past only
     sizes: ClassVar[tuple[int, int, int]]  # layers, heads, dim
@@ -383,8 +391,15 @@ class Text(Task):
     windows: int = 8  # in a batch
     dropout: float = 0.0
     every: int = 1  # of how many windows of the last tenth one is validated on
+    held_out: bool = False  # validate on the last tenth of the training text
     file: Path | None = None  # None: Tiny Shakespeare
     result = "validation loss"
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The tokens to train on, and those to validate on."""
+        *_, training, validation = _text(self.file, self.block)
+        cut = len(training) * 9 // 10
+        return (training[:cut], training[cut:]) if self.held_out else (training, validation)
 
     def build(self, variant: Variant) -> NaLaLM:
         vocabulary = _text(self.file, self.block)[1]
@@ -396,19 +411,18 @@ class Text(Task):
         return {"name": text.name, "sha256": text.sha256}
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        training = _text(self.file, self.block)[2]
-        return data.random_windows(training, self.block, self.windows, seed, step)
+        return data.random_windows(self.parts()[0], self.block, self.windows, seed, step)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return measure.next_token_loss(model, inputs, targets)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        tokens = _text(self.file, self.block)[3]
-        return {"validation loss": measure.validation_loss(model, tokens, self.block, self.every)}
+        loss = measure.validation_loss(model, self.parts()[1], self.block, self.every)
+        return {"validation loss": loss}
 
     def attention_stats(self, model: nn.Module) -> list[dict[str, Any]]:
-        tokens = _text(self.file, self.block)[3]
-        return measure.attention_stats(model, next(data.all_windows(tokens, self.block, 64))[0])
+        windows, _ = next(data.all_windows(self.parts()[1], self.block, 64))
+        return measure.attention_stats(model, windows)
 
 
 _images = cache(data.load_images)
@@ -423,19 +437,26 @@ class Pictures(Task):
     images: int = 32  # in a batch
     shift: int = 0
     tested: int | None = None  # on how many images; None: all
+    held_out: int = 0  # test on so many of the training images, the last
     folder: Path | None = None  # None: download
     result = "test accuracy"
     CAUSAL: ClassVar[bool] = False
 
     def load(self) -> data.Images:
-        return _images("cifar10", self.folder)
+        images = _images("cifar10", self.folder)
+        if not self.held_out:
+            return images
+        (pictures, labels), cut = images.train, len(images.train[0]) - self.held_out
+        training, held_out = (pictures[:cut], labels[:cut]), (pictures[cut:], labels[cut:])
+        return replace(images, train=training, test=held_out)
 
     def build(self, variant: Variant) -> NaLaViT:
         model = NaLaViT(ViTConfig(patch_size=self.patch, **_blocks(variant, *self.sizes)))
         return model.to(memory_format=torch.channels_last)
 
     def data_info(self) -> dict[str, Any]:
-        return {"name": self.load().name, "sha256": self.load().sha256}
+        images = _images("cifar10", self.folder)
+        return {"name": images.name, "sha256": images.sha256}
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         images, labels = data.shuffled_batch(*self.load().train, self.images, seed, step)
@@ -461,6 +482,9 @@ SAME_STATE = tuple(name for name, variant in VARIANTS.items() if variant.wide)
 RELATIVES = ("focused", "polar", "magnitude-aware")
 CHANGES = ("lam 2", "lam 4", "tau 0", "tau 1", "alpha 2", "tanh(norm/s)")
 CLAIMS = ("no query norm", "no cosine map")  # NaLa without what the paper claims to help
+RATES = tuple(
+    f"{name}{rates}" for name in SIMPLE for rates in ("", ", half rates", ", double rates")
+)
 BLOCK = ("no gate", "softmax, no gate", "no convolution", "softmax, no convolution", "hybrid")
 
 
@@ -515,6 +539,17 @@ STUDIES: dict[str, Study] = {
         Pictures(steps=300, learning_rate=2e-3, muon=0.02),
         {"steps": 40, "tested": 1000},
         (*KERNELS, *CLAIMS),
+    ),
+    # Is one learning rate fair to all? The scripts' recipes, shorter, on held-out training data.
+    "text-rates": Study(
+        Text(1200, 4e-3, 0.02, 0.02, "linear", sizes=(4, 4, 96), held_out=True),
+        {"steps": 40, "every": 16},
+        RATES,
+    ),
+    "images-rates": Study(
+        Pictures(900, 2e-3, 0.02, 0.02, "linear", held_out=5000),
+        {"steps": 40, "tested": 1000},
+        RATES,
     ),
     # nanoGPT's recipe, for a CUDA card.
     "text-gpu": Study(
