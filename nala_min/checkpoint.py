@@ -26,7 +26,7 @@ from nala_min.arguments import in_mode
 from nala_min.flags import UsageError
 from nala_min.runcard import plain, write_whole
 
-FORMAT = 3  # of a checkpoint: counted up when what Run saves changes
+FORMAT = 4  # of a checkpoint: counted up when what Run saves, or a model of ours, changes
 
 
 def load_checkpoint(path: Path | str, *names: str) -> dict[str, Any]:

@@ -461,7 +461,7 @@ class NaLaViT(nn.Module):
         self.config = config
         width, halvings = (config.dim + 1) // 2, config.patch_size.bit_length() - 1
         layers = [nn.Conv2d(3, width, 3, padding=1)]
-        for stride in (2, 1) * halvings or (1,):  # half the size, and once more at that size
+        for stride in (2, 1) * halvings or (1,):  # two for each halving of the size
             norm = nn.GroupNorm(1, width)  # of each image as a whole
             layers += [norm, nn.GELU(), nn.Conv2d(width, config.dim, 3, stride, padding=1)]
             width = config.dim
