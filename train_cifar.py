@@ -58,12 +58,12 @@ class Settings(train.Settings):
 
 
 def build_model(config: dict[str, Any]) -> NaLaViT:
-    """The model that a run's config describes."""
+    """The model described by a run's config."""
     return NaLaViT(ViTConfig(patch_size=config["patch"], **train.block_options(config)))
 
 
 def load_model(settings: Settings, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
-    """The model of an earlier run, and what the run was."""
+    """The model of an earlier run, and a description of the run."""
     saved = load_checkpoint(settings.out / "checkpoint.pt", "patch", "classes")
     train.load_attentions(saved["extra"], settings)
     model = build_model(saved["extra"]).to(device)
@@ -81,7 +81,7 @@ def load_images(settings: Settings) -> data.Images:
 
 
 def predict(model: NaLaViT, run: dict[str, Any], path: Path) -> None:
-    """Print the likeliest classes of the picture at path."""
+    """Print the most likely classes of the picture at path."""
     try:
         image = data.read_png(path)
     except (OSError, SyntaxError) as error:
@@ -93,7 +93,7 @@ def predict(model: NaLaViT, run: dict[str, Any], path: Path) -> None:
 
 
 def test(model: NaLaViT, images: data.Images) -> dict[str, Any]:
-    """Test on every test image, print and return the numbers and the confusion matrix."""
+    """Test on all test images; print and return the numbers and the confusion matrix."""
     numbers = measure.score(logits := measure.classify(model, images.test[0]), images.test[1])
     confusion = measure.confusion_matrix(logits.argmax(dim=1), images.test[1], len(images.classes))
     print(
@@ -106,7 +106,7 @@ def test(model: NaLaViT, images: data.Images) -> dict[str, Any]:
 
 
 def draw(model: NaLaViT, images: data.Images, results: dict[str, Any], title: str, out: Path):
-    """Pictures of the curve, the confusion matrix, and the attention on four test images."""
+    """Draw the curve, the confusion matrix, and the attention on four test images."""
     plots.write(plots.curve(results["history"], title), out / "curve.png")
     confusion = torch.tensor(results["confusion"])
     plots.write(plots.confusion(confusion, images.classes, title), out / "confusion.png")

@@ -49,20 +49,21 @@ class Settings(train.Settings):
 
 
 def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:
-    """The model that a run's config describes."""
+    """The model described by a run's config."""
     return NaLaLM(LMConfig(vocab_size=len(vocabulary.characters), **train.block_options(config)))
 
 
 def continued(
     model: NaLaLM, vocabulary: data.Vocabulary, prompt: Tensor, length: int, seed: int
 ) -> str:
-    """The text of prompt (1, N) and of a continuation of length characters."""
+    """prompt (1, N) and its continuation by length characters, as text."""
     prompt = prompt.to(model.head.weight.device)
     return vocabulary.decode(model.generate(prompt, length, temperature=0.8, seed=seed)[0])
 
 
 def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
-    """prompt as integers (1, N); an empty one is the first character, a new line in most texts."""
+    """prompt as integers (1, N); if it is empty, the first character, which is a new line in most
+    texts."""
     try:
         return vocabulary.encode(prompt or vocabulary.characters[0])[None]
     except ValueError as error:

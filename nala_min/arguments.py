@@ -315,7 +315,7 @@ PUBLIC: dict[str, dict[str, Any]] = {  # of model.py, and what checked is told o
 
 
 def public(name: str) -> Callable:
-    """model.py's function called name, with its arguments checked. Each call looks it up, so that
+    """model.py's function called name, with its arguments checked. It is looked up at each call, so
     an edit of model.py takes effect at once."""
     function = getattr(model, name)
 
@@ -333,7 +333,8 @@ def public(name: str) -> Callable:
 
 @contextmanager
 def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode; afterwards, also after an error, every module is as it was."""
+    """Training or evaluation mode inside the block; afterwards, even after an error, each module is
+    in its earlier mode."""
     modes = [(module, module.training) for module in net.modules()]
     if not (training and net.training):  # what is frozen in a net in training stays frozen
         net.train(training)
@@ -350,7 +351,10 @@ register_namedtuple(model.BlockState, serialized_type_name="nala_min.BlockState"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(model.Config):
-    """What both models need. Raises TypeError or ValueError for what does not fit together."""
+    """What both models need.
+
+    Raises TypeError or ValueError for values that do not fit together.
+    """
 
     def __post_init__(self) -> None:
         check({n: x for n, x in vars(self).items() if (n, x) != ("norm_scale", None)})
@@ -377,7 +381,7 @@ class BlockConfig(model.Config):
 
     @property
     def kind(self) -> str:
-        """What the model is: "linear", "softmax", or "hybrid" if only some blocks are linear."""
+        """Kind of model: "linear", "softmax", or "hybrid" if only some blocks are linear."""
         linear = sum(name != "softmax" for name in self.attentions)
         return {0: "softmax", self.num_layers: "linear"}.get(linear, "hybrid")
 

@@ -1,5 +1,5 @@
-"""What is kept of a training run: its checkpoint is saved, loaded and resumed without loss, and the
-run is stopped without loss. train.fit uses it."""
+"""Checkpoints of a training run: saved, loaded, resumed and stopped without loss. Used by
+train.fit."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ FORMAT = 4  # of a checkpoint: counted up when what Run saves, or a model of our
 
 
 def load_checkpoint(path: Path | str, *names: str) -> dict[str, Any]:
-    """What Run saved at path, on the CPU, with names in its extra.
+    """What Run saved at path, on the CPU. Its extra must have names.
 
-    Raises UsageError if there is none, it is damaged, or it lacks a name: another script's.
+    Raises UsageError if the file is missing or damaged, or lacks a name, as another script's does.
     """
     path = Path(path)
     if not path.exists():
@@ -55,7 +55,7 @@ def load_checkpoint(path: Path | str, *names: str) -> dict[str, Any]:
 
 
 def _read(file: Path | BinaryIO) -> Any:
-    """What torch.save wrote. Raises ValueError for anything but tensors and plain values."""
+    """Read what torch.save wrote. Raises ValueError for anything but tensors and plain values."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -68,7 +68,7 @@ def _uncompiled(name: str) -> str:
 
 
 def _content(extra: dict[str, Any]) -> dict[str, Any]:
-    """extra without the names of files whose SHA-256 it holds: a file may be renamed."""
+    """extra without the names of files whose SHA-256 it has: a file may be renamed."""
     files = {n: x for n, x in extra.items() if isinstance(x, dict) and "sha256" in x}
     known: dict[str, Any] = {n: x | {"name": None} for n, x in files.items()}
     if own := extra.get("attention_sha256"):
@@ -79,7 +79,8 @@ def _content(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 class Run:
-    """A run so far: what its checkpoint holds. steps: how many it is to have in the end."""
+    """The state of a training run, as its checkpoint holds it. steps: how many the run has in
+    all."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class Run:
 
     @contextmanager
     def saying_how_to_go_on(self) -> Iterator[None]:
-        """Give an interruption of the block its message."""
+        """If the block is interrupted, say how to continue."""
         try:
             yield
         except KeyboardInterrupt as error:
@@ -110,7 +111,7 @@ class Run:
             ) from error
 
     def load(self) -> None:
-        """Go on from the checkpoint."""
+        """Continue from the checkpoint."""
         saved = load_checkpoint(self.path)
         if different := self.difference(saved):
             raise UsageError(
@@ -125,8 +126,8 @@ class Run:
         self.start -= saved["seconds"]
 
     def begin(self) -> None:
-        """Write the first checkpoint, at step 0: better to learn now than after an hour that it
-        cannot be written. Never in the place of a run that is another, or not finished."""
+        """Write the first checkpoint, at step 0, to fail now rather than after an hour if it cannot
+        be written. Never overwrites another run, or one that is not finished."""
         if self.path.exists():
             saved = load_checkpoint(self.path)
             if different := self.difference(saved):
@@ -139,7 +140,7 @@ class Run:
         self.save(first=True)
 
     def difference(self, saved: dict[str, Any]) -> str | None:
-        """How the run that was saved differs from this one, if it does."""
+        """How the saved run differs from this one, if it does."""
         before, now = _content(saved["extra"]), _content(self.extra)
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "data", name)):
             if before.get(name) != now.get(name):
@@ -148,8 +149,8 @@ class Run:
         return None
 
     def add_point(self, evaluate: Callable[[nn.Module], dict[str, float]], bar: tqdm) -> None:
-        """Add a point to the curve, and write it above the bar. Saves before, too: the evaluation
-        may need memory that is not there."""
+        """Add a point to the curve and print it above the progress bar. Saves before as well: the
+        evaluation may run out of memory."""
         self.save()
         train_loss = statistics.fmean(self.losses)
         self.losses.clear()
@@ -168,7 +169,7 @@ class Run:
             raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
 
     def save(self, first: bool = False) -> None:
-        """Write the checkpoint, if it is sound and can be read again."""
+        """Write the checkpoint, if all numbers are finite and it can be read again."""
         self.losses = [distributed.mean(float(value)) for value in self.losses]
         if distributed.rank() > 0:  # the first process writes
             self.saved = self.step
@@ -205,8 +206,8 @@ class Run:
 
 
 class Stop:
-    """Whether someone has requested an end, by Ctrl-C, as clusters do by SIGTERM, or by closing the
-    terminal (SIGHUP, unless nohup has it ignored). The step at hand is finished first; a second
+    """Whether someone asked the run to stop: by Ctrl-C, by SIGTERM as clusters do, or by closing
+    the terminal (SIGHUP, unless nohup ignores it). The current step is finished first; a second
     Ctrl-C does not wait for it."""
 
     SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # those that the platform has

@@ -1,4 +1,4 @@
-"""Data for the training scripts: find it, download and verify it, cut batches."""
+"""Data for the training scripts: find, download, verify and batch it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nala_min.synthetic import DRAWN, STAND_IN, drawn_digits, python_manual
 
 @dataclass(frozen=True)
 class Source:
-    """A file on the network, and how to know it."""
+    """A file on the network, with its checksum."""
 
     name: str
     url: str
@@ -37,7 +37,7 @@ class Source:
     sha256: str
 
     def is_at(self, path: Path | str) -> bool:
-        """Whether path is this file, to the byte."""
+        """Whether path has exactly this content."""
         path = Path(path)
         return (
             path.is_file() and path.stat().st_size == self.size and self.hash(path) == self.sha256
@@ -69,8 +69,8 @@ NO_DOWNLOAD = (OSError, ValueError, http.client.HTTPException)
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/nala_min, by default ~/.cache/nala_min, and for a
-    user without a home the folder of temporary files."""
+    """The folder for downloads: $XDG_CACHE_HOME/nala_min, by default ~/.cache/nala_min, or the
+    folder for temporary files if the user has no home."""
     if not (cache := os.environ.get("XDG_CACHE_HOME")):
         try:
             cache = Path.home() / ".cache"
@@ -80,7 +80,7 @@ def cache_dir() -> Path:
 
 
 def fetch(source: Source, announce: Callable[[str], None] = print, hint: str = "") -> Path:
-    """Where source lies in the cache, downloaded and announced, with hint, if it is not yet there.
+    """The path of source in the cache. If it is not there it is downloaded, and hint is printed.
 
     Raises what download raises.
     """
@@ -92,12 +92,14 @@ def fetch(source: Source, announce: Callable[[str], None] = print, hint: str = "
 
 
 def download(source: Source, path: Path | str, timeout: float = 20.0) -> None:
-    """Fetch source to path, which appears only whole and only if its SHA-256 is the expected one.
+    """Download source to path, which appears only when it is complete and its SHA-256 is right.
 
-    Shows progress, speed and time left. A transfer that breaks off goes on at once where it
-    stopped, as long as something more comes; what has come stays in path.part for the next call.
-    timeout: seconds without an answer. Raises OSError or http.client.HTTPException if the transfer
-    fails, ValueError if the bytes are not the expected ones: those are deleted.
+    Shows progress, speed and time left. A transfer that breaks off continues where it stopped as
+    long as more data arrives; what has arrived stays in path.part for the next call. timeout:
+    seconds without an answer.
+
+    Raises OSError or http.client.HTTPException if the transfer fails, and ValueError if the content
+    is not the expected one, which is then deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,7 @@ def download(source: Source, path: Path | str, timeout: float = 20.0) -> None:
 
 
 def _transfer(source, file, timeout):
-    """Append what file still lacks of source."""
+    """Append to file what it still lacks of source."""
     with tqdm(
         desc=source.name, total=source.size, initial=file.tell(), unit="B", unit_scale=True
     ) as bar:
@@ -158,14 +160,14 @@ def _transfer(source, file, timeout):
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what to call it in a result."""
+    """A text, and its name in results."""
 
     name: str
     text: str
 
     @property
     def sha256(self) -> str:
-        """Of its UTF-8 bytes."""
+        """SHA-256 of its UTF-8 bytes."""
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
 
 
@@ -175,10 +177,10 @@ def load_text(
     source: Source = SHAKESPEARE,
     announce: Callable[[str], None] = print,
 ) -> Text:
-    """The text of path; without one Tiny Shakespeare, cached or downloaded; without a network the
-    Python manual, announced as a stand-in.
+    """The text at path. Without path: Tiny Shakespeare, from the cache or downloaded. Without a
+    network: the Python manual as a stand-in, with a notice.
 
-    Raises OSError if path cannot be read and ValueError if it is not UTF-8 text.
+    Raises OSError if path cannot be read, and ValueError if it is not UTF-8 text.
     """
     if path is not None:
         path = Path(path)
@@ -206,7 +208,7 @@ class Vocabulary:
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> Tensor:
-        """Integers (N,) of text. Raises ValueError that names characters never seen."""
+        """text as integers (N,). Raises ValueError that names unknown characters."""
         index = {character: i for i, character in enumerate(self.characters)}
         unknown = sorted(set(text) - index.keys())
         if unknown:
@@ -218,9 +220,9 @@ class Vocabulary:
 
 
 def split_text(text: str, block_size: int) -> tuple[Vocabulary, Tensor, Tensor]:
-    """The vocabulary of a text, and its first nine tenths and its last tenth as integers.
+    """The vocabulary of a text, and its first nine tenths and last tenth as integers.
 
-    Raises ValueError if either part is too short for a window of block_size and its target.
+    Raises ValueError if either part is too short for one window of block_size and its target.
     """
     tokens = (vocabulary := Vocabulary.of(text)).encode(text)
     cut = len(tokens) * 9 // 10
@@ -238,7 +240,7 @@ def random_windows(
     """Inputs and next-token targets, both (batch_size, block_size), at random places.
 
     A function of (seed, step) alone: every model sees the same data in the same order, and a
-    resumed run goes on with the batch it would have seen.
+    resumed run continues with the batch that it would have seen.
     """
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - block_size, batch_size)
     places = torch.from_numpy(starts[:, None] + np.arange(block_size + 1))
@@ -249,7 +251,7 @@ def random_windows(
 def all_windows(
     tokens: Tensor, block_size: int, batch_size: int, every: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of consecutive windows that cover tokens once; every n-th window only."""
+    """Inputs and targets of consecutive windows that cover tokens once, or of every n-th window."""
     count = (len(tokens) - 1) // block_size
     inputs = tokens[: count * block_size].view(count, block_size)[::every]
     targets = tokens[1 : count * block_size + 1].view(count, block_size)[::every]
@@ -271,7 +273,7 @@ SLOW = (
 
 @dataclass(frozen=True)
 class Images:
-    """Small colour images in 10 classes, and what to call them in a result."""
+    """Small colour images in 10 classes, and their name in results."""
 
     name: str
     classes: tuple[str, ...]
@@ -281,7 +283,7 @@ class Images:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all images and labels, to train on first."""
+        """SHA-256 of all images and labels, training data first."""
         digest = hashlib.sha256()
         for tensor in (*self.train, *self.test):
             digest.update(tensor.numpy())
@@ -296,8 +298,8 @@ def load_images(
     source: Source = CIFAR10,
     announce: Callable[[str], None] = print,
 ) -> Images:
-    """CIFAR-10 from folder, else from the cache, else from url or its author's page; without a
-    network the drawn digits that name="synthetic" asks for, announced as a stand-in.
+    """CIFAR-10: from folder, else from the cache, else downloaded from url or from its author's
+    page. Without a network, or for name="synthetic": drawn digits as a stand-in, with a notice.
 
     Raises OSError or ValueError, which name the file or address, if what folder or url gives is
     missing, truncated or corrupt.
@@ -321,13 +323,14 @@ def load_images(
 
 
 def drawn_images(num_train: int = 20_000, num_test: int = 4_000) -> Images:
-    """The drawn digits, which a mirror would turn into something else."""
+    """The drawn digits. They are not mirrored: a mirror image of a digit is not that digit."""
     train, test = drawn_digits(num_train, num_test)
     return Images(DRAWN, tuple("0123456789"), train, test, mirror=False)
 
 
 def _images_in(folder: Path, source: Source) -> Images:
-    """CIFAR-10 from the files of its archive, in folder or one below, or from its archive there."""
+    """CIFAR-10 from its extracted files in folder or a folder below it, or from its archive
+    there."""
     for place in (folder / "cifar-10-batches-bin", folder):
         if any((place / name).exists() for name in BATCHES):
             files = {str(place / name): (place / name).read_bytes() for name in BATCHES}
@@ -349,8 +352,8 @@ def _images_in(folder: Path, source: Source) -> Images:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """The six files in an archive, which is never unpacked: nothing in it can name a place to write
-    to. A link in place of a file is left out, and so missed."""
+    """The six files in an archive, which is never extracted, so nothing in it can choose where to
+    write. A link in place of a file counts as missing."""
     found = {}
     try:
         with tarfile.open(path, "r|gz") as archive:
@@ -363,7 +366,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
 
 
 def _images(name: str, files: dict[str, bytes]) -> Images:
-    """Images out of the contents of the six files, which are checked as far as can be."""
+    """Images from the contents of the six files, which are checked as far as possible."""
     decoded = []
     for path, content in files.items():
         if len(content) != BATCH * RECORD:
@@ -386,10 +389,10 @@ def _images(name: str, files: dict[str, bytes]) -> Images:
 def shuffled_batch(
     images: Tensor, labels: Tensor, batch_size: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """The images and labels of a step; an epoch takes each at most once, in an order of its own.
+    """The images and labels of one step. An epoch uses each example at most once, in its own order.
 
     A function of (seed, step) alone, like random_windows. Raises ValueError if there are fewer than
-    batch_size.
+    batch_size examples.
     """
     if batch_size > len(images):
         raise ValueError(f"a batch of {batch_size:,} is more than the {len(images):,} images")
@@ -400,7 +403,7 @@ def shuffled_batch(
 
 
 def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -> Tensor:
-    """Move each image by up to shift pixels, reflected at its edges, and mirror half of them.
+    """Shift each image by up to shift pixels, reflected at its edges, and mirror half of them.
 
     images: (B, 3, R, S), on any device. A function of images, seed and step alone.
     """
@@ -427,7 +430,7 @@ def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Bytes to numbers of about zero mean and unit variance, as natural images have them."""
+    """Bytes to numbers with about zero mean and unit variance for natural images."""
     return (images.float() - 120) / 64
 
 
@@ -435,12 +438,12 @@ PIXELS = 2**26  # of a picture: more need gigabytes, though a file of kilobytes 
 
 
 def read_png(path: Path | str) -> Tensor:
-    """The middle square of a PNG of any size, as an image (3, 32, 32) uint8; transparent is white.
+    """The middle square of a PNG of any size, as an image (3, 32, 32) uint8; transparent pixels
+    become white.
 
-    Read by matplotlib, which takes neither grey of 2 or 4 bits nor one transparent colour (tRNS).
-
-    Raises OSError or SyntaxError if there is no such file, or it is no PNG, or one of more than
-    PIXELS.
+    matplotlib reads the file; it supports neither 2- and 4-bit grey nor a single transparent colour
+    (tRNS). Raises OSError or SyntaxError if there is no such file, or it is no PNG, or it has more
+    than PIXELS.
     """
     from matplotlib.image import imread
     from PIL.PngImagePlugin import PngImageFile  # of which imread makes an array

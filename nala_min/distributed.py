@@ -1,8 +1,8 @@
-"""Several processes, which torchrun starts on one machine or on many: how they train one model
-together, and how they attend to one sequence that is too long for one of them.
+"""Several processes, started by torchrun on one machine or many: they train one model together, or
+attend to one sequence that is too long for one of them.
 
-Training is data parallel: each process has the whole model and takes its share of every batch.
-Without torchrun everything here does nothing, and costs nothing.
+Training is data parallel: each process has the whole model and takes its share of each batch.
+Without torchrun, everything here does nothing at no cost.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def job() -> Iterator[None]:
 
 
 def leave() -> None:
-    """End this process of a job when all of them have come here: one that ended earlier would take
-    the others with it. At once, since a thread of PyTorch's now and then aborts a process that ends
-    in the usual way ("terminate called without an active exception")."""
+    """End this process when all others of the job have come here too: one that ends earlier would
+    take the others with it. It ends at once, as a PyTorch thread sometimes aborts a process that
+    exits the usual way ("terminate called without an active exception")."""
     if world_size() > 1:
         wait()
         sys.stdout.flush()
@@ -52,24 +52,24 @@ def leave() -> None:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is: 0 is the one that reports and writes."""
+    """Index of this process; process 0 reports and writes."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """Which of those on its machine this one is."""
+    """Index of this process among those on its machine."""
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """Let the first process of each machine run the block before the others: they find what it
-    downloaded."""
+    """Let the first process of each machine run the block before the others, which then find what
+    it downloaded."""
     if local_rank() > 0:
         wait()
     yield
@@ -78,7 +78,7 @@ def first_alone() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Wait until every process is here."""
     any_of(False)
 
 
@@ -94,7 +94,7 @@ def mean(number: float) -> float:
 
 
 def is_same(value: object) -> bool:
-    """Whether every process has the same value, by what repr makes of it."""
+    """Whether value has the same repr in every process."""
     digest = list(hashlib.sha256(repr(value).encode("utf-8")).digest())
     digest = torch.tensor(digest, device="cpu")
     return torch.equal(_reduced(digest.clone(), "MIN"), _reduced(digest, "MAX"))
@@ -107,7 +107,7 @@ def _reduced(tensor: Tensor, operation: str) -> Tensor:
 
 
 def share(batch: Tensor) -> Tensor:
-    """The part of a batch that is this process's, an equal number of examples each."""
+    """This process's part of a batch; all parts have the same size."""
     return batch.chunk(world_size())[rank()]
 
 
@@ -144,12 +144,12 @@ def sequence_parallel_attention(
     key_mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Causal nala_attention over a sequence that lies in pieces on the processes of group.
+    """Causal nala_attention over a sequence that is split among the processes of group.
 
-    Arguments as there, but of this process's tokens only, which follow those of the process before
-    it. Returns their output. All that travels is the state of Eq. (14), F x (M + 1) numbers a head
-    however long the pieces are, and on the way back its gradient. Every process must make the call,
-    and go backwards, as often as the others.
+    Arguments are those of nala_attention, but only for this process's tokens, which follow those of
+    the process before it. Returns their output. Only the state of Eq. (14) is sent, F x (M + 1)
+    numbers per head however long the parts are, and in the backward pass its gradient. Every
+    process must make the call, and its backward pass, equally often.
     """
     kernel = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
     with torch.autocast(q.device.type, enabled=False):
@@ -163,8 +163,8 @@ def sequence_parallel_attention(
 
 
 class _SumOfOthers(Function):
-    """The sum of what the processes before this one have, or those after it. The gradient of the
-    one is the other, of the gradients; so there are derivatives of every order."""
+    """The sum over the processes before this one, or over those after it. Each is the other's
+    gradient, so there are derivatives of every order."""
 
     @staticmethod
     def forward(ctx, state, group, after=False):

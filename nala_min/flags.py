@@ -1,4 +1,4 @@
-"""A script's flags from a dataclass, and its mistakes in one line."""
+"""A script's flags from a dataclass, and errors in one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class UsageError(ValueError):
-    """A user's mistake: its message names the flag and the mend."""
+    """A user's mistake: its message names the flag and the remedy."""
 
 
 def flag(
@@ -44,15 +44,15 @@ def flag(
 ) -> Any:
     """A dataclass field that parse_flags turns into a command-line flag.
 
-    decides: whether the result depends on it, or it only says where and how to run; zero: whether a
-    number of PRESETS may be 0.
+    decides: whether the result depends on it, rather than only where and how to run; zero: whether
+    a number from PRESETS may be 0.
     """
     metadata = {"help": help, "choices": choices, "decides": decides, "zero": zero}
     return field(default=default, metadata=metadata)
 
 
 def path(text: str) -> Path:
-    """A path from the command line, where ~ is the home folder, also behind "--out="."""
+    """A path from the command line. ~ is the home folder, also after "--out="."""
     expanded = os.path.expanduser(text)  # Path's would take ./~ for it as well
     if expanded.startswith("~"):
         mend = "name the folder in full, or write ./ before ~"
@@ -66,11 +66,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
-    """Read argv (the command line by default) into the dataclass settings, a flag a field.
+    """Read argv (by default the command line) into the dataclass settings, one flag per field.
 
-    Its docstring is the description, if Python keeps it; PRESETS, if it has them, stand in the help
-    of what they set.
-    Prints one line and exits with code 2 on a flag that is unknown or does not parse.
+    Its docstring is the description, if Python keeps docstrings; if it has PRESETS, the help shows
+    their values. Prints one line and exits with code 2 if a flag is unknown or cannot be parsed.
     """
     parser = _Parser(
         description=settings.__doc__ if sys.flags.optimize < 2 else None,
@@ -99,10 +98,10 @@ def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a user's mistake is one line on stderr and exit code 2.
+    """Run a script's main: a user's mistake becomes one line on stderr and exit code 2.
 
-    Under torchrun in each of its processes, of which only the first prints what goes well. What
-    cannot be printed is dropped: no run ends because nobody reads it.
+    Under torchrun, each process runs it but only the first prints its progress. Output that cannot
+    be printed is dropped: no run ends because nobody reads it.
     """
     if threading.current_thread() is threading.main_thread():  # the only one that may
         for name in ("SIGTERM", "SIGHUP"):  # a cluster's Ctrl-C; the terminal is closed
@@ -136,7 +135,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 class _Output:
-    """A standard stream, whoever made it, that drops what it cannot write and never raises."""
+    """A standard stream that drops what it cannot write and never raises."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -164,8 +163,8 @@ class _Output:
             self._drop(error)
 
     def _drop(self, error: Exception) -> None:
-        """After a broken pipe point its descriptor at nothing, or Python's own flush at exit fails,
-        with an exit code of 120. A stream that is only busy may be read again later."""
+        """After a broken pipe, point its descriptor at nothing; otherwise Python's own flush at
+        exit fails with exit code 120. A stream that is only busy may be read again later."""
         if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
             with suppress(Exception), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -173,7 +172,8 @@ class _Output:
 
 @contextmanager
 def _output() -> Iterator[TextIO]:
-    """Make both standard streams safe to write to inside the block. Gives a stream to nowhere."""
+    """Make both standard streams safe to write to inside the block. Yields a stream that discards
+    its input."""
     with ExitStack() as stack:
         for _ in range(3):  # takes the descriptors of streams that were closed before Python began:
             # no file of a run may get one, since libraries print to them
@@ -189,7 +189,7 @@ def _output() -> Iterator[TextIO]:
 
 @contextmanager
 def _usual_defaults() -> Iterator[None]:
-    """New tensors are float32 on the CPU, whatever the notebook has set that runs the script."""
+    """New tensors are float32 on the CPU, whatever the notebook that runs the script has set."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     if device.type != "cpu":

@@ -1,5 +1,5 @@
-"""What is read off an attention or a model. `python -m nala_min.measure` measures the entropy gap
-anew and writes its run card and picture: in a checkout to notebooks/results, else to runs."""
+"""Measurements of attentions and models. `python -m nala_min.measure` measures the entropy gap and
+writes its run card and picture: in a checkout to notebooks/results, otherwise to runs."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def entropy_against_norm(
 ) -> Tensor:
     """Mean entropy, Eq. (3), of queries rescaled to each norm, over random standard normal keys.
 
-    norms: (K,); options: of attention_weights, as norm_scale. Returns (K,), in nats, the mean over
-    draws of a query and its keys, from PyTorch's own generator; at most log(num_keys).
+    norms: (K,); options: those of attention_weights, such as norm_scale. Returns (K,), in nats,
+    averaged over draws of a query and its keys from PyTorch's own generator; at most log(num_keys).
     """
     kind = {"dtype": torch.float32, "device": norms.device}
     _, direction = decompose(torch.randn(draws, 1, 1, dim, **kind))
@@ -73,8 +73,8 @@ def entropy_against_norm(
 class Recorder(TorchDispatchMode):
     """Counts what runs inside `with Recorder() as recorder:`.
 
-    recorder.operations: PyTorch operations so far. recorder.peak: the most bytes that tensors made
-    inside held at one time; what a kernel holds for itself while it runs is not seen.
+    recorder.operations: PyTorch operations so far. recorder.peak: the most bytes held at one time
+    by tensors made inside; memory that a kernel uses internally is not seen.
     """
 
     def __init__(self) -> None:
@@ -108,8 +108,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def at_once(model: NaLaLM | NaLaViT, inputs: Tensor) -> int:
-    """How many of inputs, texts (B, N) or images (B, 3, height, width), model reads at one time:
-    of BUDGET numbers in the residual stream, so that memory does not grow with their number."""
+    """How many of inputs, texts (B, N) or images (B, 3, height, width), model reads at a time: as
+    many as have BUDGET numbers in the residual stream, so memory does not grow with their
+    number."""
     num_tokens = inputs.shape[1]
     if inputs.ndim == 4:
         num_tokens = inputs.shape[2] * inputs.shape[3] // model.config.patch_size**2
@@ -126,13 +127,13 @@ def classify(model: NaLaViT, images: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean cross-entropy in nats, and share of right answers, of logits (n, Y)."""
+    """Mean cross-entropy in nats and share of correct answers, from logits (n, Y)."""
     right = (logits.argmax(dim=1) == labels).float().mean().item()
     return {"test_loss": F.cross_entropy(logits, labels).item(), "test_accuracy": right}
 
 
 def smoothed_loss(model: NaLaViT, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per image, a tenth of each label shared among all classes."""
+    """Mean cross-entropy in nats per image, with a tenth of each label shared among all classes."""
     return F.cross_entropy(model(inputs).float(), labels, label_smoothing=0.1)
 
 
@@ -144,7 +145,7 @@ def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int = 1) -> float:
-    """Mean loss over consecutive windows of tokens, or over every n-th of them."""
+    """Mean loss over consecutive windows of tokens, or over every n-th window."""
     device, windows = model.head.weight.device, at_once(model, tokens[None, :block_size])
     total, count = 0.0, 0
     with in_mode(model, training=False):
@@ -155,7 +156,7 @@ def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int =
 
 
 class AttentionInputs(NamedTuple):
-    """What the attention of one block was given: its layer, and queries and keys for it."""
+    """The input of one block's attention: its layer, and its queries and keys."""
 
     layer: GatedAttention
     x: Tensor  # (B, N, E) or (B, R, S, E)
@@ -164,8 +165,8 @@ class AttentionInputs(NamedTuple):
     options: dict[str, Any]  # of the layer's attention
 
     def weights(self, feature_map: str | None = None) -> Tensor:
-        """The weights (B, H, N, N) that the layer's attention makes of q and k, or that another
-        feature_map or "softmax" would make of them."""
+        """The weights (B, H, N, N) that the layer's attention gives to q and k, or that another
+        feature_map or "softmax" would give."""
         attention, options = feature_map or self.layer.attend, self.options
         if feature_map == "softmax":
             options = {}
@@ -174,8 +175,8 @@ class AttentionInputs(NamedTuple):
         )
 
     def rows(self, queries: Sequence[int]) -> Tensor:
-        """The weights (B, H, n, N) of these n queries alone, in memory that is linear in N. The
-        output is linear in the values, so its derivative by them is the weights."""
+        """The weights (B, H, n, N) of these n queries only, in memory linear in N: the output is
+        linear in the values, so its derivative with respect to them is the weights."""
         with torch.inference_mode(False), torch.enable_grad():
             q, k = self.q.clone(), self.k.clone()
             v = torch.zeros_like(q, requires_grad=True)
@@ -185,11 +186,11 @@ class AttentionInputs(NamedTuple):
         return torch.stack(rows, dim=2)
 
     def told(self) -> dict[str, Any]:
-        """What the layer's attention is told, by its name in ATTENTIONS or by the config."""
+        """The options of the layer's attention, from its name in ATTENTIONS or from the config."""
         return getattr(self.layer.attend, "keywords", {}) | self.options
 
     def uses(self, function: Callable) -> bool:
-        """Whether the layer's attention is function, whatever its arguments."""
+        """Whether the layer's attention is function, with any arguments."""
         return getattr(self.layer.attend, "func", self.layer.attend) is function
 
     def mass(self) -> Tensor | None:
@@ -215,9 +216,10 @@ def chosen(told: dict[str, Any], *names: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionInputs]:
-    """The inputs of every block's attention, first block to last, while model reads inputs.
+    """The inputs of each block's attention, from the first block to the last, when model reads
+    inputs.
 
-    inputs: tokens (B, N), or images (B, 3, height, width) uint8, all of them at once.
+    inputs: tokens (B, N), or images (B, 3, height, width) uint8, all read at once.
     """
     model = getattr(model, "_orig_mod", model)  # not torch.compile's, which calls no hooks
     seen: list[tuple] = []
@@ -276,12 +278,13 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
 def attention_maps(
     model: NaLaViT, images: Tensor, block: int = -1, feature_maps: Sequence[str] = MAPS
 ) -> dict[str, Tensor]:
-    """Whom each patch attends to, under several kernels, from the queries and keys of one block.
+    """The weights of each patch's attention under several kernels, from the queries and keys of one
+    block.
 
     images: (B, 3, height, width) uint8. Returns for each feature map the weights (B, R, S, R, S) of
-    a query at (r, s) over the grid, the mean of all heads; a head where the query has no mass adds
-    nothing. The block was trained with one kernel; the others show what they would make of the same
-    queries and keys.
+    a query at (r, s) over the grid, averaged over the heads; a head where the query has no mass
+    adds nothing. The block was trained with one kernel; the others show what they would make of the
+    same queries and keys.
     """
     chosen = attention_inputs(model, images)[block]
     grid = chosen.x.shape[1:3]
@@ -292,19 +295,19 @@ def attention_maps(
 
 
 def confusion_matrix(guesses: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """How many examples of each class (row) were taken for each class (column).
+    """Number of examples of each class (row) that were classified as each class (column).
 
-    guesses, labels: (n,) integers. Returns (num_classes, num_classes), summing to n.
+    guesses, labels: (n,) integers. Returns (num_classes, num_classes), with sum n.
     """
     pairs = labels * num_classes + guesses
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def worst_pairs(confusion: Tensor, count: int = 3) -> list[tuple[int, int, int]]:
-    """The classes most often taken for one another: pairs (first, second, mistakes), in both
-    directions together, most mistakes first; fewer than count if there are no more.
+    """The pairs of classes most often confused, in either direction: (first, second, mistakes),
+    most mistakes first; fewer than count if there are no more.
 
-    confusion: (Y, Y), what confusion_matrix returns.
+    confusion: (Y, Y), from confusion_matrix.
     """
     mistakes = (confusion + confusion.T).triu(1)
     places = mistakes.flatten().argsort(descending=True, stable=True)[:count].tolist()

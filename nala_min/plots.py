@@ -1,4 +1,4 @@
-"""Every picture of the project: one style, one look for each attention."""
+"""Every picture of the project, in one style, with one look per attention."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Fi
 
 @_styled
 def curve(history: list[dict[str, float]], title: str) -> Figure:
-    """What history has of each step, losses and accuracies in panels of their own."""
+    """The losses and accuracies in history against the step, in separate panels."""
     units = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
     shown = [what for what in units if any(name.endswith(what) for name in history[0])]
     picture, panels = figure(len(shown), height=1.2 + 2.8 * len(shown), sharex=True, squeeze=False)
@@ -114,10 +114,10 @@ def curve(history: list[dict[str, float]], title: str) -> Figure:
 
 @_styled
 def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str) -> Figure:
-    """A row for each picture: the query patch at the middle of its grid, framed, and its weights
-    over the image under each kernel.
+    """One row per picture: the query patch at the middle of its grid, framed, and its weights over
+    the image under each kernel.
 
-    pictures: (B, 3, height, width) uint8; maps: what measure.attention_maps returns.
+    pictures: (B, 3, height, width) uint8; maps: from measure.attention_maps.
     """
     height, width = pictures.shape[2:]
     drawn, grid = figure(
@@ -179,11 +179,11 @@ def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
 def attention_stats(
     blocks: list[dict[str, Any]], beside: list[dict[str, Any]], num_keys: int | None = None
 ) -> Figure:
-    """What measure.attention_stats says of two models, block by block: medians, and bars over the
-    middle 90 % of all queries.
+    """measure.attention_stats of two models, block by block: medians, with bars over the middle 90
+    % of all queries.
 
-    blocks: of a model with NaLa in every block; beside: of one with softmax; num_keys: how many
-    keys a query sees, for a line at the highest entropy that there is.
+    blocks: of a model with NaLa in every block; beside: of one with softmax; num_keys: number of
+    keys per query, for a line at the highest possible entropy.
     """
     wanted = {
         "query_norm": "norm of the query",
@@ -224,8 +224,8 @@ def attention_stats(
 
 @_styled
 def speed(results: dict[str, Any]) -> Figure:
-    """Time and memory of a forward and a backward pass against the number of tokens, and time of
-    one token more against the context. results: those of a card of nala_min.lab.bench."""
+    """Time and memory of a forward and a backward pass against the number of tokens, and time per
+    decoded token against the context. results: those of a card of nala_min.lab.bench."""
     looks = {
         "softmax": LOOKS["softmax"] | {"label": "softmax, fused kernel"},
         "nala": LOOKS["cosine"],
@@ -269,12 +269,11 @@ def speed(results: dict[str, Any]) -> Figure:
 
 @_styled
 def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Figure:
-    """What several training runs of each attention reached: on the left a line through the mean of
-    their curves in a band from the lowest to the highest, on the right a dot for each run's result
-    and a stroke at their mean.
+    """Several training runs per attention. Left: a line through the mean of their curves, in a band
+    from the lowest to the highest. Right: a dot for each run's result and a stroke at the mean.
 
-    cards: run cards of each attention, by the name of its feature map; result: what is shown of
-    them, in their history as in their results; label: what to call it, with its unit.
+    cards: run cards by the name of the feature map; result: the key to show, in their history and
+    results; label: its name and unit.
     """
     picture, (left, right) = figure(1, 2, width=9.6, height=3.8)
     for row, (name, runs) in enumerate(cards.items()):
@@ -321,7 +320,7 @@ NAMES = {
 
 
 def name_of(variant: str) -> str:
-    """What a picture calls a variant of a study; a file of yours by its own name."""
+    """The name of a study's variant in pictures; a file of yours keeps its own."""
     first, *rest = variant.split(", ")
     return ", ".join([NAMES.get(first, first), *rest])
 
@@ -340,7 +339,7 @@ VARIANTS = {
 @_styled
 def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
     """Accuracy against the number of pairs, for those of VARIANTS that are in rows: a line through
-    the mean of all seeds in a band from the lowest to the highest.
+    the mean over the seeds, in a band from the lowest to the highest.
 
     rows: the runs of a card of nala_min.lab.compare.
     """
@@ -367,8 +366,7 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
 
 @_styled
 def study(panels: dict[str, list[dict[str, Any]]], title: str = "") -> Figure:
-    """A panel for each of some results: for each variant one dot per run, and a stroke at their
-    mean.
+    """One panel per result: for each variant a dot per run and a stroke at the mean.
 
     panels: by the name of the result, the runs of a card of nala_min.lab.compare.
     """

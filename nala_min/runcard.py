@@ -1,4 +1,5 @@
-"""Run cards: what made a result, so that anyone can make it again; and files written whole."""
+"""Run cards, which record what made a result so anyone can make it again; and files written
+whole."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ def run_card(
     seconds: float,
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything needed to make a result again, ready for JSON.
+    """Everything needed to repeat a result, ready for JSON.
 
-    config: what decides the result; data: its name and checksum; seconds: how long it took.
+    config: what determines the result; data: its name and checksum; seconds: the time it took.
     """
     return {
         "command": shlex.join([*_launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -75,7 +76,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> str:
-    """A sentence on what the committed cards reached with this config, whatever the seed.
+    """A sentence on what the committed cards reached with this config, for any seed.
 
     pattern: file names in RESULTS; sha256: of the data; result: a name in the cards' results.
     """
@@ -93,8 +94,11 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
 
 
 def prove_writable(*paths: Path | str, flag: str = "--out") -> None:
-    """Make the folders of paths, and try that files can be written there, before the work for them
-    begins. Leaves no file behind. Raises UsageError, with the name of the flag that says where."""
+    """Make the folders of paths and check that files can be written there, before the work for them
+    begins. Leaves no file behind.
+
+    Raises UsageError with the name of the flag that sets the folder.
+    """
     for path in map(Path, paths if distributed.rank() == 0 else ()):  # the first process writes
         trial = path.with_name(path.name + ".trial")
         try:
@@ -110,8 +114,10 @@ def prove_writable(*paths: Path | str, flag: str = "--out") -> None:
 
 
 def plain(value: Any) -> Any:
-    """value as JSON would bring it back: NumPy's numbers, tensors and paths become plain values.
-    Raises TypeError for what JSON cannot hold."""
+    """value as JSON would return it: NumPy numbers, tensors and paths become plain values.
+
+    Raises TypeError for what JSON cannot hold.
+    """
 
     def convert(x: Any) -> Any:
         if hasattr(x, "tolist"):
@@ -124,18 +130,18 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write value, made plain, as indented JSON, whole or not at all."""
+    """Write value, made plain, as indented JSON, completely or not at all."""
     text = json.dumps(plain(value), indent=2) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def read_json(path: Path | str) -> Any:
-    """What write_json wrote."""
+    """Read what write_json wrote."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file that is there whole or not at all: a temporary file, then a rename."""
+    """Write a file completely or not at all: a temporary file, then a rename."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:

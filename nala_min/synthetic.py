@@ -1,4 +1,4 @@
-"""What stands in for real data where there is no network: drawn digits, and the Python manual."""
+"""Stand-ins for real data where there is no network: drawn digits, and the Python manual."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FONTS = (
 
 
 def drawn_digits(num_train: int, num_test: int) -> tuple[Pair, Pair]:
-    """Digits in many fonts, turned, bent and coloured, over clutter: the shape of CIFAR-10, made in
-    seconds, always the same. Light on dark as often as dark on light, so that no linear classifier
-    can read them.
+    """Digits in many fonts, rotated, bent and coloured, over clutter: shaped like CIFAR-10, made in
+    seconds, always the same. Light on dark as often as dark on light, so no linear classifier can
+    read them.
 
-    Returns those to train on and those to test on: images (n, 3, 32, 32) uint8, labels (n,) int64.
+    Returns training and test data: images (n, 3, 32, 32) uint8, labels (n,) int64.
     """
     glyphs = draw_glyphs()
     parts = []

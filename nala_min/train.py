@@ -1,4 +1,4 @@
-"""The training loop that both scripts share, with its settings, recipe and optimisers."""
+"""The training loop that both scripts share, with settings, recipe and optimisers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from nala_min.model import ATTENTIONS
 
 @dataclass
 class Settings:
-    """The flags that every script has; a script's own subclass adds to them. What PRESETS names
-    has the value of the chosen preset, unless it is given.
+    """Flags that every script has; a script's subclass adds its own. A flag named in PRESETS takes
+    the value of the chosen preset unless it is given.
 
     Raises UsageError for values that no run can have.
     """
@@ -104,12 +104,12 @@ class Settings:
         self.out = Path(self.out or Path("runs") / run)
 
     def config(self) -> dict[str, Any]:
-        """What decides the result, ready for JSON."""
+        """What determines the result, ready for JSON."""
         flags = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
         return flags | ({"attention_sha256": self.files} if self.files else {})
 
     def recipe(self, device: torch.device) -> Recipe:
-        """How to train: ten points on the curve, and on a CUDA card in bfloat16."""
+        """The recipe: ten points on the curve; bfloat16 on a CUDA card."""
         every, half = max(1, self.steps // 10), device.type == "cuda"
         return Recipe(
             self.steps,
@@ -124,8 +124,11 @@ class Settings:
 
 
 def load_attentions(config: dict[str, Any], settings: Settings) -> None:
-    """Register the files that a saved run's attention was in, wherever --attention says that they
-    are now. Raises UsageError for one that is not there any more, or has changed."""
+    """Register the files that define a saved run's attention, at the places that --attention names
+    now.
+
+    Raises UsageError for a file that is missing or has changed.
+    """
     places = {digest: name for name, digest in settings.files.items()}
     for name, digest in config.get("attention_sha256", {}).items():
         place, dim = places.get(digest, name), config["dim"] // config["heads"]
@@ -141,7 +144,7 @@ def load_attentions(config: dict[str, Any], settings: Settings) -> None:
 
 
 def block_options(config: dict[str, Any]) -> dict[str, Any]:
-    """What a run's config says of its model's blocks, for LMConfig and ViTConfig."""
+    """The options for LMConfig and ViTConfig in a run's config."""
     names = config["attention"].split(",")
     return {
         "num_layers": config["layers"],
@@ -153,10 +156,10 @@ def block_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called name; "auto" is the first of cuda, mps, cpu that is there. Of several
-    processes on a machine, each takes a CUDA card of its own.
+    """The device called name; "auto" is the first available of cuda, mps, cpu. With several
+    processes on a machine, each takes its own CUDA card.
 
-    Raises UsageError for one that is not there.
+    Raises UsageError for a device that is not available.
     """
     several, place = distributed.world_size() > 1, distributed.local_rank()
     there = {
@@ -183,7 +186,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # rate ÷ the highest, after
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, or Muon beside it, with a linear warm-up and a schedule's decay."""
+    """How to train: AdamW, or Muon beside it, with linear warm-up and then a schedule's decay."""
 
     steps: int
     learning_rate: float
@@ -198,17 +201,17 @@ class Recipe:
     seed: int = 1  # of dropout
 
     def learning_rate_at(self, step: int, highest: float) -> float:
-        """Learning rate of step 0, 1, ..., steps - 1, which rises to highest and falls."""
+        """Learning rate of step 0, 1, ..., steps - 1; its peak is highest."""
         warm = min(1.0, (step + 1) / self.warmup)
         return highest * warm * SCHEDULES[self.schedule](step / self.steps)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal before it is added, so that every direction learns
-    at one speed (Jordan and others 2024, https://kellerjordan.github.io/posts/muon).
+    """Momentum whose matrix is made orthogonal before it is added, so every direction learns at the
+    same speed (Jordan and others 2024, https://kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon takes no convolutions, and works in bfloat16, which is slow on a CPU that lacks
-    such arithmetic.
+    torch.optim.Muon does not take convolutions, and works in bfloat16, which is slow on a CPU
+    without such arithmetic.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float):
@@ -231,10 +234,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The matrix nearest to orthogonal in x's direction: singular values of 1, or about it.
+    """The nearest orthogonal matrix to x, roughly: its singular values become about 1.
 
-    x: (R, S). By Newton and Schulz's iteration with Jordan's coefficients: five steps of an odd
-    polynomial bring every singular value between 0.002 and 1 to between 0.68 and 1.21.
+    x: (R, S). By Newton-Schulz iteration with Jordan's coefficients: five steps of an odd
+    polynomial map singular values between 0.002 and 1 to between 0.68 and 1.21.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonal(x.mT).mT
@@ -249,8 +252,8 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW that decays matrices, but not biases and normalisation gains. With recipe.muon it
-    leaves all matrices to Muon but those at the model's two ends, embedding and head."""
+    """AdamW, which decays matrices but not biases and normalisation gains. With recipe.muon, Muon
+    takes all matrices except those at the model's ends, embedding and head."""
     ends = [getattr(model, name).weight for name in ("embed", "head") if hasattr(model, name)]
     inner = []
     if recipe.muon:
@@ -268,7 +271,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
 
 
 def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """Parameters with a learning rate of their own."""
+    """Groups of parameters, each with its own learning rate."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
@@ -278,7 +281,7 @@ def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
 def update(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, clip: float
 ) -> None:
-    """One step downhill: gradients of loss, at most of norm clip, and every optimiser's move."""
+    """One step: gradients of loss, clipped to norm clip, and a step of each optimiser."""
     model.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -298,25 +301,24 @@ def fit(
     resume: bool = False,
     compile: bool = False,
 ) -> tuple[list[dict[str, float]], float]:
-    """Train model in place, on the device it is on.
+    """Train model in place, on its device.
 
     batch(step) gives inputs and targets and must depend on step alone; loss(model, inputs, targets)
-    a scalar; evaluate(model) numbers by name, as validation_loss. At the start, before and after
-    evaluate every recipe.eval_every steps and at the end, and on Ctrl-C, checkpoint is written:
-    model, optimiser, history and extra, a dict of plain values that must be the same when the run
-    is resumed. All that is random is a function of recipe.seed and the step, so a resumed run is
-    the same run.
-    Afterwards every module is in the mode, training or evaluation, in which it was. compile: train
-    with torch.compile where there is a compiler; only training, so a checkpoint is the same.
+    gives a scalar; evaluate(model) gives numbers by name, such as validation_loss. checkpoint is
+    written at the start, before and after evaluate every recipe.eval_every steps and at the end,
+    and on Ctrl-C: model, optimisers, history and extra, a dict of plain values that must be the
+    same when the run is resumed. All randomness is a function of recipe.seed and the step, so a
+    resumed run is the same run. Afterwards each module is in its earlier mode, training or
+    evaluation. compile: train with torch.compile if there is a compiler; evaluation and checkpoints
+    stay the same.
 
-    Of several processes each computes the gradient of its share of a batch; the first evaluates
+    With several processes, each computes the gradient of its share of a batch; the first evaluates
     and writes.
 
-    Returns the history, a dict of step, train_loss and what evaluate gave a point, and the seconds
-    spent.
-    Raises UsageError if checkpoint cannot be written, is to be resumed from and is not of this run,
-    or is of another run that would be overwritten; TypeError if extra, or what evaluate gave, has
-    more than plain values. KeyboardInterrupt says how to go on.
+    Returns the history, a dict per point with step, train_loss and the numbers from evaluate, and
+    the seconds spent. Raises UsageError if checkpoint cannot be written, belongs to another run, or
+    to an unfinished one and resume is not set; TypeError if extra or the numbers from evaluate are
+    not plain values. KeyboardInterrupt says how to continue.
     """
     device = next(model.parameters()).device
     run = Run(model, make_optimizers(model, recipe), recipe.steps, checkpoint, extra)
@@ -358,7 +360,7 @@ def fit(
 
 
 def _can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works for device; if not, say so."""
+    """Whether torch.compile works for device; if not, says so."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, no Python headers
@@ -368,7 +370,7 @@ def _can_compile(device: torch.device) -> bool:
 
 
 def _progress(first: int, steps: int) -> tqdm:
-    """One bar, however many processes there are."""
+    """One progress bar for all processes."""
     return tqdm(
         total=steps,
         initial=first,
@@ -380,5 +382,5 @@ def _progress(first: int, steps: int) -> tqdm:
 
 
 def _mixed(*numbers: int) -> int:
-    """A seed that depends on all of numbers."""
+    """A seed that depends on all numbers."""
     return random.Random(repr(numbers)).getrandbits(63)

@@ -1,7 +1,6 @@
-"""How fast, in how much memory? `python -m nala_min.lab.bench` measures attention against the
-number of tokens, decoding against the context, and whole training steps, NaLa beside the fused
-softmax. HOW says how. Prints tables, writes a run card and a picture.
-"""
+"""Speed and memory: `python -m nala_min.lab.bench` measures attention against the number of tokens,
+decoding against the context, and whole training steps, for NaLa and the fused softmax. HOW explains
+the method. Prints tables and writes a run card and a picture."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ it leaves them itself and not as another call does; on a GPU the caches are flus
 
 @dataclass
 class Settings:
-    """Measure the speed and the memory of attention, of decoding and of training steps."""
+    """Measure the speed and memory of attention, decoding and training steps."""
 
     quick: bool = flag(False, "up to 4,096 tokens, and fewer repetitions: under a minute")
     peers: bool = flag(False, "instead, compare with other libraries that are installed")
@@ -62,7 +61,7 @@ class Settings:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """How long call takes; on a GPU by its own events, after its caches were flushed."""
+    """Time of one call; on a GPU by its own events, after flushing its caches."""
     if device.type != "cuda":
         finish = torch.mps.synchronize if device.type == "mps" else lambda: None
         finish()
@@ -80,8 +79,8 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def peak_of(call: Call, device: torch.device, compiled: bool) -> int | None:
-    """The most bytes that tensors made by call hold at one time; None where they are not seen,
-    inside what was compiled for a CPU."""
+    """Most bytes held at one time by tensors made in call; None where they cannot be seen, inside
+    code compiled for a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -96,11 +95,11 @@ def peak_of(call: Call, device: torch.device, compiled: bool) -> int | None:
 
 
 def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> dict[Any, Row]:
-    """Time calls in turns until budget seconds are over, but at least three times each.
+    """Time calls in turn until budget seconds have passed, but at least three times each.
 
-    Returns for each its median, lowest and highest seconds, how often it ran, and the peak of the
+    Returns for each call the median, lowest and highest seconds, the number of runs, and the peak
     memory of one more run, the first, which is not timed. A call that alone would use up the budget
-    is timed in that run, and only there: what it leaves behind matters little then.
+    is timed in that run only: what it leaves in memory matters little then.
     """
     found: dict[Any, list[float]] = {name: [] for name in calls}
     peaks = {}
@@ -134,8 +133,8 @@ def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> d
 
 
 def forms(causal: bool, compiled: bool) -> dict[str, Callable[..., Tensor]]:
-    """What is compared, each a function of q, k and v. "product" takes features for q and k: what
-    attention costs without its feature map."""
+    """The forms to compare, each a function of q, k and v. "product" takes features for q and k:
+    the cost of attention without its feature map."""
     attention = partial(nala_attention, causal=causal)
     found = {
         "softmax": partial(softmax_attention, causal=causal),
@@ -155,7 +154,7 @@ def forms(causal: bool, compiled: bool) -> dict[str, Callable[..., Tensor]]:
 
 
 def passes(form: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Call]:
-    """The two things to time: the forward pass alone, and with the backward pass."""
+    """The two calls to time: the forward pass alone, and with the backward pass."""
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -170,14 +169,14 @@ def passes(form: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Call]
 
 
 def heads(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random (B, H, N, D), laid out as a model has it: all heads of one token side by side."""
+    """Random (B, H, N, D), in the memory layout of a model: all heads of one token side by side."""
     return torch.randn(BATCH, length, HEADS, DIM, device=device, dtype=dtype).transpose(1, 2)
 
 
 def attention_rows(
     lengths: list[int], device: torch.device, dtype: torch.dtype, budget: float, compiled: bool
 ) -> Iterator[list[Row]]:
-    """For each length and direction the rows of all forms and both passes."""
+    """For each length and direction, the rows of all forms and both passes."""
     for length in lengths:
         inputs = [heads(length, device, dtype).requires_grad_() for _ in range(3)]
         q, k, v = inputs
@@ -199,7 +198,7 @@ def attention_rows(
 
 
 def crossover(rows: list[Row], form: str = "nala", **which: Any) -> int | None:
-    """The first length from which on form's median is never above softmax's, or None."""
+    """The smallest length from which form's median never exceeds softmax's, or None."""
     times = {
         name: {row["length"]: row["median"] for row in select(rows, form=name, **which)}
         for name in ("softmax", form)
@@ -223,9 +222,9 @@ def select(rows: list[Row], **which: Any) -> list[Row]:
 def decode_rows(
     contexts: list[int], device: torch.device, dtype: torch.dtype, budget: float
 ) -> list[Row]:
-    """One token more after a context, the mean of BURST in a row. "nala" has its state;
-    "softmax_grown" is softmax as our model decodes, which appends to its keys and values; "softmax"
-    attends to a cache that was laid out beforehand, so that nothing is copied."""
+    """Time per token after a context, as the mean over BURST tokens. "nala" has its state;
+    "softmax_grown" is softmax as our model decodes, appending to its keys and values; "softmax" has
+    a preallocated cache, so nothing is copied."""
     token = [heads(1, device, dtype) for _ in range(3)]
     options = {"causal": True, "return_state": True}
 
@@ -262,7 +261,7 @@ def decode_rows(
 
 
 def step_rows(device: torch.device, budget: float) -> list[Row]:
-    """A step of training the Shakespeare model in float32, from tokens to new weights, for each
+    """A training step of the Shakespeare model in float32, from tokens to new weights, for each
     attention."""
     found = []
     for block, batch in STEPS.items():
@@ -274,7 +273,7 @@ def step_rows(device: torch.device, budget: float) -> list[Row]:
 
 
 def training_step(attention: str, tokens: Tensor, device: torch.device) -> Call:
-    """One step of a model of the default size, its optimiser's included. tokens: (B, N + 1)."""
+    """One step of a model of the default size, including its optimiser. tokens: (B, N + 1)."""
     torch.manual_seed(0)
     model = NaLaLM(LMConfig(vocab_size=65, attention=attention)).to(device)
     recipe = train.Recipe(steps=1000, learning_rate=1e-3)
@@ -292,8 +291,8 @@ def training_step(attention: str, tokens: Tensor, device: torch.device) -> Call:
 
 
 def peers() -> dict[str, Callable[..., Tensor]]:
-    """Causal linear attention of the libraries that are installed, as functions of features
-    phi_q, phi_k and of v, with a normaliser; and ours of the same."""
+    """Causal linear attention in the installed libraries, as functions of features phi_q, phi_k and
+    of v, with a normaliser; and ours of the same."""
     found = {"nala": partial(nala_attention, causal=True, feature_map="relu")}
     if find_spec("fla"):
         from fla.ops.linear_attn.naive import naive_chunk_linear_attn
@@ -319,8 +318,8 @@ def peers() -> dict[str, Callable[..., Tensor]]:
 
 
 def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterator[list[Row]]:
-    """For each length the rows of all libraries, in float32, which must agree with ours. All
-    tensors are laid out heads first."""
+    """For each length, the rows of all libraries, in float32; their outputs must agree with ours.
+    Heads come first in memory."""
     for length in lengths:
         q, k, v = (heads(length, device, torch.float32).contiguous() for _ in range(3))
         inputs = [x.requires_grad_() for x in (query_features(q), key_features(k), v)]
@@ -342,7 +341,7 @@ def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterat
 
 
 def table(rows: list[Row], beside: str = "softmax") -> str:
-    """A line a row: what was measured, milliseconds, times as fast as beside, and memory."""
+    """One line per row: what was measured, milliseconds, the ratio to beside, and memory."""
     (along,) = (name for name in ("length", "context", "block") if name in rows[0])
     lines = []
     for row in rows:
@@ -358,8 +357,8 @@ def table(rows: list[Row], beside: str = "softmax") -> str:
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether torch.compile works here, for which it needs a C++ compiler, on a GPU triton. If it
-    does not, says so."""
+    """Whether torch.compile works here, which needs a C++ compiler, or triton on a GPU. If it does
+    not, says so."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds
@@ -369,7 +368,7 @@ def compiles(device: torch.device) -> bool:
 
 
 def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """The results of a run card, printed while they come."""
+    """The results of a run card, printed as they arrive."""
     dtype, budget = getattr(torch, settings.dtype), 0.5 if settings.quick else 4.0
     lengths = [2**i for i in range(6, 13 if settings.quick else 17)]
     rows: list[Row] = []

@@ -1,12 +1,11 @@
-"""Does norm-awareness help, and when? `python -m nala_min.lab.compare` trains what a study
-compares, each several times, and writes one run card with all of it.
+"""Does norm-awareness help, and when? `python -m nala_min.lab.compare` trains each variant of a
+study several times and writes one run card for all of them.
 
-A study is a task and the attentions that are compared on it: the same block, data in the same
-order, steps, schedule and seeds, and parameters as equal as they can be. A run has one CPU thread,
-so that its numbers do not depend on how many run at a time. What is finished is not run again, even
-if the code has changed since: delete its folder. What was interrupted goes on. Prints a table:
-mean, lowest and highest over the seeds, and the paired difference from NaLa's with its 95 %
-interval.
+A study is a task and the attentions compared on it: the same block, data in the same order, steps,
+schedule and seeds, and parameters as equal as possible. Each run has one CPU thread, so its numbers
+do not depend on how many run at the same time. A finished run is not repeated, even if the code has
+changed: delete its folder to repeat it. An interrupted run continues. Prints a table: mean, lowest
+and highest over the seeds, and the paired difference from NaLa with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from nala_min.lab.studies import STUDIES, Study, Task, Variant, variant_of
 
 
 def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """Train one variant once, or go on with it, in folder. Returns its row of the study's card."""
+    """Train one variant, or continue its run, in folder. Returns its row of the study's card."""
     extra, variant = _extra(task, name, seed), variant_of(name)  # registers a file of yours
     torch.manual_seed(seed)
     model = task.build(variant)
@@ -81,7 +80,7 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
 
 
 def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
-    """run, in a process that says nothing."""
+    """Do a run silently, in a process of its own."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
@@ -92,8 +91,8 @@ def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[s
 
 
 def _identity(task: Task, name: str) -> dict[str, Any]:
-    """What a run that is to be taken for done must have been trained on, and with which content of
-    a file of yours, which is registered here."""
+    """What a finished run must have been trained on, including the content of a file of yours,
+    which is registered here."""
     identity = {"task": repr(task), "data": task.data_info()}
     if relatives.is_file(name):
         identity["attention_sha256"] = relatives.register(name, task.channels, causal=task.CAUSAL)
@@ -101,12 +100,12 @@ def _identity(task: Task, name: str) -> dict[str, Any]:
 
 
 def _extra(task: Task, name: str, seed: int) -> dict[str, Any]:
-    """What the checkpoint of a run says of it."""
+    """What a run's checkpoint says about it."""
     return runcard.plain({"variant": name, "seed": seed} | _identity(task, name))
 
 
 def finished(study: Study, folder: Path) -> dict[tuple[str, int], dict[str, Any] | None]:
-    """The row of every run of study, by variant and seed; None for one that is left to do."""
+    """The row of each run of study, by variant and seed; None for a run still to do."""
     rows = {}
     for seed in range(1, study.seeds + 1):
         for name in study.variants:
@@ -124,8 +123,8 @@ def _place(folder: Path, name: str, seed: int) -> Path:
 
 
 def prove_runs(study: Study, folder: Path) -> None:
-    """Raise UsageError if a run that is left cannot be written to its folder, or finds there the
-    checkpoint of another."""
+    """Raise UsageError if a run still to do cannot be written to its folder, or finds another run's
+    checkpoint there."""
     for (name, seed), row in finished(study, folder).items():
         if row is None:
             path = _place(folder, name, seed) / "checkpoint.pt"
@@ -138,7 +137,8 @@ def prove_runs(study: Study, folder: Path) -> None:
 
 
 def _start_worker(parent: Connection) -> None:
-    """End this process with the one that started it, which passes on what a terminal tells both."""
+    """End this process together with its parent, which forwards what the terminal signals to
+    both."""
     if hasattr(signal, "SIGHUP"):  # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own would outlive this process, were it killed
@@ -146,8 +146,8 @@ def _start_worker(parent: Connection) -> None:
 
 
 def _end_with(parent: Connection) -> None:
-    """Wait until the other end of parent is closed, as it is when its process ends, however that
-    was. Then train.fit saves the run at hand; between two runs the process ends."""
+    """Wait until the other end of parent closes, as it does when its process ends for any reason.
+    Then train.fit saves the current run; between two runs the process ends."""
     with suppress(EOFError):
         parent.recv()
     while True:
@@ -157,7 +157,7 @@ def _end_with(parent: Connection) -> None:
 
 @contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    """By this process for the moment, and for good by those that it starts in the block."""
+    """Ignore Ctrl-C: in this process inside the block, in processes started there for good."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -166,7 +166,8 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 
 def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[str, Any]]:
-    """Every run of study that folder does not hold yet, several at a time. Returns all rows."""
+    """Do all runs of study that are not in folder yet, several at the same time. Returns all
+    rows."""
     rows = finished(study, folder)
     left = [key for key, row in rows.items() if row is None]
     context = multiprocessing.get_context("spawn")
@@ -205,13 +206,13 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 
 def values(rows: list[dict[str, Any]], variant: str, result: str) -> list[float]:
-    """A result of every run of variant, by seed."""
+    """A result of each run of variant, by seed."""
     found = sorted((row["seed"], row[result]) for row in rows if row["variant"] == variant)
     return [value for _, value in found]
 
 
 def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """Mean of ours - theirs, seed by seed, and half its 95 % interval, by Student's t."""
+    """Mean of ours - theirs, paired by seed, and half its 95 % interval, by Student's t."""
     pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(pairs) < 2:
         return mean(pairs), math.inf
@@ -219,7 +220,7 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]], result: str) -> str:
-    """A line a variant: mean, lowest and highest result, difference from NaLa."""
+    """One line per variant: mean, lowest and highest result, difference from NaLa."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
     lines = [f"{result:<28}    mean    lowest   highest   minus nala's (95 %)"]
     for name in names:
@@ -243,8 +244,8 @@ COLUMNS = {
 
 
 def overview(studies: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> str:
-    """A Markdown table: mean and, in brackets, lowest and highest result of each of the variants
-    called names in each study, of which studies holds the rows."""
+    """A Markdown table: for each variant in names and each study, the mean result with the lowest
+    and highest in brackets. studies: their rows."""
     heading = ["attention", *(COLUMNS[study][0] for study in studies)]
     lines = [heading, ["---"] * len(heading)]
     for name in names:
@@ -263,7 +264,8 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container's processor time, on Li
 
 
 def processors() -> int:
-    """How many processors this process may use, by its affinity and its container; at most MOST."""
+    """Number of processors available to this process, by its affinity and its container; at most
+    MOST."""
     if hasattr(os, "process_cpu_count"):  # Python 3.13
         count = os.process_cpu_count() or 1
     elif hasattr(os, "sched_getaffinity"):  # Linux
@@ -298,7 +300,7 @@ class Settings:
 
 
 def chosen(settings: Settings, name: str) -> Study:
-    """The study called name, with what the flags say of it."""
+    """The study called name, as the flags change it."""
     study = STUDIES[name]
     own = {"file": settings.data, "folder": settings.data_dir}
     has = {key: value for key, value in own.items() if hasattr(study.task, key)}
@@ -309,7 +311,8 @@ def chosen(settings: Settings, name: str) -> Study:
 
 
 def prove(study: Study, folder: Path, attention: str | None) -> None:
-    """Raise UsageError for what would end the study later: its data, your file or its folders."""
+    """Raise UsageError for anything that would stop the study later: its data, your file or its
+    folders."""
     try:
         study.task.data_info()
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What compare.py compares: attentions, the tasks they are trained on, and the studies."""
+"""The attentions, tasks and studies that compare.py runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNSEEN = 10**6  # a seed for tests, with which nothing is trained
 
 @dataclass(frozen=True)
 class Variant:
-    """An attention, and what is changed in a block for it."""
+    """An attention, and a change to its block or learning rates."""
 
     attention: str = "nala"  # as in BlockConfig, or with a comma a name for each block
     norm_scale: float | None = 1.0  # as in BlockConfig
@@ -36,7 +36,7 @@ class Variant:
 
 
 class _Open(nn.Module):
-    """The projection of a block whose gate is always open: SiLU gives 1."""
+    """The projection of a block whose gate is always open: SiLU of it is 1."""
 
     def __init__(self, project: nn.Linear):
         super().__init__()
@@ -110,7 +110,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant_of(name: str) -> Variant:
-    """The variant called name; a file of yours is an attention by its own name."""
+    """The variant called name; for a file of yours, its attention."""
     return VARIANTS.get(name) or Variant(name)
 
 
@@ -119,7 +119,7 @@ def variant_of(name: str) -> Variant:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a model is trained on and how it is judged. A batch depends on seed and step alone."""
+    """What a model is trained on and how it is tested. A batch depends on seed and step alone."""
 
     steps: int
     learning_rate: float
@@ -132,12 +132,12 @@ class Task(ABC):
 
     @property
     def channels(self) -> int:
-        """D, of a head."""
+        """D, channels per head."""
         return self.sizes[2] // self.sizes[1]
 
     @abstractmethod
     def build(self, variant: Variant) -> nn.Module:
-        """A new model, from PyTorch's own generator."""
+        """A new model, initialised from PyTorch's own generator."""
 
     def layers(self, model: nn.Module) -> list[GatedAttention]:
         return [block.attention for block in model.blocks]
@@ -152,13 +152,13 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Numbers by name, among them self.result."""
+        """Results by name, including self.result."""
 
     def attention_stats(self, model: nn.Module) -> list[dict[str, Any]] | None:
         return None
 
     def data_info(self) -> dict[str, Any]:
-        """The data, for the card."""
+        """Description of the data for the card."""
         return {"name": "generated"}
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
@@ -178,8 +178,8 @@ def _blocks(variant: Variant, layers: int, heads: int, dim: int) -> dict[str, An
 
 
 class PairEmbedding(nn.Module):
-    """Of tokens that hold a key and a value: token = key (symbols + 1) + value, and symbols in the
-    place of a value that is not told. The sum of two vectors."""
+    """Embeds tokens that hold a key and a value, as the sum of two vectors. token = key (symbols +
+    1) + value, with value = symbols if it is not given."""
 
     def __init__(self, symbols: int, dim: int):
         super().__init__()
@@ -194,9 +194,10 @@ class PairEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class Recall(Task):
-    """Multi-query associative recall: pairs of a key and a value, a token each, then every key once
-    more, in another order; its value is to be named. Easy for softmax, which looks a key up, hard
-    for a state of fixed size that must hold all pairs (Arora and others 2023, arXiv 2312.04927)."""
+    """Multi-query associative recall: pairs of a key and a value, one token per pair, then every
+    key again in another order; the answer is its value. Easy for softmax, which looks a key up;
+    hard for a state of fixed size that must hold all pairs (Arora and others 2023, arXiv
+    2312.04927)."""
 
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)  # drawn anew each step
     symbols: int = 64  # different keys, and as many values
@@ -231,7 +232,7 @@ class Recall(Task):
         return tokens, torch.from_numpy(np.take_along_axis(values, order, axis=1))
 
     def write(self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
-        """The text that tells the pairs and asks for them."""
+        """The text that gives the pairs and then asks for them."""
         told = keys * (self.symbols + 1) + values
         return np.concatenate([told, queries * (self.symbols + 1) + self.symbols], axis=1)
 
@@ -262,7 +263,7 @@ class Recall(Task):
 
 @dataclass(frozen=True)
 class Binding(Recall):
-    """The same with key and value as two tokens, which a model must first bind to one another."""
+    """The same with key and value as two tokens, which a model must first bind to each other."""
 
     pairs: tuple[int, ...] = (2, 4, 8, 16)
     sizes: tuple[int, int, int] = (2, 2, 64)
@@ -281,8 +282,8 @@ class Binding(Recall):
 
 
 class Bare(GatedAttention):
-    """An attention alone: one head, queries and keys by a matrix each, no gate, no convolution, no
-    normalisation, so that the scale of what asks is the scale of the query."""
+    """A single attention: one head, one matrix each for queries and keys, no gate, no convolution,
+    no normalisation. The scale of the question is therefore the scale of the query."""
 
     def __init__(self, size: int, dim: int, variant: Variant):
         nn.Module.__init__(self)
@@ -301,12 +302,13 @@ class Bare(GatedAttention):
 
 @dataclass(frozen=True)
 class Sharpness(Task):
-    """Made for the claim: one direction asks for one item when it is long, for the mean of many
-    when it is short. There are 16 items in 4 groups of 4, each with a code, its group's and its
-    own, and a random value. A query is an item's code times 4: its value is wanted; or times 1/4:
-    the mean of its group, or of all items. A kernel that is blind to the norm answers both alike.
+    """Made to test the claim: a long vector asks for one item, a short one in the same direction
+    for the mean of many.
 
-    The error is squared, in units of the variance of what is wanted: knowing nothing gives 1.
+    There are 16 items in 4 groups of 4. Each has a code, which is its group's and its own, and a
+    random value. A query is an item's code times 4, which asks for its value, or times 1/4, which
+    asks for the mean of its group, or of all items. A kernel that ignores the norm gives both the
+    same answer. The error is squared, in units of the target's variance: knowing nothing gives 1.
     """
 
     of: int = 4  # how many items a short query asks for the mean of: its group, or all 16
@@ -328,8 +330,8 @@ class Sharpness(Task):
         return self.examples(64, seed, step)
 
     def examples(self, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs (count, 16, 48): queries, codes and values; and targets (count, 16, 9): what is
-        wanted, in units of its deviation, and this unit."""
+        """Inputs (count, 16, 48): queries, codes and values; targets (count, 16, 9): the answer in
+        units of its standard deviation, and that unit."""
         random = np.random.default_rng([seed, step])
         group = np.arange(self.ITEMS) // (self.ITEMS // self.GROUPS)
         codes = np.concatenate([np.eye(self.GROUPS)[group], np.eye(self.ITEMS)], axis=1) / 2**0.5
@@ -384,7 +386,7 @@ def _text(file: Path | None, block: int) -> tuple[data.Text, data.Vocabulary, Te
 
 @dataclass(frozen=True)
 class Text(Task):
-    """Tiny Shakespeare, with the model and the batches of train_shakespeare.py."""
+    """Tiny Shakespeare, with models and batches like those of train_shakespeare.py."""
 
     sizes: tuple[int, int, int] = (4, 4, 128)  # layers, heads, dim
     block: int = 128
@@ -396,7 +398,7 @@ class Text(Task):
     result = "validation loss"
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """The tokens to train on, and those to validate on."""
+        """The tokens for training and those for validation."""
         *_, training, validation = _text(self.file, self.block)
         cut = len(training) * 9 // 10
         return (training[:cut], training[cut:]) if self.held_out else (training, validation)
@@ -430,7 +432,7 @@ _images = cache(data.load_images)
 
 @dataclass(frozen=True)
 class Pictures(Task):
-    """CIFAR-10, with the model and the batches of train_cifar.py."""
+    """CIFAR-10, with models and batches like those of train_cifar.py."""
 
     sizes: tuple[int, int, int] = (3, 4, 64)  # layers, heads, dim
     patch: int = 4
@@ -490,7 +492,7 @@ BLOCK = ("no gate", "softmax, no gate", "no convolution", "softmax, no convoluti
 
 @dataclass(frozen=True)
 class Study:
-    """A task, what is compared on it, and how often."""
+    """A task, the variants compared on it, and the number of seeds."""
 
     task: Task
     quick: dict[str, Any]  # of the task, for --quick
