@@ -98,7 +98,7 @@ def test(model: NaLaViT, images: data.Images) -> dict[str, Any]:
     confusion = measure.confusion_matrix(logits.argmax(dim=1), images.test[1], len(images.classes))
     print(
         f"Test accuracy {numbers['test_accuracy']:.2%}, loss {numbers['test_loss']:.4f}, on"
-        f" {len(logits):,} images of {images.name}. Most often taken for one another:"
+        f" {len(logits):,} images of {images.name}. Most often confused:"
     )
     for i, j, mistakes in measure.worst_pairs(confusion):
         print(f"  {images.classes[i]} and {images.classes[j]}: {mistakes} times")

@@ -244,15 +244,14 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
 
 @torch.no_grad()
 def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
-    """How each block attends, first to last, while model reads inputs as in attention_inputs, of
-    them the first that it reads at_once.
+    """How each block attends, from the first to the last, when model reads inputs as in
+    attention_inputs, or as many of them as it reads at_once.
 
-    For each block its attention and, over all heads and examples, the QUANTILES of: query_norm and,
-    of NaLa, power, Eq. (7), of every token; entropy in nats and top, the weight of the heaviest
-    key, of QUERIES patches, evenly chosen, but of a text only of the last token, which sees all
-    others; of linear attention also least_normaliser, the smallest of what it divides by. An
-    attention that is a module has no weights in common for all channels of a value, and so no
-    entropy.
+    For each block: its attention, and QUANTILES over all heads and examples of query_norm and, for
+    NaLa, power, Eq. (7), of all tokens; of entropy in nats and top, the largest weight, for QUERIES
+    evenly chosen patches, or for the last token of a text, which sees all others; and for linear
+    attention least_normaliser, the smallest value that it divides by. An attention that is a module
+    has no weights common to all channels of a value, and so no entropy.
     """
     blocks, inputs = [], inputs[: at_once(model, inputs)]
     for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):

@@ -364,7 +364,7 @@ def _can_compile(device: torch.device) -> bool:
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, no Python headers
-        print(f"--compile: no compiler works ({type(error).__name__}): training goes on without.")
+        print(f"--compile: no compiler works ({type(error).__name__}): training without it.")
         return False
     return True
 

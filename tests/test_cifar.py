@@ -179,7 +179,7 @@ def test_a_run_prints_its_data_its_accuracy_and_what_it_confuses(trained):
     assert "\nstep   200 " in out
     accuracy, loss = f"{results['test_accuracy']:.2%}", f"{results['test_loss']:.4f}"
     said = f"Test accuracy {accuracy}, loss {loss}, on {COUNT} images of {FROM_FOLDER}."
-    assert f"\n{said} Most often taken for one another:\n  cat and ship: " in out
+    assert f"\n{said} Most often confused:\n  cat and ship: " in out
     mistakes = [int(n) for n in re.findall(r"^  \w+ and \w+: (\d+) times$", out, re.MULTILINE)]
     assert 1 <= len(mistakes) <= 3 and all(mistakes)
     assert out.endswith(f"Checkpoint, run card and pictures: {Path('run')}\n")

@@ -104,7 +104,7 @@ def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so(monkeypatch
 
     monkeypatch.setattr(torch, "compile", broken)
     assert bench.compiles(torch.device("cpu")) is False
-    said = "Nothing is compiled: torch.compile does not work here (RuntimeError).\n\n"
+    said = "Without compilation: torch.compile does not work here (RuntimeError).\n\n"
     assert capsys.readouterr().out == said
 
 

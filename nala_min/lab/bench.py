@@ -38,10 +38,10 @@ STEPS = {64: 12, 128: 8, 256: 8}  # characters in a window: windows in a batch
 LONGEST = {"quadratic": 2**11}  # tokens; N x N numbers, whose memory would slow down the others
 BURST = 128  # tokens to decode in a row
 HOW = """\
-What is compared takes turns in one run, so that a slow minute slows all of it. Timed is the call
-alone, its backward pass included where it says so. Inputs are made before, laid out as a model has
-them. In each turn a call runs twice and the second is timed, so that it finds memory and caches as
-it leaves them itself and not as another call does; on a GPU the caches are flushed."""
+All forms take turns in one run, so a slow minute slows each of them. Only the call is timed,
+including its backward pass where stated. Its inputs are made before, in the memory layout of a
+model. In each turn a call runs twice and the second is timed, so it finds memory and caches in the
+state that it leaves itself, not another call; on a GPU the caches are flushed."""
 
 
 @dataclass
@@ -362,7 +362,7 @@ def compiles(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds
-        print(f"Nothing is compiled: torch.compile does not work here ({type(error).__name__}).\n")
+        print(f"Without compilation: torch.compile does not work here ({type(error).__name__}).\n")
         return False
     return True
 
@@ -373,7 +373,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     lengths = [2**i for i in range(6, 13 if settings.quick else 17)]
     rows: list[Row] = []
     if settings.peers:
-        print("Linear attention of given features; the reference is ours")
+        print("Linear attention with given features; the reference is ours")
         for some in peer_rows(lengths[4:-2], device, budget):
             rows += some
             print(table(some, beside="nala"))
@@ -388,12 +388,12 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     for direction, causal in (("causal", True), ("bidirectional", False)):
         for name in ("forward", "forward + backward"):
             places[f"{direction}, {name}"] = crossover(rows, causal=causal, **{"pass": name})
-    print("\nNaLa is never the slower from this many tokens on:")
+    print("\nNaLa is never slower from this many tokens on:")
     for name, length in places.items():
         print(f"  {name}: {length}")
     results = {"attention": rows, "crossover": places}
     results["decode"] = decode_rows(lengths[::2], device, dtype, budget)
-    print("\nOne token more, after N", table(results["decode"]), sep="\n")
+    print("\nOne more token, after N", table(results["decode"]), sep="\n")
     results["steps"] = step_rows(device, budget)
     print("\nOne training step, with windows of N", table(results["steps"]), sep="\n")
     return results
