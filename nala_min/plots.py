@@ -227,12 +227,12 @@ def speed(results: dict[str, Any]) -> Figure:
     """Time and memory of a forward and a backward pass against the number of tokens, and time per
     decoded token against the context. results: those of a card of nala_min.lab.bench."""
     looks = {
-        "softmax": LOOKS["softmax"] | {"label": "softmax, fused kernel"},
+        "softmax": LOOKS["softmax"] | {"label": "softmax, fused"},
         "nala": LOOKS["cosine"],
         "compiled": LOOKS["cosine"] | {"label": "NaLa, compiled", "linestyle": (0, (3, 1, 1, 1))},
-        "readable": {"label": "NaLa, chunked as in model.py", "color": BLUE, "linestyle": "-."},
+        "readable": {"label": "NaLa, as in model.py", "color": BLUE, "linestyle": "-."},
         "quadratic": {"label": "NaLa, quadratic (13c)", "color": PURPLE, "linestyle": ":"},
-        "softmax_grown": {"label": "softmax, cache appended to", "color": GREEN, "linestyle": ":"},
+        "softmax_grown": {"label": "softmax, growing cache", "color": GREEN, "linestyle": ":"},
     }
     picture, panels = figure(1, 3, width=11.5, height=4.2)
     causal = [r for r in results["attention"] if r["causal"] and r["pass"] == "forward + backward"]
@@ -254,16 +254,14 @@ def speed(results: dict[str, Any]) -> Figure:
         axes.set_yscale("log")
         ticks = sorted({row[along] for row in rows})[::2]
         axes.set_xticks(ticks, [f"{n:,}" if n < 2**10 else f"{n // 2**10}k" for n in ticks])
-    panels[0].set(xlabel="number of tokens", ylabel="forward + backward (ms)", title="time")
-    panels[1].set(xlabel="number of tokens", ylabel="beyond q, k, v (MiB)", title="peak memory")
-    panels[2].set(xlabel="tokens before", ylabel="one token more (ms)", title="decoding")
+        axes.legend(loc="upper left", fontsize="x-small")
+    panels[0].set(xlabel="number of tokens", ylabel="forward and backward (ms)", title="Time")
+    panels[1].set(xlabel="number of tokens", ylabel="beyond q, k and v (MiB)", title="Peak memory")
+    panels[2].set(xlabel="tokens read so far", ylabel="time per token (ms)", title="Decoding")
     if (place := results["crossover"]["causal, forward + backward"]) is not None:
         panels[0].axvline(place, ymax=0.65, color=YELLOW, linewidth=1.5)  # below the legend
-        panels[0].annotate(
-            f" from {place:,} tokens on", (place, 0.04), xycoords=("data", "axes fraction")
-        )
-    panels[0].legend(loc="upper left", fontsize="small")
-    panels[2].legend(loc="upper left", fontsize="small")
+        note = f" NaLa is faster\n from {place:,} tokens"
+        panels[0].annotate(note, (place, 0.04), xycoords=("data", "axes fraction"))
     return picture
 
 
