@@ -300,7 +300,7 @@ def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
     picture = tmp_path / "runs" / "speed" / "speed_cpu_float32.png"
     assert picture.exists() == ("--peers" not in flags)
     said = capsys.readouterr().out
-    assert "takes turns in one run" in said and "reference is" in said and "speed_cpu_" in said
+    assert "take turns in one run" in said and "reference is" in said and "speed_cpu_" in said
 
 
 def test_the_committed_cards_are_whole_and_consistent():
