@@ -427,7 +427,8 @@ def test_what_mutants_showed_is_the_run_card():
     assert share >= 0.95 and card["config"]["every"] == 2
     said = (
         f"Of {found['mutants']} mutants of `model.py`, every second one that"
-        f" `tests/tools/mutate.py` makes, {equivalent} do just what it does, as far as we can see;"
-        f" of the others the tests caught {found['caught']}, {share:.1%}"
+        f" `tests/tools/mutate.py` made before the stem for images changed, {equivalent} do just"
+        " what it does, as far as we can see; of the others the tests caught"
+        f" {found['caught']}, {share:.1%}"
     )
     assert said in PROSE
