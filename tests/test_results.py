@@ -122,13 +122,6 @@ def test_the_default_run_is_its_run_card(task, command):
     assert f"({card['results']['parameters'] / 1e6:.2f} M parameters)" in PROSE
 
 
-def test_the_stand_in_of_the_image_model_is_its_run_card():
-    card = runcard.read_json(runcard.RESULTS / "cifar_cpu_synthetic.json")
-    assert card["config"] == default("cifar")["config"]
-    assert card["data"]["name"] == "drawn digits (stand-in)"
-    assert f"the same recipe reached {card['results']['test_accuracy']:.1%}" in PROSE
-
-
 @tables
 def test_the_runs_of_a_table_differ_in_attention_and_seed_only(task):
     everything = [card for name in ATTENTIONS for card in cards(task, name)]
