@@ -111,7 +111,7 @@ def draw(model: NaLaViT, images: data.Images, results: dict[str, Any], title: st
     confusion = torch.tensor(results["confusion"])
     plots.write(plots.confusion(confusion, images.classes, title), out / "confusion.png")
     maps = measure.attention_maps(model, shown := images.test[0][:4])
-    trained_with = model.config.attentions[-1]
+    trained_with = plots.name_of(model.config.attentions[-1])
     plots.write(plots.attention_maps(shown, maps, trained_with), out / "maps.png")
 
 

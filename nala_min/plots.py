@@ -143,7 +143,7 @@ def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str)
         for axes, (name, values) in zip(row[1:], weights.items(), strict=True):
             image = axes.imshow(values[r, s].numpy(), vmin=0, vmax=brightest, **place)
             spread = entropy(values[r, s].flatten()).exp().item()
-            axes.set_xlabel(f"as if over {spread:.0f} of {rows * columns}", fontsize="small")
+            axes.set_xlabel(f"effectively {spread:.0f} of {rows * columns}", fontsize="small")
             if i == 0:
                 axes.set_title(LOOKS[name]["label"])
         for axes in row:
@@ -179,8 +179,8 @@ def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
 def attention_stats(
     blocks: list[dict[str, Any]], beside: list[dict[str, Any]], num_keys: int | None = None
 ) -> Figure:
-    """measure.attention_stats of two models, block by block: medians, with bars over the middle 90
-    % of all queries.
+    """measure.attention_stats of two models, block by block: medians, with bars over the middle
+    nine tenths of all queries.
 
     blocks: of a model with NaLa in every block; beside: of one with softmax; num_keys: number of
     keys per query, for a line at the highest possible entropy.
@@ -218,7 +218,7 @@ def attention_stats(
         axes.annotate(
             text, (0.55, height), **place, bbox={"color": "white", "pad": 0.5}, zorder=1.5
         )
-    panels[2].legend(loc="lower left")
+    panels[1].legend(*panels[0].get_legend_handles_labels(), loc="center")  # nothing else is there
     return picture
 
 

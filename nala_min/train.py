@@ -22,6 +22,11 @@ from nala_min.model import ATTENTIONS
 
 # --- What every script is told --------------------------------------------------------------------
 
+SCHEDULES: dict[str, Callable[[float], float]] = {  # rate ÷ the peak, after a share of the run
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done),  # to a tenth
+}
+
 
 @dataclass
 class Settings:
@@ -58,7 +63,7 @@ class Settings:
     )
     weight_decay: float | None = flag(None, "decoupled weight decay of matrices", zero=True)
     schedule: str = flag(
-        "linear", "decay: linear to 0, or cosine to a tenth", choices=["linear", "cosine"]
+        "linear", "decay: linear to 0, or cosine to a tenth", choices=list(SCHEDULES)
     )
     dropout: float | None = flag(None, "dropout probability", zero=True)
     layers: int | None = flag(None, "number of blocks")
@@ -176,12 +181,6 @@ def choose_device(name: str) -> torch.device:
 
 
 # --- Recipe and optimisers ------------------------------------------------------------------------
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {  # rate ÷ the highest, after a share of a run
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done),  # to a tenth
-}
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def test_attention_maps_frames_the_query_and_shows_its_weights():
             assert (axes.images[0].get_array() == weights[i, 1, 2].numpy()).all()
             assert axes.images[0].get_clim() == (0, pytest.approx(brightest))  # one scale a row
             patches = entropy(weights[i, 1, 2].flatten()).exp().item()
-            assert axes.get_xlabel() == f"as if over {patches:.0f} of 15"
+            assert axes.get_xlabel() == f"effectively {patches:.0f} of 15"
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 11), (32, 32)])

@@ -393,6 +393,14 @@ def speed_in_short():
 
 
 def test_speed_in_short():
+    for length in (16384, 32768, 65536):
+        which = {"length": length, "causal": True, **BOTH}
+        peaks = [
+            bench.select(SPEED["attention"], form=form, **which)[0]["peak"]
+            for form in ("nala", "softmax")
+        ]
+        assert peaks[0] <= 2 * peaks[1]
+    assert "at most twice its memory from 16,384 tokens" in PROSE
     assert f"Causal NaLa is faster than the fused softmax {speed_in_short()[0]}," in PROSE
 
 
