@@ -268,11 +268,11 @@ def test_a_variant_s_rates_multiply_those_of_the_task(tmp_path, monkeypatch):
         return [{"step": 1, "train_loss": 1.0}], 0.0
 
     monkeypatch.setattr(train, "fit", fit)
-    task = replace(RECALL, weight_decay=0.25, schedule="linear")
+    task = replace(RECALL, weight_decay=0.25, schedule="cosine")
     for name in ("elu", "elu, half rates", "elu, double rates"):
         compare.run(task, name, 1, tmp_path)
     first, half, double = recipes
-    assert (first.weight_decay, first.schedule) == (0.25, "linear")
+    assert (first.weight_decay, first.schedule) == (0.25, "cosine")  # not the recipe's defaults
     for recipe, factor in ((half, 0.5), (double, 2.0)):
         rates = {"learning_rate": factor * first.learning_rate, "muon": factor * first.muon}
         assert recipe == replace(first, **rates)

@@ -1123,6 +1123,17 @@ def test_the_stem_forgets_the_size_of_what_its_first_convolution_gives(model):
     assert_close(vit.stem(images), before, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("patch_size", "strides"), [(1, [1, 1]), (2, [1, 2, 1]), (4, [1, 2, 1, 2, 1])]
+)
+def test_the_stem_convolves_twice_for_each_halving(model, patch_size, strides):
+    """From 3 channels to half the width, and from there to the width."""
+    convolutions = [x for x in small_vit(model, patch_size=patch_size).stem if hasattr(x, "stride")]
+    assert [x.stride for x in convolutions] == [(stride, stride) for stride in strides]
+    assert [x.in_channels for x in convolutions] == [3, 8, *[16] * (len(strides) - 2)]
+    assert [x.out_channels for x in convolutions] == [8, *[16] * (len(strides) - 1)]
+
+
 def test_initial_weights(model):
     """So that the first loss is near that of guessing."""
     lm = small_lm(model, num_layers=8, dim=128)

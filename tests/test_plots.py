@@ -175,6 +175,8 @@ def test_health_draws_medians_and_the_middle_nine_tenths():
     assert [list(bar[:, 1]) for bar in bars.get_segments()] == [[2.0, 9.0]] * 2
     assert list(power.containers[0][0].get_ydata()) == [3.0, 3.0]
     assert list(spread.containers[0][0].get_ydata()) == [2.0, 2.0]
+    (legend,) = (axes.get_legend() for axes in figure.axes if axes.get_legend())
+    assert [text.get_text() for text in legend.get_texts()] == ["NaLa", "softmax"]
 
 
 def test_health_draws_what_is_possible_and_where_tanh_reacts():
