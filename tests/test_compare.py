@@ -413,6 +413,34 @@ def test_a_run_is_a_function_of_its_seed_and_goes_on_where_it_was_stopped(tmp_pa
     assert {k: v for k, v in resumed.items() if k not in names} == plain[0]
 
 
+def test_the_time_a_study_takes_is_that_of_its_steps(tmp_path, monkeypatch):
+    """A minute each for two steps of what is not finished, shared by the workers."""
+    slow = {"nala": 30.0, "elu": 90.0}
+    monkeypatch.setattr(compare, "seconds_of_a_step", lambda task, name, device: slow[name])
+    study = replace(SMALL, task=replace(SMALL.task, steps=2), variants=("nala", "elu"), seeds=2)
+    two, three = compare.Settings(workers=2), compare.Settings(workers=3)
+    assert compare.minutes_left(study, tmp_path, two) == (1 + 3) * 2 / 2
+    for done, left in (("nala_seed2", (1 + 3 + 3) / 3), ("elu_seed1", (1 + 3) / 2)):
+        (tmp_path / done).mkdir()
+        identity = compare._identity(study.task, done.split("_")[0])
+        runcard.write_json(tmp_path / done / "row.json", identity | {"row": {}})
+        assert compare.minutes_left(study, tmp_path, three) == left
+    monkeypatch.undo()
+    assert 0 < compare.seconds_of_a_step(study.task, "nala") < 10
+
+
+def test_more_seeds_by_a_flag():
+    study = compare.chosen(compare.Settings(seeds=8), "recall")
+    assert (study.seeds, compare.chosen(compare.Settings(), "recall").seeds) == (8, 5)
+    assert compare.chosen(compare.Settings(seeds=2, quick=True), "recall").seeds == 2
+    card = compare.study_card(compare.Settings(seeds=8), "recall", study, [{"seconds": 1.0}])
+    assert card["command"] == "python -m nala_min.lab.compare --study recall --seeds 8"
+    assert card["config"]["seeds"] == 8
+    for count in (0, 21):
+        with pytest.raises(UsageError, match=f"--seeds {count} is not from 1 to 20"):
+            compare.Settings(seeds=count)
+
+
 def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     tmp_path, monkeypatch, capsys
 ):
@@ -456,12 +484,16 @@ def test_every_attention_begins_with_the_same_weights_and_every_seed_with_others
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("other", [{"task": "another"}, {"data": {"name": "a stand-in"}}])
-def test_rows_of_another_recipe_or_of_other_data_are_not_taken(other, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "other",
+    [{"task": "another"}, {"data": {"name": "a stand-in"}}, {"code_sha256": "of an edited file"}],
+)
+def test_rows_of_another_recipe_or_other_data_or_code_are_not_taken(other, tmp_path, monkeypatch):
     study = replace(SMALL, variants=("nala",), seeds=1)
     place = tmp_path / "nala_seed1"
     place.mkdir()
-    identity = {"task": repr(study.task), "data": study.task.data_info()}
+    identity = compare._identity(study.task, "nala")
+    assert identity.keys() == {"task", "data", "code_sha256"}
     runcard.write_json(place / "row.json", identity | {"row": {"error": 0}})
     assert compare.run_all(study, tmp_path, 1, "cpu") == [{"error": 0}]
     runcard.write_json(place / "row.json", identity | other | {"row": {"error": 0}})

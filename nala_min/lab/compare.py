@@ -3,13 +3,15 @@ study several times and writes one run card for all of them.
 
 A study is a task and the attentions compared on it: the same block, data in the same order, steps,
 schedule and seeds, and parameters as equal as possible. Each run has one CPU thread, so its numbers
-do not depend on how many run at the same time. A finished run is not repeated, even if the code has
-changed: delete its folder to repeat it. An interrupted run continues. Prints a table: mean, lowest
-and highest over the seeds, and the paired difference from NaLa with its 95 % interval.
+do not depend on how many run at the same time. A finished run is not repeated unless the code that
+trains has changed; an interrupted run continues. Says first how long it will take, then prints a
+table: mean, lowest and highest over the seeds, and the paired difference from NaLa with its 95 %
+interval.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import multiprocessing
 import os
@@ -29,11 +31,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from nala_min import plots, relatives, runcard, train
+from nala_min import data, fast, measure, model, plots, relatives, runcard, synthetic, train
 from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
+from nala_min.lab import studies
 from nala_min.lab.studies import STUDIES, Study, Task, Variant, variant_of
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -41,22 +45,8 @@ from nala_min.lab.studies import STUDIES, Study, Task, Variant, variant_of
 
 def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Train one variant, or continue its run, in folder. Returns its row of the study's card."""
-    extra, variant = _extra(task, name, seed), variant_of(name)  # registers a file of yours
-    torch.manual_seed(seed)
-    model = task.build(variant)
-    for layer in task.layers(model):
-        variant.change(layer)
-    model.to(device)
-    recipe = train.Recipe(
-        task.steps,
-        variant.rates * task.learning_rate,
-        muon=task.muon and variant.rates * task.muon,
-        weight_decay=task.weight_decay,
-        schedule=task.schedule,
-        eval_every=task.steps,
-        bfloat16=device == "cuda",
-        seed=seed,
-    )
+    extra = _extra(task, name, seed)  # registers a file of yours
+    model, recipe = _prepared(task, name, seed, device)
     history, seconds = train.fit(
         model,
         recipe,
@@ -74,9 +64,43 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         "seconds": round(seconds, 1),
         **{key: value for key, value in history[-1].items() if key != "step"},
     }
-    plain = variant.change == Variant().change  # what is read are plain models only
+    plain = variant_of(name).change == Variant().change  # what is read are plain models only
     stats = task.attention_stats(model) if plain else None
     return row | ({"attention_stats": stats} if stats else {})
+
+
+def _prepared(
+    task: Task, name: str, seed: int, device: str = "cpu"
+) -> tuple[nn.Module, train.Recipe]:
+    """The model of a run before its first step, and how it is trained."""
+    variant = variant_of(name)
+    torch.manual_seed(seed)
+    model = task.build(variant)
+    for layer in task.layers(model):
+        variant.change(layer)
+    recipe = train.Recipe(
+        task.steps,
+        variant.rates * task.learning_rate,
+        muon=task.muon and variant.rates * task.muon,
+        weight_decay=task.weight_decay,
+        schedule=task.schedule,
+        eval_every=task.steps,
+        bfloat16=device == "cuda",
+        seed=seed,
+    )
+    return model.to(device), recipe
+
+
+def seconds_of_a_step(task: Task, name: str, device: str = "cpu") -> float:
+    """Mean time of three steps of a variant's run, with the threads that PyTorch has."""
+    model, recipe = _prepared(task, name, 1, device)
+    optimizers = train.make_optimizers(model, recipe)
+    for step in range(4):
+        if step == 1:  # the first one makes what the others find
+            start = time.perf_counter()
+        inputs, targets = (x.to(device) for x in task.batch(1, step))
+        train.update(model, optimizers, task.loss(model, inputs, targets), recipe.clip)
+    return (time.perf_counter() - start) / 3
 
 
 def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
@@ -90,10 +114,16 @@ def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[s
     return row
 
 
+# What decides a run's numbers.
+CODE = (model, fast, relatives, train, data, synthetic, measure, studies)
+
+
 def _identity(task: Task, name: str) -> dict[str, Any]:
-    """What a finished run must have been trained on, including the content of a file of yours,
-    which is registered here."""
+    """What a finished run must have been trained on and by, including the content of a file of
+    yours, which is registered here."""
+    code = b"".join(Path(module.__file__).read_bytes() for module in CODE)
     identity = {"task": repr(task), "data": task.data_info()}
+    identity["code_sha256"] = hashlib.sha256(code).hexdigest()
     if relatives.is_file(name):
         identity["attention_sha256"] = relatives.register(name, task.channels, causal=task.CAUSAL)
     return identity
@@ -131,7 +161,7 @@ def prove_runs(study: Study, folder: Path) -> None:
             runcard.prove_writable(path, path.with_name("row.json"))
             if path.exists() and load_checkpoint(path)["extra"] != _extra(study.task, name, seed):
                 raise UsageError(
-                    f"{path} is of another task, data or file: move it aside, or name another"
+                    f"{path} is of another task, data or code: move it aside, or name another"
                     " folder with --out"
                 )
 
@@ -201,8 +231,11 @@ def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[
 
 # --- What came out --------------------------------------------------------------------------------
 
-# Student's t, 97.5 %, by the number of pairs.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
+# Student's t, 97.5 %, for 2, 3, ... pairs.
+STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179),
+    *(2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
+)
 
 
 def values(rows: list[dict[str, Any]], variant: str, result: str) -> list[float]:
@@ -216,7 +249,7 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(pairs) < 2:
         return mean(pairs), math.inf
-    return mean(pairs), STUDENT[len(pairs)] * stdev(pairs) / math.sqrt(len(pairs))
+    return mean(pairs), STUDENT[len(pairs) - 2] * stdev(pairs) / math.sqrt(len(pairs))
 
 
 def table(rows: list[dict[str, Any]], result: str) -> str:
@@ -285,6 +318,7 @@ class Settings:
 
     study: str | None = flag(None, "which study (default: all for a CPU)", choices=list(STUDIES))
     quick: bool = flag(False, "few steps and one seed: a trial of a few minutes")
+    seeds: int | None = flag(None, "seeds for each attention (default: 3 or 5)")
     workers: int = flag(processors(), "runs at the same time")
     device: str = flag("cpu", "device to train on", choices=["cpu", "cuda", "mps"])
     data: Path | None = flag(None, "text for the text studies (default: Tiny Shakespeare)")
@@ -295,6 +329,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= MOST:
             raise UsageError(f"--workers {self.workers} is not from 1 to {MOST}")
+        most = len(STUDENT) + 1
+        if self.seeds is not None and not 1 <= self.seeds <= most:
+            raise UsageError(f"--seeds {self.seeds} is not from 1 to {most}")
         if self.attention is not None and not relatives.is_file(self.attention):
             raise UsageError(f"--attention {self.attention} is not the name of a file, FILE.py")
 
@@ -306,7 +343,7 @@ def chosen(settings: Settings, name: str) -> Study:
     has = {key: value for key, value in own.items() if hasattr(study.task, key)}
     task = replace(study.task, **has, **(study.quick if settings.quick else {}))
     variants = study.variants + ((settings.attention,) if settings.attention else ())
-    seeds = 1 if settings.quick else study.seeds
+    seeds = settings.seeds or (1 if settings.quick else study.seeds)
     return replace(study, task=task, variants=variants, seeds=seeds)
 
 
@@ -326,6 +363,20 @@ def prove(study: Study, folder: Path, attention: str | None) -> None:
     prove_runs(study, folder)
 
 
+def minutes_left(study: Study, folder: Path, settings: Settings) -> float:
+    """Estimated time of the runs still to do, from a few steps of each variant on one thread."""
+    left = [name for (name, _), row in finished(study, folder).items() if row is None]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        steps = {n: seconds_of_a_step(study.task, n, settings.device) for n in set(left)}
+    finally:
+        torch.set_num_threads(threads)
+    return (
+        study.task.steps * sum(steps[n] for n in left) / min(settings.workers, len(left) or 1) / 60
+    )
+
+
 def study_card(
     settings: Settings, name: str, study: Study, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -333,6 +384,7 @@ def study_card(
     config = {"study": name, "seeds": study.seeds, "variants": list(study.variants)}
     command = ["python", "-m", "nala_min.lab.compare", "--study", name]
     command += ["--quick"] * settings.quick
+    command += ["--seeds", str(settings.seeds)] * (settings.seeds is not None)
     if settings.attention:
         digest = _identity(study.task, settings.attention)["attention_sha256"]
         config["attention_sha256"] = {settings.attention: digest}
@@ -354,8 +406,11 @@ def main() -> None:
     for name, study in studies.items():  # every mistake is found before the first hour of work
         prove(study, folders[name], settings.attention)
     for name, study in studies.items():
-        print(f"{name}: {len(study.variants)} attentions, {study.seeds} seeds.")
         folder = folders[name]
+        print(
+            f"{name}: {len(study.variants)} attentions, {study.seeds} seeds; about"
+            f" {minutes_left(study, folder, settings):.0f} min of training left."
+        )
         rows = run_all(study, folder, settings.workers, settings.device)
         card = study_card(settings, name, study, rows)
         runcard.write_json(folder.with_suffix(".json"), card)
