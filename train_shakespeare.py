@@ -40,12 +40,25 @@ class Settings(train.Settings):
         None, "do not train: write this many characters from the checkpoint", decides=False
     )
     prompt: str = flag("", "start of the sample (default: a new line)", decides=False)
-    block: int | None = flag(None, "characters per training window")
+    block: int | None = flag(
+        None, "characters per training window; with longer ones, fewer of them and fewer steps"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample is not None and not 0 < self.sample < 2**31:
             raise UsageError(f"--sample {self.sample} is not positive and below 2^31")
+
+    def defaults(self) -> dict[str, Any]:
+        """The preset's values. With longer windows, the model reads as many characters in all, and
+        in each step as long as they hold a window."""
+        preset = super().defaults()
+        if (self.block or 0) <= preset["block"]:
+            return preset
+        characters = preset["batch"] * preset["block"]
+        batch = max(1, characters // self.block)
+        steps = max(1, preset["steps"] * characters // (batch * self.block))
+        return preset | {"batch": batch, "steps": steps}
 
 
 def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:

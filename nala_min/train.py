@@ -73,7 +73,7 @@ class Settings:
     def __post_init__(self) -> None:
         self.preset = self.preset or ("gpu" if torch.cuda.is_available() else "cpu")
         zero = {item.name for item in fields(self) if item.metadata["zero"]}
-        for name, default in self.PRESETS[self.preset].items():
+        for name, default in self.defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
             value = getattr(self, name)
@@ -102,11 +102,15 @@ class Settings:
         names = self.attention.split(",")  # there may be one for each block
         attention = "-".join(Path(n).stem if relatives.is_file(n) else n for n in names)
         run = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
-        for name, default in self.PRESETS[self.preset].items():  # other flags, another folder
+        for name, default in self.defaults().items():  # other flags, another folder
             if getattr(self, name) != default:
                 run += f"_{name}{getattr(self, name):g}"
         run += f"_{self.schedule}" if self.schedule != "linear" else ""
         self.out = Path(self.out or Path("runs") / run)
+
+    def defaults(self) -> dict[str, Any]:
+        """The values of the chosen preset."""
+        return self.PRESETS[self.preset]
 
     def config(self) -> dict[str, Any]:
         """What determines the result, ready for JSON."""

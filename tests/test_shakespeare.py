@@ -156,6 +156,27 @@ def test_the_data_order_is_the_seed_s_and_not_the_attention_s(run, files, monkey
     assert not torch.equal(first, other_seed)
 
 
+@pytest.mark.parametrize(
+    ("given", "batch", "steps"),
+    [
+        ({"block": 64}, 8, 3400),
+        ({"block": 256}, 4, 3400),
+        ({"block": 8192}, 1, 425),
+        ({"block": 500_000}, 1, 6),
+        ({"block": 8192, "batch": 3}, 3, 425),
+        ({"block": 8192, "steps": 7}, 1, 7),
+        ({"block": 8192, "preset": "gpu"}, 2, 4000),
+    ],
+    ids=str,
+)
+def test_longer_windows_are_fewer_and_so_are_steps(given, batch, steps):
+    """As many characters in all as by default, if nothing else is said."""
+    settings = train_shakespeare.Settings(**{"preset": "cpu"} | given)
+    assert (settings.batch, settings.steps) == (batch, steps)
+    named = {f"{name}{value}" for name, value in given.items() if name != "preset"}
+    assert set(settings.out.name.split("_")[4:]) == named
+
+
 def test_without_network_and_data_the_stand_in_is_announced_and_named(tmp_path):
     sizes = ["--block", 64, "--steps", 2]
     result = run_process(train_shakespeare, tmp_path, *FLAGS, *sizes, "--out", "run")
