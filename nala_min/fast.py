@@ -331,8 +331,7 @@ def query_gradient(
     ratio = (size / size.amax(dim=-1, keepdim=True).clamp_min_(tiny)).clamp_min_(tiny)
     # log(a) = p log(ratio): through p, and through |x|
     slope = lam * (1 - tanh * tanh) * (stretch * ratio.log_()).sum(dim=-1, keepdim=True)
-    stretch *= lam * (tau + tanh)
-    dx = stretch.div_(x.masked_fill(x == 0, math.inf))
+    dx = stretch.mul_(lam * (tau + tanh)).mul_(_inverse(x))
     dx.addcmul_(direction, slope / norm_scale)
     if feature_map == "cosine":
         _add_turn(dx, phi, grad, norm, direction, alpha)
@@ -343,7 +342,7 @@ def key_gradient(x: Tensor, phi: Tensor, grad: Tensor, *, feature_map, lam, alph
     """Of Eqs. (8) and (9) or (11)."""
     if feature_map in ("elu", "relu"):
         return _baseline_gradient(phi, grad, feature_map)
-    dx = _stretch(phi, grad).mul_(lam).div_(x.masked_fill(x == 0, math.inf))
+    dx = _stretch(phi, grad).mul_(lam).mul_(_inverse(x))
     if feature_map == "cosine":
         _add_turn(dx, phi, grad, *_decompose(x), alpha)
     return dx
@@ -357,7 +356,13 @@ def _decompose(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stretch(phi: Tensor, grad: Tensor) -> Tensor:
     """d loss / d log(a) of every channel: gradient times vector."""
-    return (phi * grad).unflatten(-1, (2, -1)).sum(dim=-2)  # (..., D)
+    (cos, sin), (grad_cos, grad_sin) = phi.chunk(2, dim=-1), grad.chunk(2, dim=-1)
+    return torch.addcmul(grad_cos * cos, grad_sin, sin)  # (..., D)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x, and 0 where x is 0, many times faster than with a mask."""
+    return x.sign().div_(x.abs().clamp_min_(torch.finfo(x.dtype).tiny))
 
 
 def _add_turn(
@@ -368,9 +373,8 @@ def _add_turn(
     grad_cos, grad_sin = grad.chunk(2, dim=-1)
     turn = torch.addcmul(grad_sin * cos, grad_cos, sin, value=-1)  # d loss / d theta
     sigmoid = torch.sigmoid(2 * alpha * direction)
-    slope = sigmoid.addcmul_(sigmoid, sigmoid, value=-1)  # sigmoid (1 - sigmoid)
-    turn.mul_(slope).mul_(math.pi * alpha)  # d loss / d direction
-    turn.div_(norm.masked_fill(norm == 0, 1.0))
+    turn.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1))  # sigmoid (1 - sigmoid)
+    turn.mul_(math.pi * alpha / norm.masked_fill(norm == 0, 1.0))  # d loss / d direction, / |x|
     along = (turn * direction).sum(dim=-1, keepdim=True)
     dx.add_(turn).addcmul_(direction, along, value=-1)  # x / |x| moves only across x
 
@@ -385,9 +389,10 @@ def _baseline_gradient(phi: Tensor, grad: Tensor, feature_map: str) -> Tensor:
 
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Totals (B, H, L, M), the state after them (B, H, F, M), and scores (BHT, C, C), for the
-    gradient. q, k: (B, H, L, F), v: (B, H, L, M), state: (B, H, F, M)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Totals (B, H, L, M), the state after them (B, H, F, M), and for the gradient the scores
+    (BHT, C, C) and the state before each chunk (BHT, F, M), None for none. q, k: (B, H, L, F), v:
+    (B, H, L, M), state: (B, H, F, M)."""
     shape = v.shape
     q, k, v = _in_chunks(chunk_size, q, k, v)  # (BHT, C, F), (BHT, C, F), (BHT, C, M)
     before, after = _running(k, v, state, shape)  # (BHT, F, M), (B, H, F, M)
@@ -395,7 +400,7 @@ def chunked(
     total = scores @ v  # (BHT, C, M)
     if before is not None:
         total.baddbmm_(q, before)
-    return _in_tokens(total, shape), after, scores
+    return _in_tokens(total, shape), after, scores, before
 
 
 def chunked_gradient(
@@ -404,17 +409,19 @@ def chunked_gradient(
     v: Tensor,
     state: Tensor | None,
     scores: Tensor | None,
+    before: Tensor | None,
     grad: Tensor,
     grad_after: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients with respect to q, k, v and state, if there is one, from those of the totals and
-    of the state after them. scores: what chunked returned, or None to compute them anew."""
+    of the state after them. scores, before: what chunked returned; scores None: both anew."""
     shape = v.shape
     q, k, v, grad = _in_chunks(chunk_size, q, k, v, grad)
-    before, _ = _running(k, v, state, shape, after=False)
+    if scores is None:
+        scores = (q @ k.mT).tril_()  # (BHT, C, C)
+        before, _ = _running(k, v, state, shape, after=False)
     later, grad_state = _running(q, grad, grad_after, shape, True, after=state is not None)
-    scores = (q @ k.mT).tril_() if scores is None else scores  # (BHT, C, C)
     grad_scores = (grad @ v.mT).tril_()  # (BHT, C, C)
     dq, dk, dv = grad_scores @ k, grad_scores.mT @ q, scores.mT @ grad
     if before is not None:
@@ -529,12 +536,12 @@ class _Chunked(Function):
         for segment in call.segments:
             before, phi_q = state, call.query(_part(q, segment))
             phi_k = _key_features(call, segment, k)
-            total, state, scores = chunked(
+            total, state, *chunks = chunked(
                 phi_q, phi_k, _values(v, segment), before, call.chunk_size
             )
             mass = _divide(total, out[:, :, segment])
             if call.budget is not None:
-                kept += [mass, before, *budget.keep(phi_q, phi_k, scores)]
+                kept += [mass, before, *budget.keep(phi_q, phi_k, *chunks)]
         ctx.save_for_backward(*inputs, out, *kept)
         ctx.call, ctx.device_type = call, q.device.type
         ctx.set_materialize_grads(False)
@@ -545,13 +552,14 @@ class _Chunked(Function):
         q, k, v, _, _, out, *kept = ctx.saved_tensors
         call, grads, grad_scale = ctx.call, [torch.empty_like(x) for x in (q, k, v)], None
         for segment in reversed(call.segments):
-            mass, state, phi_q, phi_k, scores = kept[-5:]
-            del kept[-5:]
-            if scores is None:
+            mass, state, phi_q, phi_k, *chunks = kept[-6:]
+            del kept[-6:]
+            if phi_q is None:
                 phi_q, phi_k = call.query(_part(q, segment)), _key_features(call, segment, k)
             grad = _total_gradient(grad_out, out, mass, segment)
             dphi_q, dphi_k, dvalues, grad_state = chunked_gradient(
-                phi_q, phi_k, _values(v, segment), state, scores, grad, grad_state, call.chunk_size
+                *(phi_q, phi_k, _values(v, segment), state, *chunks),
+                *(grad, grad_state, call.chunk_size),
             )
             dq, grad_scale = _query_gradient(call, segment, q, phi_q, dphi_q, grad_scale)
             dk = _key_gradient(call, segment, k, phi_k, dphi_k)
@@ -609,8 +617,8 @@ class _Budget:
     def __init__(self, numbers: int | None) -> None:
         self.left = numbers or 0
 
-    def keep(self, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        self.left -= sum(x.numel() for x in tensors)
+    def keep(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        self.left -= sum(x.numel() for x in tensors if x is not None)
         return tensors if self.left >= 0 else (None,) * len(tensors)
 
 

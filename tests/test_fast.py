@@ -478,13 +478,14 @@ MISTAKES = {
     "the power's slope is lost": ("slope / norm_scale)", "0 * slope)"),
     "the norm is not in the angle": ("direction, along, value=-1)", "direction, along, value=0)"),
     "angles turn the other way": ("grad_cos, sin, value=-1)", "grad_cos, sin, value=1)"),
-    "the key's power is 1": (".mul_(lam).div_", ".mul_(1).div_"),
+    "the key's power is 1": ("mul_(lam).mul_(_inv", "mul_(1).mul_(_inv"),
     "elu has slope 1": ("phi.clamp(max=1.0)", "phi.sign()"),
     "a key does not see its own token": (
         "grad_scores = (grad @ v.mT).tril_()",
         "grad_scores = (grad @ v.mT).tril_(-1)",
     ),
     "the state runs the wrong way": ("ones.triu_(1) if backwards", "ones.tril_(-1) if backwards"),
+    "the states before chunks are lost": ("scores, before\n", "scores, None\n"),
     "the last chunk is not in the state": (
         "before[:, last] + sums[",
         "before[:, last] + 0 * sums[",
@@ -504,7 +505,7 @@ MISTAKES = {
         "phi_k = phi_k.masked_fill(~call.key_mask[:, None, segment, None], 0.0)",
         "phi_k = phi_k.masked_fill(~call.key_mask[:, None, segment, None], 1.0)",
     ),
-    "a zero channel is divided by": ("x.masked_fill(x == 0, math.inf)", "x"),
+    "a zero channel is divided by": ("return x.sign().div_(", "return torch.ones_like(x).div_("),
     "no mass is divided by": ("mass == 0, math.inf", "mass < 0, math.inf"),
 }
 
