@@ -24,9 +24,9 @@ VARIES = {
     *((f"0{lesson}", "check") for lesson in range(1, 6)),
     ("05", "time-live"),
     *(("06", name) for name in ("live-recall", "live-sharpness")),
-    *(("07", name) for name in ("loss-counts", "live-train", "live-picture", "live-samples-code")),
-    *(("07", name) for name in ("maps", "decode-cost-picture")),
-    *(("08", name) for name in ("cost-picture", "live-train", "live-picture", "maps-picture")),
+    *(("08", name) for name in ("loss-counts", "live-train", "live-picture", "live-samples-code")),
+    *(("08", name) for name in ("maps", "decode-cost-picture")),
+    *(("09", name) for name in ("cost-picture", "live-train", "live-picture", "maps-picture")),
 }
 names = [path.stem for path in NOTEBOOKS]
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
