@@ -10,14 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from nala_min import key_features, measure, nala_attention, plots, query_features, runcard
+from nala_min import (
+    key_features,
+    measure,
+    nala_attention,
+    plots,
+    query_features,
+    runcard,
+    softmax_attention,
+)
 from nala_min.flags import run_script
 from nala_min.lab import bench
 
 CPU = torch.device("cpu")
 CARDS = {
     name: runcard.read_json(runcard.RESULTS / f"speed_cpu_{name}.json")
-    for name in ("float32", "peers")
+    for name in ("float32", "peers", "long")
 }
 RESULTS = CARDS["float32"]["results"]
 
@@ -66,6 +74,20 @@ def test_the_two_passes():
     q, k, v = passes["forward + backward"]()
     assert seen == [False, True]
     assert k is None and torch.equal(q, torch.full((2, 3), 2.0)) and torch.equal(v, q / 2)
+
+
+def test_softmax_written_out_is_softmax_and_its_memory_is_counted_not_used(monkeypatch):
+    """Its scores, their exponentials and gradients: two N x N matrices a head at least."""
+    q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
+    assert_close(bench.written_out(q, k, v), softmax_attention(q, k, v))
+    monkeypatch.setattr(bench, "LONG", 200)
+    rows = bench.long_rows(CPU, torch.float32, 0)
+    assert [row["form"] for row in rows] == ["softmax", "nala", "written out"]
+    weights = bench.HEADS * 200 * 200 * 4
+    assert 2 * weights < rows[2]["peak"] < 4 * weights
+    inputs = [bench.heads(200, CPU, torch.float32).requires_grad_() for _ in range(3)]
+    call = bench.passes(bench.written_out, inputs)["forward + backward"]
+    assert rows[2]["peak"] == bench.peak_of(call, CPU, compiled=False)
 
 
 def test_decoding_attends_to_the_same_context(monkeypatch):
@@ -272,7 +294,7 @@ def test_without_other_libraries_there_is_ours(monkeypatch):
 # --- The whole ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [["--quick"], ["--quick", "--peers"]])
+@pytest.mark.parametrize("flags", [["--quick"], ["--quick", "--peers"], ["--quick", "--long"]])
 def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
     """Quick, with times that are made up: a card like the committed one."""
 
@@ -285,12 +307,13 @@ def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
     monkeypatch.setattr(bench, "take_turns", take_turns)
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "HEADS", 1)
+    monkeypatch.setattr(bench, "LONG", 64)
     monkeypatch.setattr(bench, "DIM", 8)
     monkeypatch.setattr(bench, "__doc__", None)  # as python -OO has it
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags, "--device", "cpu"])
     monkeypatch.chdir(tmp_path)
     bench.main()
-    name = "peers" if "--peers" in flags else "float32"
+    name = flags[1].strip("-") if len(flags) > 1 else "float32"
     card = runcard.read_json(tmp_path / "runs" / "speed" / f"speed_cpu_{name}.json")
     assert card["command"] == f"python -m nala_min.lab.bench {' '.join(flags)} --device cpu"
     assert (
@@ -298,7 +321,7 @@ def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
     )
     assert card["results"].keys() == CARDS[name]["results"].keys()
     picture = tmp_path / "runs" / "speed" / "speed_cpu_float32.png"
-    assert picture.exists() == ("--peers" not in flags)
+    assert picture.exists() == (name == "float32")
     said = capsys.readouterr().out
     assert "take turns in one run" in said and "reference is" in said and "speed_cpu_" in said
 
@@ -328,6 +351,12 @@ def test_the_committed_cards_are_whole_and_consistent():
     assert {(r["form"], r["block"]) for r in RESULTS["steps"]} == set(
         itertools.product(("softmax", "nala", "elu"), bench.STEPS)
     )
+    long = CARDS["long"]["results"]
+    assert CARDS["long"]["command"] == "python -m nala_min.lab.bench --long"
+    assert {(r["form"], r["block"]) for r in long["steps"]} == set(
+        itertools.product(("softmax", "nala", "elu"), bench.LONG_STEPS)
+    )
+    assert {r["length"] for r in long["long"]} == {bench.LONG}
 
 
 def test_the_picture_is_the_card():

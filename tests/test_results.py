@@ -88,6 +88,8 @@ def verdict(task):
 def small_tasks():
     """What both pages say of text and images."""
     text, images = verdict("shakespeare"), verdict("cifar")
+    if text == images:
+        return f"On Shakespeare and on CIFAR-10, NaLa is {text}."
     return f"On Shakespeare, NaLa is {text}; on CIFAR-10, it is {images}."
 
 
@@ -138,7 +140,7 @@ def test_the_runs_of_a_table_differ_in_attention_and_seed_only(task):
 
 # --- When does it help? ---------------------------------------------------------------------------
 
-NOT_MEASURED = {"text-rates", "images-rates", "text-gpu"}
+NOT_MEASURED = {"text-gpu"}
 MEASURED = [name for name in STUDIES if name not in NOT_MEASURED]
 CARDS = {name: runcard.read_json(runcard.RESULTS / f"compare_{name}.json") for name in MEASURED}
 STUDIED = {name: card["results"]["runs"] for name, card in CARDS.items()}
@@ -169,7 +171,7 @@ def evidence():
             "lam 1": "NaLa with λ = 1",
         }.items()
     ]
-    minutes = sum(card["seconds"] for card in CARDS.values()) / 2 / 60
+    minutes = sum(CARDS[name]["seconds"] for name in compare.default_studies()) / 2 / 60
     return {
         "@A1@": said("sharpness", "no query norm").lstrip("+"),
         "@A2@": said("recall", "no cosine map, same state").lstrip("-"),
@@ -196,6 +198,58 @@ def studies_table(main):
     tried = {row["variant"] for rows in shown.values() for row in rows}
     rest = [name for name in VARIANTS if name in tried and name not in MAIN]
     return compare.overview(shown, MAIN if main else rest)
+
+
+FACTORS = {"half": ", half rates", "as used": "", "double": ", double rates"}
+RATES = {"text-rates": ("text", "{:.3f}", -1), "images-rates": ("images", "{:.3f}", 1)}
+
+
+def rates_table():
+    """The page's table of results with half, the same and double the learning rates."""
+    shown = [(study, factor) for study in RATES for factor in FACTORS]
+    lines = [
+        ["attention", *(f"{RATES[study][0]}, {factor}" for study, factor in shown)],
+        ["---"] * (1 + len(shown)),
+    ]
+    for name in ATTENTIONS:
+        cells = (mean(found(study, name + FACTORS[factor])) for study, factor in shown)
+        forms = (RATES[study][1] for study, _ in shown)
+        lines.append([f"`{name}`", *(f.format(x) for f, x in zip(forms, cells, strict=True))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rates_verdict():
+    """Which attentions are significantly better with other rates, and what the best rates of each
+    would change."""
+    better, gains = [], []
+    for study, (_, _, sign) in RATES.items():
+        for name in ATTENTIONS:
+            means = {f: sign * mean(found(study, name + end)) for f, end in FACTORS.items()}
+            gains.append((study, max(means.values()) - means["as used"]))
+            for factor in ("half", "double"):
+                middle, half = away(study, name + FACTORS[factor], than=name)
+                if sign * middle > half:
+                    better.append(f"{LABELS.get(name, 'NaLa')} with {factor} on {RATES[study][0]}")
+    most = {study: max(gain for s, gain in gains if s == study) for study in RATES}
+    ahead = [
+        f"{LABELS[name]} on {RATES[study][0]} ({said(study, name, '{:+.3f} ± {:.3f}')})"
+        for study in RATES
+        for name in ATTENTIONS[1:]
+        if abs(away(study, name)[0]) > away(study, name)[1]
+    ]
+    return (
+        f"Significantly better than as used: {', '.join(better) or 'none'}. The best of the three"
+        f" means is never more than {most['text-rates']:.3f} nats or"
+        f" {100 * most['images-rates']:.1f} points better than the one as used. Significantly"
+        f" different from NaLa as used, in these short runs: {', '.join(ahead) or 'none'}."
+    )
+
+
+def test_other_learning_rates_are_their_cards():
+    assert f"\n\n{rates_table()}\n\n" in PAGE
+    assert rates_verdict() in PROSE
+    for study, steps in (("text-rates", "1,200 steps"), ("images-rates", "900")):
+        assert f"{STUDIES[study].task.steps:,}" in steps and steps in PROSE
 
 
 def test_the_tables_of_studies_are_their_cards():
@@ -295,6 +349,7 @@ def test_the_alternative_texts_of_the_studies_pictures_are_the_cards():
 
 SPEED = runcard.read_json(runcard.RESULTS / "speed_cpu_float32.json")["results"]
 PEERS = runcard.read_json(runcard.RESULTS / "speed_cpu_peers.json")["results"]["peers"]
+LONG = runcard.read_json(runcard.RESULTS / "speed_cpu_long.json")["results"]
 BOTH = {"pass": "forward + backward"}
 
 
@@ -335,7 +390,33 @@ def cells(heading):
     return dict(line.strip("| ").split(" | ") for line in table.strip().splitlines())
 
 
-def test_the_other_numbers_of_speed_are_the_run_card():
+def steps_table():
+    """The page's table of training steps: what NaLa takes and holds beside softmax."""
+
+    def step(form, what, window):
+        return bench.select(LONG["steps"], form=form, block=window)[0][what]
+
+    def over(what, one, other):
+        return [short(step(one, what, n) / step(other, what, n)) for n in bench.LONG_STEPS]
+
+    def per_second(form):
+        sizes = {window: window * batch for window, batch in bench.LONG_STEPS.items()}
+        return [f"{size / step(form, 'median', n):,.0f}" for n, size in sizes.items()]
+
+    rows = {
+        "a training step with windows of": [f"{window:,}" for window in bench.LONG_STEPS],
+        "---": ["---"] * len(bench.LONG_STEPS),
+        "time, softmax's ÷ NaLa's": over("median", "softmax", "nala"),
+        "time, softmax's ÷ elu + 1's": over("median", "softmax", "elu"),
+        "NaLa: characters a second": per_second("nala"),
+        "softmax: characters a second": per_second("softmax"),
+        "peak memory, NaLa's ÷ softmax's": over("peak", "nala", "softmax"),
+    }
+    return "\n".join(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items())
+
+
+def speed_cells():
+    """The last column of the page's table of other numbers of speed."""
     step = partial(ratio, SPEED["steps"])
     decode = partial(ratio, SPEED["decode"])
     peaks = [
@@ -355,7 +436,9 @@ def test_the_other_numbers_of_speed_are_the_run_card():
         form: f"{decode({'form': form}, {'form': 'nala'}, context=16384):.1f}"
         for form in ("softmax_grown", "softmax")
     }
-    assert list(cells(r"\| measured").values()) == [
+    long = {row["form"]: row for row in LONG["long"]}
+    held = [long[form]["peak"] / 2**20 for form in ("nala", "softmax", "written out")]
+    return [
         f"{place:,}; compiled {compiled:,}",
         f"{peaks[0] / peaks[1]:.2f}",
         steps[256],
@@ -363,7 +446,14 @@ def test_the_other_numbers_of_speed_are_the_run_card():
         f"{decode({'context': 16384}, {'context': 64}, form='nala'):.2f}",
         after["softmax_grown"],
         after["softmax"],
+        f"{long['softmax']['median'] / long['nala']['median']:.0f}",
+        f"{held[0]:.0f}; {held[1]:.0f}; {held[2]:,.0f} MiB",
     ]
+
+
+def test_the_other_numbers_of_speed_are_the_run_card():
+    assert f"\n\n{steps_table()}\n\n" in PAGE
+    assert list(cells(r"\| measured").values()) == speed_cells()
 
 
 def test_the_times_of_other_libraries_are_the_run_card():

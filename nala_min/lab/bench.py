@@ -35,6 +35,8 @@ Call = Callable[[], Any]
 Row = dict[str, Any]
 BATCH, HEADS, DIM = 1, 4, 64
 STEPS = {64: 12, 128: 8, 256: 8}  # characters in a window: windows in a batch
+LONG_STEPS = {128: 8, 1024: 1, 4096: 1, 16384: 1}  # the same, of --long
+LONG = 70_000  # tokens of --long; the paper's longest
 LONGEST = {"quadratic": 2**11}  # tokens; N x N numbers, whose memory would slow down the others
 BURST = 128  # tokens to decode in a row
 HOW = """\
@@ -50,6 +52,7 @@ class Settings:
 
     quick: bool = flag(False, "up to 4,096 tokens, and fewer repetitions: under a minute")
     peers: bool = flag(False, "instead, compare with other libraries that are installed")
+    long: bool = flag(False, "instead, training steps with long windows, and 70,000 tokens")
     device: str = flag("auto", "device to measure", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = flag(
         "float32", "dtype of q, k and v", choices=["float32", "bfloat16", "float16", "float64"]
@@ -197,6 +200,28 @@ def attention_rows(
             ]
 
 
+def long_rows(device: torch.device, dtype: torch.dtype, budget: float) -> list[Row]:
+    """Forward and backward pass of bidirectional attention over LONG tokens. "written out" is
+    softmax with its N x N weights, whose memory is counted without computing anything."""
+    inputs = [heads(LONG, device, dtype).requires_grad_() for _ in range(3)]
+    calls = {
+        name: passes(attention, inputs)["forward + backward"]
+        for name, attention in (("softmax", softmax_attention), ("nala", nala_attention))
+    }
+    case = {"length": LONG, "causal": False, "pass": "forward + backward"}
+    rows = [
+        {"form": name, **case, **row} for name, row in take_turns(calls, device, budget).items()
+    ]
+    shapes = [heads(LONG, torch.device("meta"), dtype).requires_grad_() for _ in range(3)]
+    call = passes(written_out, shapes)["forward + backward"]
+    return [*rows, {"form": "written out", **case, "peak": peak_of(call, shapes[0].device, False)}]
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, Eq. (1), as it is written."""
+    return (q @ k.mT / q.shape[3] ** 0.5).softmax(dim=-1) @ v
+
+
 def crossover(rows: list[Row], form: str = "nala", **which: Any) -> int | None:
     """The smallest length from which form's median never exceeds softmax's, or None."""
     times = {
@@ -260,11 +285,11 @@ def decode_rows(
     ]
 
 
-def step_rows(device: torch.device, budget: float) -> list[Row]:
+def step_rows(windows: dict[int, int], device: torch.device, budget: float) -> list[Row]:
     """A training step of the Shakespeare model in float32, from tokens to new weights, for each
-    attention."""
+    attention. windows: their lengths, and how many in a batch."""
     found = []
-    for block, batch in STEPS.items():
+    for block, batch in windows.items():
         tokens = torch.randint(65, (batch, block + 1), device=device)
         calls = {name: training_step(name, tokens, device) for name in ("softmax", "nala", "elu")}
         for name, row in take_turns(calls, device, budget).items():
@@ -378,6 +403,17 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
             rows += some
             print(table(some, beside="nala"))
         return {"peers": rows}
+    if settings.long:
+        results = {"steps": step_rows(LONG_STEPS, device, budget)}
+        print(
+            "One training step, with windows of N; the reference is softmax",
+            table(results["steps"]),
+            sep="\n",
+        )
+        results["long"] = long_rows(device, dtype, budget)
+        print("\nBidirectional attention", table(results["long"][:2]), sep="\n")
+        print(f"Softmax written out would hold {results['long'][2]['peak'] / 2**30:.1f} GiB")
+        return results
     compiled = not settings.quick and compiles(device)
     for some in attention_rows(lengths, device, dtype, budget, compiled):
         rows += some
@@ -394,7 +430,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     results = {"attention": rows, "crossover": places}
     results["decode"] = decode_rows(lengths[::2], device, dtype, budget)
     print("\nOne more token, after N", table(results["decode"]), sep="\n")
-    results["steps"] = step_rows(device, budget)
+    results["steps"] = step_rows(STEPS, device, budget)
     print("\nOne training step, with windows of N", table(results["steps"]), sep="\n")
     return results
 
@@ -403,9 +439,10 @@ def main() -> None:
     start, settings = time.perf_counter(), parse_flags(Settings)
     device = train.choose_device(settings.device)
     torch.manual_seed(1)
-    if settings.peers and settings.dtype != "float32":
-        raise UsageError("--peers compares in float32: leave --dtype out")
-    name = f"speed_{device.type}_{'peers' if settings.peers else settings.dtype}"
+    instead = "peers" if settings.peers else "long" if settings.long else None
+    if instead and settings.dtype != "float32":
+        raise UsageError(f"--{instead} compares in float32: leave --dtype out")
+    name = f"speed_{device.type}_{instead or settings.dtype}"
     runcard.prove_writable(settings.out / f"{name}.json", settings.out / f"{name}.png")
     config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
@@ -417,7 +454,7 @@ def main() -> None:
     card = runcard.run_card(config, data, device, time.perf_counter() - start, results)
     card["command"] = card["command"].replace("bench.py", "-m nala_min.lab.bench")
     runcard.write_json(settings.out / f"{name}.json", card)
-    if not settings.peers:
+    if not instead:
         plots.write(plots.speed(results), settings.out / f"{name}.png")
     print(f"\nWritten to {settings.out}: {name}")
 

@@ -313,10 +313,10 @@ def processors() -> int:
 
 @dataclass
 class Settings:
-    """Compare attentions on the same task, under the same conditions. By default: all studies for
-    a CPU, one after another."""
+    """Compare attentions on the same task, under the same conditions. By default: recall,
+    sharpness, text and images, one study after another."""
 
-    study: str | None = flag(None, "which study (default: all for a CPU)", choices=list(STUDIES))
+    study: str | None = flag(None, "which study (default: several)", choices=list(STUDIES))
     quick: bool = flag(False, "few steps and one seed: a trial of a few minutes")
     seeds: int | None = flag(None, "seeds for each attention (default: 3 or 5)")
     workers: int = flag(processors(), "runs at the same time")
@@ -363,6 +363,11 @@ def prove(study: Study, folder: Path, attention: str | None) -> None:
     prove_runs(study, folder)
 
 
+def default_studies() -> list[str]:
+    """Those without --study: not those of learning rates, nor for a CUDA card."""
+    return [name for name in STUDIES if not name.endswith(("-rates", "-gpu"))]
+
+
 def minutes_left(study: Study, folder: Path, settings: Settings) -> float:
     """Estimated time of the runs still to do, from a few steps of each variant on one thread."""
     left = [name for (name, _), row in finished(study, folder).items() if row is None]
@@ -400,7 +405,7 @@ def study_card(
 def main() -> None:
     settings = parse_flags(Settings)
     train.choose_device(settings.device)
-    names = [settings.study] if settings.study else [n for n in STUDIES if not n.endswith("-gpu")]
+    names = [settings.study] if settings.study else default_studies()
     studies = {name: chosen(settings, name) for name in names}
     folders = {name: settings.out / (name + "-quick" * settings.quick) for name in names}
     for name, study in studies.items():  # every mistake is found before the first hour of work
