@@ -1,9 +1,22 @@
+import re
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 
 import nala_min.model
+
+LEDGER = Path(__file__).parents[1] / "notebooks" / "README.md"
+QUICK = ("test_relatives", "test_ledger", "test_readme", "test_results")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what `-m quick` runs: the ledger's proofs of the equations, and some whole files."""
+    proofs = set(re.findall(r"`(test_\w+)`", LEDGER.read_text(encoding="utf-8")))
+    for item in items:
+        if item.module.__name__ in QUICK or item.function.__name__ in proofs:
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture

@@ -1390,7 +1390,7 @@ class Point:
 
 
 @solved
-def test_pytest_and_report_import_a_file_as_python_does(tmp_path, capsys):
+def test_pytest_and_report_import_a_file_as_python_does(tmp_path, capsys, monkeypatch):
     """A byte order mark, a module beside the file, a dataclass that looks up its module."""
     source = ODD + path_of(1, SOLUTIONS).read_text(encoding="utf-8")
     write(tmp_path / "helper.py", "answer = 42.0")
@@ -1403,6 +1403,7 @@ def test_pytest_and_report_import_a_file_as_python_does(tmp_path, capsys):
         write(tmp_path / "bob.py", bob),
         write(tmp_path / "find_the_bug.py", path_of("find_the_bug").read_bytes()),
     ]
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # it would add to what is printed
     done = run("-m", "pytest", *map(str, files))
     assert done.returncode == 1 and "6 failed, 3 passed" in done.stdout
     assert done.stdout.count("FAILED") == done.stdout.count("::") == 6
