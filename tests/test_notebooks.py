@@ -185,7 +185,7 @@ def test_a_notebook_has_the_parts_of_a_lesson(path):
     markdown = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert markdown.startswith(f"# {int(path.name[:2])}. ")
-    for part in ("you will", "\\tag{", "## Where the paper, the released code", "## Exercises"):
+    for part in ("you will", "\\tag{", "## Read next", "## Exercises"):
         assert part in markdown, part
     for part in ("notebook.source(", "assert ", "notebook.show("):
         assert part in code, part
