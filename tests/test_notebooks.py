@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 from nbclient import NotebookClient
+from nbconvert import SlidesExporter
 
-from notebooks import FOLDER, LIVE, NOTEBOOKS, ROOT, read, run
+from notebooks import FOLDER, LIVE, NOTEBOOKS, ROOT, read, run, slide_type
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 # Cells that need not show what is committed: they take times, train, or use exercises or weights
@@ -191,6 +192,18 @@ def test_a_notebook_has_the_parts_of_a_lesson(path):
         assert part in code, part
     if path.name < "06":
         assert f"checks.report({int(path.name[:2])})" in code
+
+
+@notebooks
+def test_a_notebook_is_a_deck_of_slides(path):
+    """Without code, every picture is there, and no slide is only set-up."""
+    cells = read(path).cells
+    assert [c.metadata["slideshow"]["slide_type"] for c in cells] == [slide_type(c) for c in cells]
+    deck, _ = SlidesExporter(exclude_input=True).from_filename(str(path))
+    assert "hosted notebook" not in deck
+    assert deck.count("<section>") >= sum(cell.source.startswith("#") for cell in cells) > 3
+    shown = sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
+    assert deck.count("<img") == shown
 
 
 def test_notebooks_begin_alike():

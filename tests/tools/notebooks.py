@@ -21,6 +21,16 @@ def read(path):
     return notebook
 
 
+def slide_type(cell):
+    """Where a cell stands in the deck that `jupyter nbconvert --to slides` makes: a heading begins
+    a slide, and other texts and pictures one below it."""
+    if cell.id in ("setup", "imports", "check"):
+        return "skip"
+    if cell.cell_type == "markdown":
+        return "slide" if cell.source.startswith("#") else "subslide"
+    return "subslide" if "notebook.show(" in cell.source else "-"
+
+
 def run(path, folder):
     """The notebook at path after a run from top to bottom, from folder, in a kernel of its own."""
     notebook = read(path)
@@ -40,6 +50,7 @@ def run(path, folder):
         }
     )
     for cell in notebook.cells:
+        cell.metadata["slideshow"] = {"slide_type": slide_type(cell)}
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(LIVE, None)
     return notebook
