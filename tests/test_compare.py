@@ -495,10 +495,9 @@ def test_rows_of_another_recipe_or_other_data_or_code_are_not_taken(other, tmp_p
     identity = compare._identity(study.task, "nala")
     assert identity.keys() == {"task", "data", "code_sha256"}
     runcard.write_json(place / "row.json", identity | {"row": {"error": 0}})
-    assert compare.run_all(study, tmp_path, 1, "cpu") == [{"error": 0}]
+    assert compare.finished(study, tmp_path) == {("nala", 1): {"error": 0}}
     runcard.write_json(place / "row.json", identity | other | {"row": {"error": 0}})
-    (row,) = compare.run_all(study, tmp_path, 1, "cpu")
-    assert row["error"] > 0
+    assert compare.finished(study, tmp_path) == {("nala", 1): None}
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):

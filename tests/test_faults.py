@@ -7,6 +7,8 @@ import faults
 import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and /proc")
+# For what the scripts share; tools/faults.py tries it with both.
+one_script = pytest.mark.parametrize("broken", ["train_shakespeare"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=faults.SCRIPTS)
@@ -37,6 +39,7 @@ def test_ctrl_c_and_a_closed_terminal_lose_nothing(broken, dice):
     assert stop(*broken, 1, dice) == (1, [])
 
 
+@one_script
 def test_a_reader_that_goes_away_loses_nothing(broken, dice):
     assert faults.broken_pipes(*broken, 1, dice) == (1, [])
 
@@ -46,16 +49,19 @@ def test_a_study_that_is_ended_saves_its_runs_and_leaves_no_process(end, tmp_pat
     assert faults.end_study(tmp_path, "study", end, dice) == (True, [], 0)
 
 
+@one_script
 def test_a_full_disk_loses_nothing(broken, dice):
     assert faults.full_disk(*broken, 1, dice) == (1, [])  # the first checkpoint
 
 
+@one_script
 def test_two_processes_are_as_good_as_one_and_may_be_killed(broken, dice):
     assert faults.processes(*broken, 1, dice) < 1e-5
     killed, lost, _ = faults.killed_workers(*broken, 1, dice)
     assert (killed, lost) == (1, [])
 
 
+@one_script
 def test_what_differs_is_seen(broken):
     """The comparison can fail: another seed is another run."""
     script, folder = broken
