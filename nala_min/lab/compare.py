@@ -114,14 +114,15 @@ def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[s
     return row
 
 
-# What decides a run's numbers.
+# What decides a run's numbers, beside this file.
 CODE = (model, fast, relatives, train, data, synthetic, measure, studies)
 
 
 def _identity(task: Task, name: str) -> dict[str, Any]:
     """What a finished run must have been trained on and by, including the content of a file of
     yours, which is registered here."""
-    code = b"".join(Path(module.__file__).read_bytes() for module in CODE)
+    files = [__file__, *(module.__file__ for module in CODE)]
+    code = b"".join(Path(file).read_bytes() for file in files)
     identity = {"task": repr(task), "data": task.data_info()}
     identity["code_sha256"] = hashlib.sha256(code).hexdigest()
     if relatives.is_file(name):
