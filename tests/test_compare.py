@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -498,6 +499,16 @@ def test_rows_of_another_recipe_or_other_data_or_code_are_not_taken(other, tmp_p
     assert compare.finished(study, tmp_path) == {("nala", 1): {"error": 0}}
     runcard.write_json(place / "row.json", identity | other | {"row": {"error": 0}})
     assert compare.finished(study, tmp_path) == {("nala", 1): None}
+
+
+@pytest.mark.parametrize("name", ["compare", "model", "fast", "train", "studies"])
+def test_an_edit_of_what_trains_is_another_run(name, tmp_path, monkeypatch):
+    before = compare._identity(SMALL.task, "nala")["code_sha256"]
+    module = compare if name == "compare" else getattr(compare, name)
+    edited = tmp_path / "edited.py"
+    edited.write_bytes(Path(module.__file__).read_bytes() + b"# edited\n")
+    monkeypatch.setattr(module, "__file__", str(edited))
+    assert compare._identity(SMALL.task, "nala")["code_sha256"] != before
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
