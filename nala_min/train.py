@@ -223,30 +223,37 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
-                if weight.grad is None:  # frozen, or not used
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 0.05)
-                ahead = weight.grad.lerp(state["momentum"], 0.95).flatten(1)  # Nesterov's momentum
-                rate = group["lr"] * max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(rate * orthogonal(ahead).view_as(weight))
+                if weight.grad is not None:  # not frozen, and used
+                    alike.setdefault(weight.shape, []).append(weight)
+            for weights in alike.values():  # all of one shape together: a few large products
+                steps = orthogonal(torch.stack([self._ahead(weight) for weight in weights]))
+                rate = group["lr"] * max(1.0, steps.shape[1] / steps.shape[2]) ** 0.5
+                for weight, step in zip(weights, steps, strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.sub_(rate * step.view_as(weight))
+
+    def _ahead(self, weight: nn.Parameter) -> Tensor:
+        """Nesterov's momentum, as a matrix with a row for each output."""
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        momentum = state["momentum"].lerp_(weight.grad, 0.05)
+        return weight.grad.lerp(momentum, 0.95).flatten(1)
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The nearest orthogonal matrix to x, roughly: its singular values become about 1.
+    """The nearest orthogonal matrix to each of x, roughly: its singular values become about 1.
 
-    x: (R, S). By Newton-Schulz iteration with Jordan's coefficients: five steps of an odd
+    x: (..., R, S). By Newton-Schulz iteration with Jordan's coefficients: five steps of an odd
     polynomial map singular values between 0.002 and 1 to between 0.68 and 1.21.
     """
-    if x.shape[0] > x.shape[1]:
+    if x.shape[-2] > x.shape[-1]:
         return orthogonal(x.mT).mT
-    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
-    gram = x @ x.mT  # (R, R): smaller than x
-    factor = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    gram = x @ x.mT  # (..., R, R): smaller than x
+    factor = identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for _ in range(5):  # the iterate is factor @ x, and gram its product with itself
         polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         factor = polynomial @ factor

@@ -435,18 +435,20 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_singular_values(shape
 
 def test_muon_steps_by_hand():
     """Nesterov's momentum, made orthogonal; a convolution counts as a matrix with a row for each
-    of its outputs, and a tall one steps further."""
-    weights = [torch.randn(6, 2, dtype=torch.float64), torch.randn(4, 3, 2, 2).double()]
+    of its outputs, and a tall one steps further. Two of one shape and of different sizes are taken
+    together and do not mix."""
+    shapes = (6, 2), (4, 3, 2, 2), (6, 2)
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     fitted = [nn.Parameter(weight.clone()) for weight in weights]
     optimizer = train.Muon(fitted, lr=0.5, weight_decay=0.25)
     momenta = [torch.zeros_like(weight) for weight in weights]
     for _ in range(3):
         for i, parameter in enumerate(fitted):
-            gradient = parameter.grad = torch.randn_like(parameter)
+            gradient = parameter.grad = 10.0**i * torch.randn_like(parameter)
             momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
             ahead = 0.05 * gradient + 0.95 * momenta[i]
             turn = train.orthogonal(ahead.reshape(len(ahead), -1)).reshape(ahead.shape)
-            tall = math.sqrt(3) if i == 0 else 1.0
+            tall = math.sqrt(3) if len(ahead) == 6 else 1.0
             weights[i] = (1 - 0.5 * 0.25) * weights[i] - 0.5 * tall * turn
         optimizer.step()
     for parameter, weight in zip(fitted, weights, strict=True):
