@@ -18,7 +18,7 @@ from mutants import load_model
 import nala_min.model as model
 from nala_min.course import checks, marking
 
-LESSONS = (1, 2, 3, 4, 5, "find_the_bug")
+LESSONS = (*range(1, 8), "find_the_bug")
 SOLUTIONS = checks.FOLDER / "solutions"
 solved = pytest.mark.skipif(
     not SOLUTIONS.exists(), reason="the solutions are not here: a teacher has taken them away"
@@ -75,7 +75,7 @@ def test_solution_is_accepted(name):
 
 
 @solved
-@pytest.mark.parametrize("lesson", range(1, 6))
+@pytest.mark.parametrize("lesson", range(1, 8))
 def test_solution_differs_from_the_stub_in_bodies_only(lesson):
     """Names, docstrings and specifications are one text in both files."""
     stubs = path_of(lesson).read_text(encoding="utf-8").splitlines()
@@ -171,6 +171,35 @@ def test_loops_of_lesson_5():
         row, state = file["recurrent_step_by_loops"](state, *(x[t] for x in lists))
         same(row, out[0, 0, t])
     same(state, last[0, 0])
+
+
+def test_loops_of_lesson_6():
+    file = load(path_of(6))
+    phi = draw(1, 1, 6, 4).relu()
+    phi[0, 0, 2] = 0.0
+    weights = model.attention_weights(phi, phi, feature_map="relu")[0, 0]
+    shares = (1 - weights.diagonal()) * (phi[0, 0].sum(dim=-1) > 0)
+    same(file["interference_by_loops"](phi[0, 0].tolist()), shares)
+
+
+def test_loops_of_lesson_7():
+    """Against closed forms: scores that fade with distance, and least squares for orthogonal keys;
+    a share of 1/2 for a key that is written twice leaves a quarter of what was there."""
+    file = load(path_of(7))
+    k, v, decay = draw(5, 3), draw(5, 2), torch.rand(5, 3, dtype=torch.float64)
+    state = [[0.0] * 2 for _ in range(3)]
+    for t in range(5):
+        state = file["decay_step_by_loops"](state, *(x[t].tolist() for x in (k, v, decay)))
+    faded = torch.stack([k[i] * decay[i + 1 :].prod(dim=0) for i in range(5)])
+    same(state, faded.mT @ v)
+    keys = torch.linalg.qr(draw(3, 3))[0]
+    state = draw(3, 2)
+    before, found = keys @ state, state.tolist()
+    for key, share, value in ((0, 1.0, v[0]), (1, 0.5, v[1]), (1, 0.5, v[1])):
+        args = keys[key].tolist(), value.tolist(), share
+        found = file["delta_step_by_loops"](found, *args)
+    read = keys @ torch.tensor(found, dtype=torch.float64)
+    same(read, torch.stack([v[0], 0.25 * before[1] + 0.75 * v[1], before[2]]))
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
@@ -905,6 +934,119 @@ MISTAKES = {
             "is NaN or infinite (the query of token 3 is zero)",
         ),
     },
+    "interference": {
+        "own share": ("total > 0, 1 - own /", "total > 0, own /", "the others have the rest"),
+        "not divided": (
+            "1 - own / torch.where(total > 0, total, 1.0)",
+            "total - own",
+            "It is not a share",
+        ),
+        "own left out": (
+            "1 - own / torch.where(total > 0, total, 1.0)",
+            "(total - own) / own",
+            "holds its own, too",
+        ),
+        "heads mixed": (
+            "phi_k.sum(dim=2, keepdim=True)",
+            "phi_k.sum(dim=(1, 2), keepdim=True)",
+            "Heads are mixed",
+        ),
+        "examples mixed": (
+            "phi_k.sum(dim=2, keepdim=True)",
+            "phi_k.sum(dim=(0, 2), keepdim=True)",
+            "Examples of a batch are mixed",
+        ),
+        "no squares": ("phi_k.square().sum", "phi_k.sum", "phi_i . phi_i, a sum of squares"),
+        "a key without features": (
+            "return torch.where(total > 0, 1 - own / torch.where(total > 0, total, 1.0), 0.0)",
+            "return 1 - own / total",
+            "NaN at index (0, 0, 2) (a key without features)",
+        ),
+        "all of nothing": (
+            "total, 1.0), 0.0)",
+            "total, 1.0), 1.0)",
+            "The share (a key without features)",
+        ),
+        "N x N weights": (
+            "(phi_k * phi_k.sum(dim=2, keepdim=True)).sum(dim=-1)",
+            "(phi_k @ phi_k.mT).sum(dim=-1)",
+            "Its memory is quadratic",
+        ),
+        "detached": (
+            "own = phi_k.square()",
+            "own = phi_k.detach().square()",
+            "gradient with respect to phi_k",
+        ),
+    },
+    "own_features": {
+        "a sign split": ("split**4", "split", "squared error of 0.7"),
+        "one half only": ("[x, -x]", "[x]", "shape (2, 3, 7, 5), expected (2, 3, 7, 10)"),
+        "both halves alike": ("[x, -x]", "[x, x]", "All features of some x are 0"),
+        "negative": (".relu()  #", "  #", "squared error"),
+        "odd power": ("split**4", "torch.cat([x, -x], dim=-1) ** 3", "A feature is negative"),
+        "tokens seen": (
+            "split**4",
+            "split**4 * split.sum(dim=2, keepdim=True)",
+            "when it is alone",
+        ),
+        "too large": ("split**4", "(split * 1e60) ** 6", "The result is infinite"),
+        "no gradient": ("split**4", "split.detach() ** 4", "No gradient reaches x"),
+    },
+    "decay_step": {
+        "no decay": ("decay[..., None] * state", "state", "The past does not fade"),
+        "token fades": (
+            "decay[..., None] * state + k[..., :, None] * v[..., None, :]",
+            "decay[..., None] * (state + k[..., :, None] * v[..., None, :])",
+            "The new token fades, too",
+        ),
+        "not written": (" + k[..., :, None] * v[..., None, :]", "", "is not written"),
+        "forgotten": ("decay[..., None] * state + ", "", "The past is forgotten"),
+        "the other way": ("decay[..., None] *", "(1 - decay[..., None]) *", "fades by 1 - decay"),
+        "the key fades": (
+            "decay[..., None] * state + k",
+            "state + (decay * k)",
+            "The key fades, not the past",
+        ),
+        "one for all": (
+            "decay[..., None] *",
+            "decay.mean(-1)[..., None, None] *",
+            "the same decay for every feature",
+        ),
+        "one axis short": ("decay[..., None] *", "decay *", "It stops with RuntimeError"),
+        "outer product transposed": (
+            "k[..., :, None] * v[..., None, :]",
+            "v[..., :, None] * k[..., None, :]",
+            "It stops with RuntimeError",
+        ),
+        "in place": (
+            "return decay[..., None] * state +",
+            "return state.mul_(decay[..., None]) +",
+            "argument state in place",
+        ),
+    },
+    "delta_step": {
+        "a sum": ("share[..., None] * (v - read)", "v", "It adds, as linear attention does"),
+        "a share of v": ("(v - read)", "v", "takes out nothing"),
+        "no share": ("share[..., None] * (v - read)", "v - read", "share is missing"),
+        "share erases only": (
+            "share[..., None] * (v - read)",
+            "v - share[..., None] * read",
+            "share multiplies what is taken out, but not v",
+        ),
+        "share writes only": (
+            "share[..., None] * (v - read)",
+            "share[..., None] * v - read",
+            "share multiplies v, but not what is taken out",
+        ),
+        "erased only": ("(v - read)", "-read", "but writes nothing"),
+        "the other way": ("(v - read)", "(read - v)", "moves away from v"),
+        "read detached": ("(v - read)", "(v - read.detach())", "gradient with respect to state"),
+        "in place": (
+            "return state + k[..., :, None] * change[..., None, :]",
+            "return state.add_(k[..., :, None] * change[..., None, :])",
+            "argument state in place",
+        ),
+    },
     "attention_a": {
         "wrong diagnosis": (
             '"padding in the normaliser"',
@@ -1196,8 +1338,8 @@ def test_a_sentence_for_any_function(source):
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="lesson=6 has no exercises"):
-        checks.report(6)
+    with pytest.raises(ValueError, match="lesson=8 has no exercises"):
+        checks.report(8)
     for ask in (lambda: checks.hint("norm"), lambda: checks.check(path_of)):
         with pytest.raises(ValueError, match="is no exercise: entropy, "):
             ask()

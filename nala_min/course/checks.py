@@ -95,7 +95,7 @@ def check(function: Callable) -> None:
 
 
 def report(lesson: int | str, path: str | os.PathLike | None = None) -> None:
-    """Print a line for each exercise of a lesson, 1 to 5 or "find_the_bug".
+    """Print a line for each exercise of a lesson, 1 to 7 or "find_the_bug".
 
     path: the student's file, which runs in a fresh process; None is the one in notebooks/exercises.
     What it prints is shown above, after a bar. Raises ValueError for a lesson without exercises,

@@ -1,0 +1,84 @@
+"""The checkers of lesson 7: the wider family."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nala_min.course.checks import agree, agree_gradients, draw, exercise, features, output
+
+SHAPE = (2, 3, 5, 6)  # of a state: (B, H, F, M)
+
+
+def _outer(k, v):
+    return k[..., :, None] * v[..., None, :]
+
+
+@exercise(
+    7,
+    "Two things happen, in this order: the state is multiplied, then the token is added.",
+    "decay has a number for each feature, so for each row of the state: give it a last axis.",
+)
+def check_decay_step(student):
+    def reference(state, k, v, decay):
+        return decay[..., None] * state + _outer(k, v)
+
+    state, k, v = draw(*SHAPE), features(2, 3, 5), draw(2, 3, 6)
+    decay = torch.rand(2, 3, 5, dtype=torch.float64)
+    out = output(student, state, k, v, decay, shape=SHAPE)
+    mistakes = {
+        "The past does not fade.": state + _outer(k, v),
+        "The new token fades, too: it is written after the decay.": (
+            decay[..., None] * (state + _outer(k, v))
+        ),
+        "The new token is not written.": decay[..., None] * state,
+        "The past is forgotten.": _outer(k, v),
+        "The past fades by 1 - decay.": (1 - decay[..., None]) * state + _outer(k, v),
+        "The key fades, not the past.": state + _outer(decay * k, v),
+        "It is the same decay for every feature.": (
+            decay.mean(dim=-1)[..., None, None] * state + _outer(k, v)
+        ),
+    }
+    agree(out, reference(state, k, v, decay), "The state", mistakes)
+    agree_gradients(student, reference, state, k, v, decay)
+
+
+@exercise(
+    7,
+    "What does the key read before the token is written? k S, one number for each channel of v.",
+    "The state grows by the outer product of k with what is missing, v minus that.",
+    "share multiplies all of what is missing: with 1, the key reads v afterwards.",
+)
+def check_delta_step(student):
+    def read(state, k):
+        return (k[..., None, :] @ state).squeeze(-2)
+
+    def reference(state, k, v, share):
+        return state + _outer(k, share[..., None] * (v - read(state, k)))
+
+    state, v = draw(*SHAPE), draw(2, 3, 6)
+    k = F.normalize(features(2, 3, 5), dim=-1)
+    share = torch.rand(2, 3, dtype=torch.float64)
+    out = output(student, state, k, v, share, shape=SHAPE)
+    part = share[..., None]
+    mistakes = {
+        "It adds, as linear attention does: take out what the key reads.": state + _outer(k, v),
+        "It adds a share of v, and takes out nothing.": state + _outer(k, part * v),
+        "share is missing: it replaces all of what the key reads.": (
+            state + _outer(k, v - read(state, k))
+        ),
+        "share multiplies what is taken out, but not v.": (
+            state + _outer(k, v - part * read(state, k))
+        ),
+        "share multiplies v, but not what is taken out.": (
+            state + _outer(k, part * v - read(state, k))
+        ),
+        "It takes out, but writes nothing.": state - _outer(k, part * read(state, k)),
+        "It moves away from v: the difference is the other way round.": (
+            state - _outer(k, part * (v - read(state, k)))
+        ),
+    }
+    agree(out, reference(state, k, v, share), "The state", mistakes)
+    agree_gradients(student, reference, state, k, v, share)
+    after = output(student, state, k, v, torch.ones_like(share), shape=SHAPE, case=" (share=1)")
+    agree(read(after, k), v, "What the key reads afterwards (share=1)")
