@@ -27,7 +27,7 @@ FEW = 1000  # test images for a point of the curve; the result is of all of them
 
 @dataclass
 class Settings(train.Settings):
-    """Train an image classifier with norm-aware linear attention on CIFAR-10. Takes about 5 minutes
+    """Train an image classifier with norm-aware linear attention on CIFAR-10. Takes under 5 minutes
     on 2 CPU cores by default. Writes a checkpoint, a run card and pictures (curve, confusion
     matrix, attention maps) to --out."""
 

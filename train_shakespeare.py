@@ -27,7 +27,7 @@ PRESETS = {  # gpu: nanoGPT's sizes
 @dataclass
 class Settings(train.Settings):
     """Train a character model with norm-aware linear attention on Tiny Shakespeare, then sample
-    from it. Takes about 5 minutes on 2 CPU cores by default. Writes a checkpoint, a loss curve and
+    from it. Takes under 5 minutes on 2 CPU cores by default. Writes a checkpoint, a loss curve and
     a run card to --out."""
 
     NAME = "shakespeare"
