@@ -12,7 +12,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -397,9 +397,14 @@ def shuffled_batch(
     if batch_size > len(images):
         raise ValueError(f"a batch of {batch_size:,} is more than the {len(images):,} images")
     epoch, i = divmod(step, len(images) // batch_size)
-    order = np.random.default_rng([seed, epoch]).permutation(len(images))
-    chosen = torch.from_numpy(order[i * batch_size : (i + 1) * batch_size]).to(images.device)
+    order = _order_of_epoch(len(images), seed, epoch)
+    chosen = order[i * batch_size : (i + 1) * batch_size].to(images.device)
     return images[chosen], labels[chosen]
+
+
+@lru_cache(maxsize=2)  # drawn once an epoch, not in every step
+def _order_of_epoch(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
 
 
 def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -> Tensor:

@@ -107,7 +107,7 @@ def _answer(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = 
 
 
 def _learned(query: Callable) -> Tensor | None:
-    """The norm_scale that the paper's query features may learn, and no others can here."""
+    """norm_scale, where the paper's query features learn it. Other features cannot learn here."""
     scale = getattr(query, "keywords", {}).get("norm_scale")
     return scale if isinstance(scale, Tensor) else None
 

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from nala_min.model import (
     ATTENTIONS,
     Config,
+    chunked,
     decompose,
     key_features,
     linear_attention,
     nala_attention,
+    parallel,
     query_features,
     query_power,
 )
@@ -119,6 +121,60 @@ def magnitude_aware(
     return (out, state) if return_state else out
 
 
+def softmax_features(x: Tensor) -> Tensor:
+    """Features of Hedgehog's kind (arXiv 2402.04347): a softmax over the channels of x and -x,
+    sharper where x is longer. The matrix that it learns is in the block's projections already."""
+    return torch.cat([x, -x], dim=-1).softmax(dim=-1)  # (..., 2D)
+
+
+def injective(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, state=None, return_state=False
+) -> Tensor | tuple[Tensor, Any]:
+    """Injective linear attention (InLine, arXiv 2412.06590): weights a_i - mean a + 1 / n with
+    a_i = q k_i over n visible keys. They sum to 1 without a division, may be negative, and differ
+    more the longer the query is. We divide a_i by n sqrt(D), so that they do not grow with n."""
+    kind = v.dtype
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    values = F.pad(v, (0, 1), value=1.0)  # (B, H, N, M + 1)
+    nothing = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1)
+    sums, told, read = state or (nothing, 0.0, 0)  # k^T [v 1] and v, summed; number of tokens
+    if causal:
+        total, sums = chunked(q, k, values, sums)  # (B, H, N, M + 1), (B, H, D, M + 1)
+        told = v.cumsum(dim=2) + told  # (B, H, N, M)
+        n = read + torch.arange(1, q.shape[2] + 1, device=q.device)[:, None]  # (N, 1)
+    else:
+        total, told, n = parallel(q, k, values), v.sum(2, keepdim=True), k.shape[2]
+    mean = told / n  # of the values
+    out = mean + (total[..., :-1] - total[..., -1:] * mean) / (n * math.sqrt(q.shape[3]))
+    state = (sums, told[:, :, -1:], read + q.shape[2]) if causal else None
+    return (out.to(kind), state) if return_state else out.to(kind)
+
+
+class Delta(nn.Module):
+    """DeltaNet (arXiv 2406.06484): before a key is written, a share of what the state S holds for
+    it goes. S_t = S_{t-1} + share k_t^T (v_t - k_t S_{t-1}), o_t = q_t S_t, with the directions of
+    SiLU(q) and SiLU(k). Each head learns one share; DeltaNet makes it from the token. In a loop
+    over the tokens, so for short texts; an image's patches are all written before one is read."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(config.num_heads))  # before a sigmoid
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal, state=None, return_state=False):
+        kind = v.dtype
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        q, k = (decompose(F.silu(x))[1] for x in (q, k))  # (B, H, N, D)
+        share = torch.sigmoid(self.share)[:, None, None]
+        if state is None:
+            state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
+        outputs = []
+        for q_t, k_t, v_t in zip(*(x.split(1, dim=2) for x in (q, k, v)), strict=True):
+            state = state + k_t.mT @ (share * (v_t - k_t @ state))  # (B, H, D, M)
+            outputs.append(q_t @ state)
+        out = (torch.cat(outputs, dim=2) if causal else q @ state).to(kind)  # (B, H, N, M)
+        return (out, state if causal else None) if return_state else out
+
+
 ATTENTIONS["focused"] = partial(
     linear_attention, query_features=focused_features, key_features=focused_features
 )
@@ -127,6 +183,11 @@ ATTENTIONS["clipped"] = partial(
 )
 ATTENTIONS["polar"] = Polar
 ATTENTIONS["magnitude-aware"] = magnitude_aware
+ATTENTIONS["hedgehog"] = partial(
+    linear_attention, query_features=softmax_features, key_features=softmax_features
+)
+ATTENTIONS["injective"] = injective
+ATTENTIONS["delta"] = Delta
 
 # --- Yours ----------------------------------------------------------------------------------------
 

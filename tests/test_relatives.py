@@ -15,7 +15,8 @@ from nala_min import ATTENTIONS, LMConfig, NaLaLM, NaLaViT, ViTConfig, nala_atte
 from nala_min.model import Config
 
 B, H, N, D = 2, 3, 7, 4
-NAMES = ("focused", "clipped", "polar", "magnitude-aware")
+NAMES = ("focused", "clipped", "polar", "magnitude-aware", "hedgehog", "injective", "delta")
+LEARN = {"polar": "exponent", "delta": "share"}  # what those that are modules learn
 
 
 def attention(name):
@@ -23,7 +24,8 @@ def attention(name):
     made = ATTENTIONS[name]
     if isinstance(made, type):
         made = made(Config(num_heads=H, dim=H * D)).double()
-        made.exponent.data = torch.randn(H, 1, D, dtype=torch.float64)
+        learned = getattr(made, LEARN[name])
+        learned.data = torch.randn_like(learned)
     return made
 
 
@@ -46,6 +48,11 @@ def focus(x):
     return x**3 * (x.norm() / (x**3).norm()) if x.any() else x
 
 
+def temper(x):
+    powers = torch.cat([x, -x]).exp()
+    return powers / powers.sum()
+
+
 def powers(q, k, h):
     d = q / q.norm()
     power = 3 * (0.5 + torch.tanh(q.norm()))
@@ -54,7 +61,12 @@ def powers(q, k, h):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("name", "weight"), [("focused", lambda q, k, h: focus(q) @ focus(k)), ("clipped", powers)]
+    ("name", "weight"),
+    [
+        ("focused", lambda q, k, h: focus(q) @ focus(k)),
+        ("clipped", powers),
+        ("hedgehog", lambda q, k, h: temper(q) @ temper(k)),
+    ],
 )
 def test_linear_relatives_are_the_loop(name, weight, causal):
     q, k, v = qkv()
@@ -90,6 +102,35 @@ def test_magnitude_aware_weights_are_beta_a_minus_gamma(causal):
     assert_close(attention("magnitude-aware")(q, k, v, causal=causal), want)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_injective_weights_are_what_is_above_the_mean_and_an_even_share(causal):
+    q, k, v = qkv()
+    want = torch.zeros_like(v)
+    for b, h, t in ((b, h, t) for b in range(B) for h in range(H) for t in range(N)):
+        n = t + 1 if causal else N
+        a = k[b, h, :n] @ q[b, h, t] / (n * math.sqrt(D))
+        w = a - a.mean() + 1 / n
+        assert_close(w.sum().item(), 1.0)
+        want[b, h, t] = w @ v[b, h, :n]
+    assert_close(attention("injective")(q, k, v, causal=causal), want)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_delta_reads_a_state_in_which_each_key_has_been_corrected(causal):
+    delta, (q, k, v) = attention("delta"), qkv()
+    share, want = torch.sigmoid(delta.share.detach()), torch.zeros_like(v)
+    for b, h in ((b, h) for b in range(B) for h in range(H)):
+        state, states = torch.zeros(D, D, dtype=torch.float64), []
+        for t in range(N):
+            key = F.normalize(F.silu(k[b, h, t]), dim=0)
+            state = state + share[h] * torch.outer(key, v[b, h, t] - key @ state)
+            states.append(state)
+        for t in range(N):
+            query = F.normalize(F.silu(q[b, h, t]), dim=0)
+            want[b, h, t] = query @ states[t if causal else -1]
+    assert_close(delta(q, k, v, causal=causal), want)
+
+
 def test_a_longer_query_is_sharper_to_magnitude_aware_attention_only_in_size():
     """What is added to linear attention grows with S."""
     q, k, v = qkv()
@@ -110,6 +151,17 @@ def test_a_text_may_be_cut_anywhere(name):
         pieces.append(out)
         start += size
     assert_close(torch.cat(pieces, dim=2), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16_comes_back_as_bfloat16_and_is_nearly_right(name, causal):
+    attend, tensors = attention(name), [x.bfloat16() for x in qkv()]
+    want = attend(*(x.double() for x in tensors), causal=causal)
+    made = attend.float() if isinstance(attend, torch.nn.Module) else attend
+    out = made(*tensors, causal=causal)
+    assert out.dtype == torch.bfloat16
+    assert_close(out.double(), want, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,9 +190,9 @@ def test_a_model_trains_with_it_and_goes_on_from_its_state(name):
     before.sum().backward()
     layer = model.blocks[0].attention
     assert layer.project.weight.grad[: 2 * 8].abs().sum() > 0
-    assert isinstance(layer.attend, torch.nn.Module) == (name == "polar")
-    if name == "polar":
-        assert layer.attend.exponent.grad.abs().sum() > 0
+    assert isinstance(layer.attend, torch.nn.Module) == (name in LEARN)
+    if name in LEARN:
+        assert getattr(layer.attend, LEARN[name]).grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", [*NAMES, "nala", "split", "elu", "relu", "softmax"])

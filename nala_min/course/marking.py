@@ -46,7 +46,7 @@ def mark(path: str | os.PathLike, names: list[str]) -> tuple[dict[str, str], str
     """Check the exercises of these names in a file. No mistake in the file raises an error.
 
     Returns the verdict on each, "right", "not done yet" or "wrong - ..." (a traceback may follow in
-    the next lines), and what the file printed. A file that cannot be imported has a verdict itself.
+    the next lines), and what the file printed. A file that cannot be imported gets one of its own.
     """
     path = os.path.abspath(os.path.expanduser(os.fsdecode(path)))
     file, verdicts, printed = os.path.basename(path), {}, ""
