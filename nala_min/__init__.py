@@ -18,6 +18,7 @@ Measuring:
     runcard.py      run cards: what made a result
     lab/bench.py    speed and memory beside the fused softmax
     lab/compare.py  fair comparisons over several seeds; lab/studies.py: what is compared
+    lab/premise.py  entropy against norms, in the models that compare has trained
 Teaching:
     course/         what the lessons share, and the checkers of the exercises
 """

@@ -185,6 +185,13 @@ class AttentionInputs(NamedTuple):
             rows = [torch.autograd.grad(x, v, retain_graph=True)[0][..., 0] for x in firsts]
         return torch.stack(rows, dim=2)
 
+    def tokens(self) -> range:
+        """Those whose weights are looked at: the last one of a text, which sees all others, or
+        QUERIES evenly chosen patches."""
+        count = self.q.shape[2]
+        first, stride = (count - 1, 1) if self.layer.causal else (0, -(-count // QUERIES))
+        return range(first, count, stride)
+
     def told(self) -> dict[str, Any]:
         """The options of the layer's attention, from its name in ATTENTIONS or from the config."""
         return getattr(self.layer.attend, "keywords", {}) | self.options
@@ -260,18 +267,45 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
         told = block.told()
         if block.uses(nala_attention) and told.get("feature_map") not in ("elu", "relu"):
             numbers["power"] = query_power(norm, **chosen(told, "lam", "tau", "norm_scale"))
-        count = block.q.shape[2]
-        first, stride = (count - 1, 1) if block.layer.causal else (0, -(-count // QUERIES))
+        tokens = block.tokens()
         if not isinstance(block.layer.attend, nn.Module):
-            weights = block.rows(range(first, count, stride))  # (B, H, n, N)
+            weights = block.rows(tokens)  # (B, H, n, N)
             numbers |= {"entropy": entropy(weights), "top": weights.amax(dim=-1)}
         found = {
             key: np.quantile(x.float().cpu(), QUANTILES).tolist() for key, x in numbers.items()
         }
         if (mass := block.mass()) is not None:
-            found["least_normaliser"] = mass[:, :, first:].min().item()
+            found["least_normaliser"] = mass[:, :, tokens.start :].min().item()
         blocks.append({"attention": name} | found)
     return blocks
+
+
+def norms_and_entropies(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Tensor]]:
+    """For each block, one number per head and token: the token's query_norm and key_norm, and the
+    entropy of its query's attention in nats. Each is (H, n).
+
+    inputs: as for attention_inputs, any number of them. The tokens are the last ones of texts,
+    which see all others, or QUERIES evenly chosen patches of each image.
+    """
+    batches = [attention_inputs(model, part) for part in inputs.split(at_once(model, inputs))]
+    found = []
+    for parts in zip(*batches, strict=True):
+        numbers: dict[str, list[Tensor]] = {"query_norm": [], "key_norm": [], "entropy": []}
+        for block in parts:
+            tokens = block.tokens()
+            for name, x in (("query_norm", block.q), ("key_norm", block.k)):
+                numbers[name].append(torch.linalg.vector_norm(x[:, :, tokens], dim=-1))
+            numbers["entropy"].append(entropy(block.rows(tokens)))  # (B, H, n)
+        found.append({name: torch.cat(x).transpose(0, 1).flatten(1) for name, x in numbers.items()})
+    return found
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's correlation of x and y, (..., n) each: 1 if both grow together, -1 if one falls as
+    the other grows. Equal numbers keep their order."""
+    ranks = torch.stack([x, y]).argsort(dim=-1, stable=True).argsort(dim=-1).double()
+    ranks = ranks - ranks.mean(dim=-1, keepdim=True)
+    return F.cosine_similarity(*ranks, dim=-1)
 
 
 def attention_maps(

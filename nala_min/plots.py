@@ -297,6 +297,35 @@ def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Fi
     return picture
 
 
+@_styled
+def premise(results: dict[str, Any]) -> Figure:
+    """Entropy against the norm of the query and of the key, a point a token and head, a column for
+    each attention. results: those of a card of nala_min.lab.premise."""
+    points, labels = results["points"], {"query_norm": "query", "key_norm": "key"}
+    picture, grid = figure(2, len(points), width=9.6, height=5.2, sharey=True)
+    picture.suptitle(
+        "How evenly trained models attend, last block: a point for each token and head"
+    )
+    last = max(row["block"] for row in results["correlations"])
+    for column, (name, found) in zip(grid.T, points.items(), strict=True):
+        look = LOOKS[{"nala": "cosine"}.get(name, name)]
+        column[0].set_title(look["label"])
+        for axes, (norm, label) in zip(column, labels.items(), strict=True):
+            for heads in zip(found[norm], found["entropy"], strict=True):
+                axes.plot(*heads, ".", color=look["color"], markersize=3, alpha=0.4)
+            (here,) = (
+                row[norm]
+                for row in results["correlations"]
+                if (row["variant"], row["seed"], row["block"]) == (name, 1, last)
+            )
+            axes.set(xlabel=f"norm of the {label}")
+            axes.annotate(f"rank correlation {here:+.2f}", (0.04, 0.03), xycoords="axes fraction")
+    lowest = min(min(head) for found in points.values() for head in found["entropy"])
+    for axes in grid[:, 0]:
+        axes.set(ylabel="entropy (nats)", ylim=(lowest - 0.6, None))
+    return picture
+
+
 # What a study's pictures call its variants; ", same state" and the like are added.
 NAMES = {
     "nala": "NaLa",
@@ -307,10 +336,12 @@ NAMES = {
     "focused": "FLatten",
     "polar": "PolaFormer",
     "magnitude-aware": "MALA",
+    "hedgehog": "Hedgehog",
+    "injective": "InLine",
+    "delta": "DeltaNet",
     "no query norm": "NaLa, norm ignored",
     "no cosine map": "NaLa, ReLU for cosines",
     "tanh(norm/s)": "NaLa, tanh(norm/s)",
-    "hybrid": "NaLa and softmax in turn",
     **{f"lam {lam}": f"NaLa, λ = {lam}" for lam in (1, 2, 4)},
     **{f"tau {tau}": f"NaLa, τ = {tau}" for tau in (0, 1)},
     "alpha 2": "NaLa, α = 2",  # noqa: RUF001

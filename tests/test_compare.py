@@ -10,17 +10,17 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 import nala_min
-from nala_min import ATTENTIONS, data, nala_attention, plots, runcard, train
+from nala_min import ATTENTIONS, data, measure, nala_attention, plots, runcard, train
 from nala_min.flags import UsageError, run_script
-from nala_min.lab import compare, studies
-from nala_min.lab.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Variant
+from nala_min.lab import compare, premise, studies
+from nala_min.lab.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Study, Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
-BINDING = STUDIES["binding"].task
 
 
 def built(task, name, seed=1):
@@ -44,15 +44,6 @@ def test_recall_asks_for_every_key_once_and_wants_its_value():
         assert [value[key.index(k)] for k in key[8:]] == wanted
 
 
-def test_binding_is_recall_with_two_tokens_a_pair():
-    tokens, answers = BINDING.examples(8, 5, seed=1, step=3)
-    together, same = RECALL.examples(8, 5, seed=1, step=3)
-    assert torch.equal(answers, same)
-    assert torch.equal(tokens[:, 0:16:2], together[:, :8] // 65)
-    assert torch.equal(tokens[:, 1:16:2], 64 + together[:, :8] % 65)
-    assert torch.equal(tokens[:, 16:], together[:, 8:] // 65)
-
-
 def test_a_pair_is_embedded_as_the_sum_of_its_key_and_its_value():
     embed = PairEmbedding(64, 8)
     token = torch.tensor([[3 * 65 + 5, 7 * 65 + 64]])
@@ -60,9 +51,8 @@ def test_a_pair_is_embedded_as_the_sum_of_its_key_and_its_value():
     assert_close(embed(token)[0, 1], embed.weight[7] + embed.weight[128])
 
 
-@pytest.mark.parametrize("name", ["recall", "binding"])
-def test_recall_batches_depend_on_seed_and_step_and_have_about_equally_many_tokens(name):
-    task = STUDIES[name].task
+def test_recall_batches_depend_on_seed_and_step_and_have_about_equally_many_tokens():
+    task = RECALL
     batches = [task.batch(seed, step) for seed, step in ((1, 0), (1, 0), (1, 1), (2, 0))]
     assert torch.equal(batches[0][0], batches[1][0]) and torch.equal(batches[0][1], batches[1][1])
     assert all(not torch.equal(batches[0][0], other) for other, _ in batches[2:])
@@ -70,9 +60,8 @@ def test_recall_batches_depend_on_seed_and_step_and_have_about_equally_many_toke
     assert all(2048 - 128 <= task.batch(1, step)[0].numel() <= 2048 for step in range(9))
 
 
-@pytest.mark.parametrize("name", ["recall", "binding"])
-def test_a_model_that_has_not_learnt_recalls_nothing(name):
-    task = STUDIES[name].task
+def test_a_model_that_has_not_learnt_recalls_nothing():
+    task = RECALL
     found = task.evaluate(built(task, "relu"))
     assert list(found) == [f"accuracy at {pairs} pairs" for pairs in task.pairs]
     assert task.result == list(found)[-1]
@@ -220,45 +209,37 @@ def test_queries_and_keys_begin_5_times_as_large():
     assert_close(large, torch.cat([5 * plain[:64], plain[64:]]))
 
 
-def test_a_hybrid_ends_in_softmax():
-    model = built(BINDING, "hybrid")
-    assert model.config.attentions == ("nala", "softmax") and model.config.kind == "hybrid"
-    assert built(STUDIES["text"].task, "hybrid").config.attentions == ("nala", "softmax") * 2
-
-
 def test_every_study_names_variants_and_nala_first():
     for study in STUDIES.values():
         assert study.variants[0] == "nala"
         assert set(study.variants) <= VARIANTS.keys()
         assert study.seeds >= 3
+        assert {name for pair in study.questions for name in pair} <= set(study.variants)
         replace(study.task, **study.quick)
 
 
 def test_the_recipes_are_those_of_the_scripts():
-    """But for their length, and for "text" and "images", which keep an earlier recipe."""
+    """But for their length and schedule, and for nanoGPT's recipe."""
     import train_cifar
     import train_shakespeare
 
-    task, script = STUDIES["text-gpu"].task, train_shakespeare.PRESETS["gpu"]
-    assert task.sizes == (script["layers"], script["heads"], script["dim"])
-    assert (task.block, task.windows) == (script["block"], script["batch"])
-    assert (task.learning_rate, task.dropout) == (script["lr"], script["dropout"])
-    task, script = STUDIES["text-rates"].task, train_shakespeare.PRESETS["cpu"]
-    assert task.sizes == (script["layers"], script["heads"], script["dim"])
-    assert (task.block, task.windows) == (script["block"], script["batch"])
     rates = ("lr", "muon", "weight_decay")
-    assert (task.learning_rate, task.muon, task.weight_decay) == tuple(script[x] for x in rates)
-    task, script = STUDIES["images-rates"].task, train_cifar.PRESETS["cpu"]
-    assert (task.learning_rate, task.muon, task.weight_decay) == tuple(script[x] for x in rates)
-    assert STUDIES["text-rates"].task.schedule == task.schedule == "linear"
-    task = STUDIES["images"].task
-    assert task.sizes == (script["layers"], script["heads"], script["dim"])
-    assert (task.patch, task.images, task.shift) == (
-        script["patch"],
-        script["batch"],
-        script["shift"],
-    )
-    assert (task.learning_rate, task.muon) == (script["lr"], script["muon"])
+    for name, preset in (("text", "cpu"), ("text-rates", "cpu"), ("text-gpu", "gpu")):
+        task, script = STUDIES[name].task, train_shakespeare.PRESETS[preset]
+        assert task.sizes == (script["layers"], script["heads"], script["dim"])
+        assert (task.block, task.windows) == (script["block"], script["batch"])
+        assert (task.learning_rate, task.dropout) == (script["lr"], script["dropout"])
+        if preset == "cpu":
+            found = task.learning_rate, task.muon, task.weight_decay
+            assert found == tuple(script[x] for x in rates) and task.schedule == "linear"
+    for name in ("images", "images-rates"):
+        task, script = STUDIES[name].task, train_cifar.PRESETS["cpu"]
+        assert task.sizes == (script["layers"], script["heads"], script["dim"])
+        assert [task.patch, task.images, task.shift] == [
+            script[x] for x in ("patch", "batch", "shift")
+        ]
+        found = task.learning_rate, task.muon, task.weight_decay
+        assert found == tuple(script[x] for x in rates) and task.schedule == "linear"
 
 
 def test_a_variant_s_rates_multiply_those_of_the_task(tmp_path, monkeypatch):
@@ -323,6 +304,50 @@ def test_an_interval_holds_the_truth_in_95_of_100_studies(pairs):
         for away, half in (compare.difference(list(row), [0.0] * pairs) for row in draws)
     ]
     assert mean(inside) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5, 8, 20])
+def test_a_p_value_is_0_05_at_the_end_of_an_interval(pairs):
+    end = compare.STUDENT[pairs - 2]
+    assert compare.p_value(end, pairs) == pytest.approx(0.05, abs=1e-4)
+    assert compare.p_value(-end, pairs) == compare.p_value(end, pairs)
+    assert compare.p_value(0.0, pairs) == 1.0
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    """By hand: the smallest times 4, the next times 3, ..., never below one before, at most 1."""
+    assert compare.holm([0.04, 0.01, 0.5, 0.015]) == pytest.approx([0.08, 0.04, 0.5, 0.045])
+    assert compare.holm([0.3, 0.6]) == [0.6, 0.6]
+    assert compare.holm([]) == []
+
+
+def test_a_study_s_questions_are_answered_with_their_number_in_mind():
+    """Two questions: chance doubles for the clearer one. No difference at all is no finding."""
+    questions = (("elu", "nala"), ("split", "elu"), ("relu", "nala"))
+    task = replace(SMALL.task, steps=1)
+    study = Study(task, {}, ("nala", "elu", "split", "relu"), questions=questions)
+    numbers = {"nala": [1.0, 2.0, 3.0], "elu": [2.0, 3.1, 3.9], "split": [2.1, 2.9, 4.3]}
+    found = rows(**numbers, relu=numbers["nala"])
+    for row in found:
+        row[task.result] = row.pop("loss")
+    first, second, third = compare.answers(found, study)
+    assert (first.variant, first.than) == ("elu", "nala")
+    assert (first.away, first.half) == compare.difference(numbers["elu"], numbers["nala"])
+    t = 4.303 * first.away / first.half
+    assert first.chance == pytest.approx(3 * compare.p_value(t, 3))
+    assert second.away == pytest.approx(0.1) and first.chance < second.chance
+    assert (third.away, third.chance) == (0.0, 1.0)
+
+
+def test_softmax_with_one_norm_knows_a_query_by_its_direction():
+    """Queries of any length are answered alike, a longer one than the head's norm as a shorter."""
+    attend = built(STUDIES["text"].task, "softmax, one norm").blocks[0].attention.attend
+    q, k, v = torch.randn(3, 1, 4, 6, 24)
+    with torch.no_grad():
+        attend.norm.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    expected = ATTENTIONS["softmax"](attend.norm[:, None, None] * F.normalize(q, dim=-1), k, v)
+    for size in (0.01, 1.0, 100.0):
+        assert_close(attend(size * q, k, v, causal=False), expected)
 
 
 def test_the_table_has_mean_bounds_and_difference():
@@ -528,6 +553,67 @@ def test_a_damaged_row_is_none(damaged, tmp_path):
     (tmp_path / "nala_seed1").mkdir()
     (tmp_path / "nala_seed1" / "row.json").write_bytes(damaged)
     assert compare.finished(study, tmp_path) == {("nala", 1): None}
+
+
+# --- The premise in trained models ----------------------------------------------------------------
+
+
+def test_the_premise_is_read_off_the_models_that_a_study_left(tmp_path, monkeypatch, capsys):
+    """Two steps of every attention; the card's correlations and points are the models' own."""
+    (tmp_path / "text.txt").write_text("to be, or not to be: " * 60, encoding="utf-8")
+    task = replace(STUDIES["text"].task, steps=2, sizes=(2, 2, 16), block=16, windows=2)
+    monkeypatch.setitem(premise.STUDIES, "text", Study(task, {}, studies.SIMPLE, seeds=2))
+    here = replace(task, file=tmp_path / "text.txt")
+    runs = tmp_path / "runs" / "text"
+    for name in studies.SIMPLE:
+        for seed in (1, 2):
+            compare.run(here, name, seed, compare._place(runs, name, seed))
+    flags = ["--runs", runs.parent, "--data", tmp_path / "text.txt", "--out", tmp_path]
+    monkeypatch.setattr("sys.argv", ["premise.py", *map(str, flags)])
+    run_script(premise.main)
+    assert (tmp_path / "premise_text.png").read_bytes().startswith(b"\x89PNG")
+    card = runcard.read_json(tmp_path / "premise_text.json")
+    assert card["command"] == "python -m nala_min.lab.premise --study text"
+    inputs = here.inputs(1000)
+    assert card["config"] == {"study": "text", "seeds": 2, "inputs": len(inputs)}
+    for name in studies.SIMPLE:
+        for seed in (1, 2):
+            model = compare.trained(here, name, seed, runs)
+            found = measure.norms_and_entropies(model, inputs)
+            rows = [
+                row
+                for row in card["results"]["correlations"]
+                if (row["variant"], row["seed"]) == (name, seed)
+            ]
+            assert [row["block"] for row in rows] == [1, 2]
+            for row, block in zip(rows, found, strict=True):
+                for norm in ("query_norm", "key_norm"):
+                    heads = measure.rank_correlation(block[norm], block["entropy"])
+                    assert row[norm] == pytest.approx(heads.mean().item(), abs=1e-4)
+            if seed == 1:
+                for what, heads in card["results"]["points"][name].items():
+                    assert heads == [
+                        [round(x, 4) for x in head] for head in found[-1][what].tolist()
+                    ]
+    capsys.readouterr()
+    for mistake, named in ((["--data-dir", "x", "--study", "images"], "--data-dir"), ([], "split")):
+        monkeypatch.setattr(premise, "SIMPLE", ("split",))  # which has no run there
+        monkeypatch.setattr("sys.argv", ["premise.py", *map(str, flags), *mistake])
+        with pytest.raises(SystemExit, match="2"):
+            run_script(premise.main)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and named in error
+
+
+def test_a_run_of_another_recipe_or_an_unfinished_one_is_not_taken_for_a_model(tmp_path):
+    task = replace(SHARPNESS, steps=2)
+    compare.run(task, "nala", 1, compare._place(tmp_path, "nala", 1))
+    assert isinstance(compare.trained(task, "nala", 1, tmp_path), studies.Bare)
+    other = replace(task, learning_rate=1.0)
+    with pytest.raises(UsageError, match="is not of a finished run of this study"):
+        compare.trained(other, "nala", 1, tmp_path)
+    with pytest.raises(UsageError, match="nala_seed2"):
+        compare.trained(task, "nala", 2, tmp_path)
 
 
 # --- Before the first hour ------------------------------------------------------------------------

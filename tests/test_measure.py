@@ -298,6 +298,14 @@ def test_health_of_a_language_model_is_that_of_its_last_token(attention):
         assert block["top"][0] >= 0.5 - 1e-6
 
 
+def test_rank_correlation_by_hand():
+    """1 for any rising curve, -1 for any falling one; ranks 0 1 2 3 against 1 0 2 3 give 0.8."""
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 2.0, 3.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    y = torch.tensor([[0.1, 1.0, 7.0, 900.0], [-4.0, 0.0, -1.0, 9.0], [2.0, 1.0, 3.0, 4.0]])
+    expected = torch.tensor([1.0, -1.0, 0.8], dtype=torch.float64)
+    assert_close(measure.rank_correlation(x, y), expected)
+
+
 @pytest.mark.parametrize("attention", ["nala", "softmax"])
 def test_the_weights_of_a_language_model_do_not_look_ahead(attention):
     options = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16, "attention": attention}
@@ -394,6 +402,30 @@ def test_what_is_read_does_not_depend_on_torch_s_defaults(reader):
     for dtype in (torch.float64, torch.bfloat16):
         with ambient(dtype, "cpu"):
             assert read() == want
+
+
+@pytest.mark.parametrize("make", [small_vit, small_lm])
+def test_norms_and_entropies_are_those_of_each_head_and_token(make, in_float64, monkeypatch):
+    """In several batches as at once: the last token of a text, every third patch here."""
+    monkeypatch.setattr(measure, "QUERIES", 3)
+    monkeypatch.setattr(measure, "at_once", lambda model, inputs: 2)
+    text = make is small_lm
+    model = make().double()
+    inputs = torch.randint(model.config.vocab_size, (5, 7)) if text else bytes_of(5)
+    blocks = measure.norms_and_entropies(model, inputs)
+    for found, block in zip(blocks, measure.attention_inputs(model, inputs), strict=True):
+        count = block.q.shape[2]
+        tokens = slice(count - 1, None) if text else slice(None, None, -(-count // 3))
+        weights = block.weights()[:, :, tokens]
+        wanted = {
+            "query_norm": block.q[:, :, tokens].norm(dim=-1),
+            "key_norm": block.k[:, :, tokens].norm(dim=-1),
+            "entropy": -(weights * weights.clamp_min(1e-300).log()).sum(dim=-1),
+        }
+        assert found.keys() == wanted.keys()
+        for name, x in wanted.items():
+            by_head = torch.stack([x[:, head].flatten() for head in range(x.shape[1])])
+            assert_close(found[name], by_head)
 
 
 @pytest.mark.parametrize(

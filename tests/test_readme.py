@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 import test_results
-from test_results import SPEED, found, reached, small_tasks, speed_in_short
+from test_results import SPEED, found, reached, shorter_runs, small_tasks, speed_in_short
 
 from nala_min import runcard
 from nala_min.lab import bench
@@ -53,7 +53,8 @@ def test_its_verse_is_of_the_default_run():
 
 def test_its_conclusions_are_the_run_cards():
     """Further ones are proved in test_results.py, where the page of results has them as well."""
-    assert f"3. {small_tasks()} Level means: no significant difference over five seeds." in PROSE
+    level = "Level means: no significant difference over five seeds."
+    assert f"3. {small_tasks()} {level} {shorter_runs()}" in PROSE
     for task in ("shakespeare", "cifar"):  # the norm is silent
         blocks = test_results.cards(task, "nala")[0]["results"]["attention_stats"]
         assert min(min(block["power"]) for block in blocks) > 4.4  # of at most 4.5

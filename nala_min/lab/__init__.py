@@ -1,2 +1,2 @@
 """Programs that measure the rest: speed (bench), fair comparisons (compare) and what they compare
-(studies)."""
+(studies), and norms in the models that they train (premise)."""

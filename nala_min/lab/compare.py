@@ -28,8 +28,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -89,6 +90,19 @@ def _prepared(
         seed=seed,
     )
     return model.to(device), recipe
+
+
+def trained(task: Task, name: str, seed: int, folder: Path) -> nn.Module:
+    """The model of a finished run of a study in folder, whatever has changed in the code since.
+    Raises UsageError if there is none."""
+    model, _ = _prepared(task, name, seed)
+    path = _place(folder, name, seed) / "checkpoint.pt"
+    saved = load_checkpoint(path)
+    found, wanted = (x | {"code_sha256": 0} for x in (saved["extra"], _extra(task, name, seed)))
+    if found != wanted or saved["step"] != task.steps:
+        raise UsageError(f"{path} is not of a finished run of this study: run it first")
+    model.load_state_dict(saved["model"])
+    return model
 
 
 def seconds_of_a_step(task: Task, name: str, device: str = "cpu") -> float:
@@ -253,6 +267,50 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     return mean(pairs), STUDENT[len(pairs) - 2] * stdev(pairs) / math.sqrt(len(pairs))
 
 
+def p_value(t: float, pairs: int) -> float:
+    """How often chance alone brings a mean of so many differences t standard errors from 0, or
+    further: Student's t, two-sided."""
+    freedom, steps = pairs - 1, 100_000
+    x = (np.arange(steps) + 0.5) / steps * abs(t)
+    middle = float(((1 + x * x / freedom) ** (-pairs / 2)).mean()) * abs(t)
+    unit = math.exp(math.lgamma(pairs / 2) - math.lgamma(freedom / 2)) / math.sqrt(
+        freedom * math.pi
+    )
+    return max(0.0, 1 - 2 * unit * middle)
+
+
+def holm(chances: list[float]) -> list[float]:
+    """p-values corrected for their number, so that even one of them below 0.05 is a false alarm in
+    at most one family of tests in twenty (Holm 1979)."""
+    corrected, highest = [0.0] * len(chances), 0.0
+    for rank, i in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[i]))
+        corrected[i] = highest
+    return corrected
+
+
+class Answer(NamedTuple):
+    """How far apart two variants are."""
+
+    variant: str
+    than: str
+    away: float  # mean difference of their results
+    half: float  # of its 95 % interval, not corrected
+    chance: float  # p-value, corrected for the number of questions
+
+
+def answers(rows: list[dict[str, Any]], study: Study) -> list[Answer]:
+    """The answers to a study's questions, with tests corrected for their number."""
+    found, chances = [], []
+    for pair in study.questions:
+        ours, theirs = (values(rows, name, study.task.result) for name in pair)
+        away, half = difference(ours, theirs)
+        found.append((*pair, away, half))
+        error = half / STUDENT[len(ours) - 2]
+        chances.append(p_value(away / error, len(ours)) if 0 < error < math.inf else 1.0)
+    return [Answer(*x, chance) for x, chance in zip(found, holm(chances), strict=True)]
+
+
 def table(rows: list[dict[str, Any]], result: str) -> str:
     """One line per variant: mean, lowest and highest result, difference from NaLa."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
@@ -365,8 +423,8 @@ def prove(study: Study, folder: Path, attention: str | None) -> None:
 
 
 def default_studies() -> list[str]:
-    """Those without --study: not those of learning rates, nor for a CUDA card."""
-    return [name for name in STUDIES if not name.endswith(("-rates", "-gpu"))]
+    """Those without --study: what two cores do in two hours."""
+    return [name for name in STUDIES if name in COLUMNS]
 
 
 def minutes_left(study: Study, folder: Path, settings: Settings) -> float:
@@ -422,6 +480,11 @@ def main() -> None:
         runcard.write_json(folder.with_suffix(".json"), card)
         plots.write(study.task.draw(rows), folder.with_suffix(".png"))
         print(table(rows, study.task.result))
+        for answer in answers(rows, study):
+            print(
+                f"{answer.variant} - {answer.than}: {answer.away:+.4f} ± {answer.half:.4f},"
+                f" p = {answer.chance:.3f} (Holm, {len(study.questions)} tests)"
+            )
         print(f"{card['seconds']:.0f} s of training in all. Written: {folder}.json and .png\n")
 
 

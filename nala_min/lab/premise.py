@@ -1,0 +1,77 @@
+"""Does the premise hold in models that were trained? `python -m nala_min.lab.premise` reads the
+models that `compare --study text` (or images) left, and asks of every head: is attention sharper
+where the query is longer, and where the key is? Writes a run card and a picture: in a checkout to
+notebooks/results, otherwise to runs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from nala_min import measure, plots, runcard
+from nala_min.flags import UsageError, flag, parse_flags, run_script
+from nala_min.lab import compare
+from nala_min.lab.studies import SIMPLE, STUDIES
+
+INPUTS = {"text": 1024, "images": 128}  # windows of 128 characters, or pictures, that are read
+POINTS = 100  # of each head in the picture
+NORMS = ("query_norm", "key_norm")
+
+
+@dataclass
+class Settings:
+    """Look at entropy against the norms of queries and keys in trained models."""
+
+    study: str = flag("text", "whose models", choices=list(INPUTS))
+    runs: Path = flag(Path("runs/compare"), "folder where compare has left them")
+    data: Path | None = flag(None, "their text (default: Tiny Shakespeare)")
+    data_dir: Path | None = flag(None, "folder with CIFAR-10, as for train_cifar.py")
+    out: Path = flag(measure.Settings.out, "folder for the run card and the picture")
+
+
+def main() -> None:
+    start, settings = time.perf_counter(), parse_flags(Settings)
+    card_file, picture = (settings.out / f"premise_{settings.study}.{x}" for x in ("json", "png"))
+    runcard.prove_writable(card_file, picture)
+    study = STUDIES[settings.study]
+    own = {"file": settings.data, "folder": settings.data_dir}
+    has = {key: value for key, value in own.items() if hasattr(study.task, key)}
+    task = replace(study.task, **has)
+    try:
+        inputs = task.inputs(INPUTS[settings.study])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data, --data-dir: {error}") from error
+    rows, points = [], {}
+    for name in SIMPLE:
+        for seed in range(1, study.seeds + 1):
+            model = compare.trained(task, name, seed, settings.runs / settings.study)
+            blocks = measure.norms_and_entropies(model, inputs)
+            for number, block in enumerate(blocks, 1):
+                found = {x: measure.rank_correlation(block[x], block["entropy"]) for x in NORMS}
+                found = {x: round(mean(heads.tolist()), 4) for x, heads in found.items()}
+                rows.append({"variant": name, "seed": seed, "block": number} | found)
+            if seed == 1:  # the picture shows its last block
+                points[name] = {x: _few(block[x]) for x in (*NORMS, "entropy")}
+    results = {"correlations": rows, "points": points}
+    config = {"study": settings.study, "seeds": study.seeds, "inputs": len(inputs)}
+    seconds = time.perf_counter() - start
+    card = runcard.run_card(config, task.data_info(), torch.device("cpu"), seconds, results)
+    card["command"] = f"python -m nala_min.lab.premise --study {settings.study}"
+    runcard.write_json(card_file, card)
+    plots.write(plots.premise(results), picture)
+    print(f"Written: {card_file} and .png")
+
+
+def _few(heads: torch.Tensor) -> list[list[float]]:
+    """POINTS numbers of each head, as far apart as they come, from (H, n)."""
+    step = max(1, heads.shape[1] // POINTS)
+    return [[round(x, 4) for x in head] for head in heads[:, ::step][:, :POINTS].tolist()]
+
+
+if __name__ == "__main__":
+    run_script(main)
