@@ -663,11 +663,13 @@ def refused(monkeypatch, capsys, *flags):
     return error
 
 
-@pytest.mark.parametrize("name", ["recall.json", "text.png", "images", "recall/elu_seed3/row.json"])
+@pytest.mark.parametrize(
+    "name", ["recall.json", "text.png", "sharpness", "recall/elu_seed3/row.json"]
+)
 def test_what_cannot_be_written_in_the_last_study_is_told_before_the_first(
     name, tmp_path, monkeypatch, capsys
 ):
-    small = {n: replace(SMALL, variants=("nala", "elu"), seeds=3) for n in ("recall", "images")}
+    small = {n: replace(SMALL, variants=("nala", "elu"), seeds=3) for n in ("recall", "sharpness")}
     monkeypatch.setattr(compare, "STUDIES", {"text": SMALL} | small)
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True, parents=True)

@@ -370,10 +370,14 @@ def processors() -> int:
     return min(count, MOST)
 
 
+# Without --study: what two cores do in two hours, without a download of images.
+DEFAULT = ("recall", "sharpness", "sharpness-all", "text")
+
+
 @dataclass
 class Settings:
     """Compare attentions on the same task, under the same conditions. By default: recall,
-    sharpness, text and images, one study after another."""
+    sharpness and text, one study after another."""
 
     study: str | None = flag(None, "which study (default: several)", choices=list(STUDIES))
     quick: bool = flag(False, "few steps and one seed: a trial of a few minutes")
@@ -422,11 +426,6 @@ def prove(study: Study, folder: Path, attention: str | None) -> None:
     prove_runs(study, folder)
 
 
-def default_studies() -> list[str]:
-    """Those without --study: what two cores do in two hours."""
-    return [name for name in STUDIES if name in COLUMNS]
-
-
 def minutes_left(study: Study, folder: Path, settings: Settings) -> float:
     """Estimated time of the runs still to do, from a few steps of each variant on one thread."""
     left = [name for (name, _), row in finished(study, folder).items() if row is None]
@@ -464,7 +463,7 @@ def study_card(
 def main() -> None:
     settings = parse_flags(Settings)
     train.choose_device(settings.device)
-    names = [settings.study] if settings.study else default_studies()
+    names = [settings.study] if settings.study else [name for name in STUDIES if name in DEFAULT]
     studies = {name: chosen(settings, name) for name in names}
     folders = {name: settings.out / (name + "-quick" * settings.quick) for name in names}
     for name, study in studies.items():  # every mistake is found before the first hour of work
