@@ -318,6 +318,7 @@ def test_holm_corrects_for_the_number_of_tests():
     """By hand: the smallest times 4, the next times 3, ..., never below one before, at most 1."""
     assert compare.holm([0.04, 0.01, 0.5, 0.015]) == pytest.approx([0.08, 0.04, 0.5, 0.045])
     assert compare.holm([0.3, 0.6]) == [0.6, 0.6]
+    assert compare.holm([0.03, 0.02, 0.025]) == pytest.approx([0.06, 0.06, 0.06])
     assert compare.holm([]) == []
 
 
@@ -614,6 +615,10 @@ def test_a_run_of_another_recipe_or_an_unfinished_one_is_not_taken_for_a_model(t
         compare.trained(other, "nala", 1, tmp_path)
     with pytest.raises(UsageError, match="nala_seed2"):
         compare.trained(task, "nala", 2, tmp_path)
+    path = compare._place(tmp_path, "nala", 1) / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {"step": 1}, path)
+    with pytest.raises(UsageError, match="is not of a finished run of this study"):
+        compare.trained(task, "nala", 1, tmp_path)
 
 
 # --- Before the first hour ------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def test_muon_steps_by_hand():
     """Nesterov's momentum, made orthogonal; a convolution counts as a matrix with a row for each
     of its outputs, and a tall one steps further. Two of one shape and of different sizes are taken
     together and do not mix."""
-    shapes = (6, 2), (4, 3, 2, 2), (6, 2)
+    shapes = (6, 2), (4, 3, 2, 2), (6, 2), (2, 6)
     weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     fitted = [nn.Parameter(weight.clone()) for weight in weights]
     optimizer = train.Muon(fitted, lr=0.5, weight_decay=0.25)
