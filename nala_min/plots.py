@@ -312,7 +312,7 @@ def premise(results: dict[str, Any]) -> Figure:
         column[0].set_title(look["label"])
         for axes, (norm, label) in zip(column, labels.items(), strict=True):
             for heads in zip(found[norm], found["entropy"], strict=True):
-                axes.plot(*heads, ".", color=look["color"], markersize=3, alpha=0.4)
+                axes.plot(*heads, ".", color=look["color"], markersize=2.5, alpha=0.6)
             (here,) = (
                 row[norm]
                 for row in results["correlations"]

@@ -323,7 +323,7 @@ def test_holm_corrects_for_the_number_of_tests():
 
 
 def test_a_study_s_questions_are_answered_with_their_number_in_mind():
-    """Two questions: chance doubles for the clearer one. No difference at all is no finding."""
+    """Of three, the clearest has three times its chance. No difference at all is no finding."""
     questions = (("elu", "nala"), ("split", "elu"), ("relu", "nala"))
     task = replace(SMALL.task, steps=1)
     study = Study(task, {}, ("nala", "elu", "split", "relu"), questions=questions)

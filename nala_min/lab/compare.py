@@ -399,12 +399,17 @@ class Settings:
             raise UsageError(f"--attention {self.attention} is not the name of a file, FILE.py")
 
 
+def with_data(task: Task, file: Path | None, folder: Path | None) -> Task:
+    """task on another text, or on images in a folder, if it reads such."""
+    own = {"file": file, "folder": folder}
+    return replace(task, **{key: value for key, value in own.items() if hasattr(task, key)})
+
+
 def chosen(settings: Settings, name: str) -> Study:
     """The study called name, as the flags change it."""
     study = STUDIES[name]
-    own = {"file": settings.data, "folder": settings.data_dir}
-    has = {key: value for key, value in own.items() if hasattr(study.task, key)}
-    task = replace(study.task, **has, **(study.quick if settings.quick else {}))
+    task = with_data(study.task, settings.data, settings.data_dir)
+    task = replace(task, **(study.quick if settings.quick else {}))
     variants = study.variants + ((settings.attention,) if settings.attention else ())
     seeds = settings.seeds or (1 if settings.quick else study.seeds)
     return replace(study, task=task, variants=variants, seeds=seeds)

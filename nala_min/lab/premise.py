@@ -7,7 +7,7 @@ notebooks/results, otherwise to runs.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -39,9 +39,7 @@ def main() -> None:
     card_file, picture = (settings.out / f"premise_{settings.study}.{x}" for x in ("json", "png"))
     runcard.prove_writable(card_file, picture)
     study = STUDIES[settings.study]
-    own = {"file": settings.data, "folder": settings.data_dir}
-    has = {key: value for key, value in own.items() if hasattr(study.task, key)}
-    task = replace(study.task, **has)
+    task = compare.with_data(study.task, settings.data, settings.data_dir)
     try:
         inputs = task.inputs(INPUTS[settings.study])
     except (OSError, ValueError) as error:
