@@ -50,8 +50,8 @@ class Settings(train.Settings):
             raise UsageError(f"--sample {self.sample} is not positive and below 2^31")
 
     def defaults(self) -> dict[str, Any]:
-        """The preset's values. With longer windows, the model reads as many characters in all, and
-        in each step as long as they hold a window."""
+        """The preset's values. With longer windows, the model reads equally many characters in all,
+        and also in each step as long as they fill a window."""
         preset = super().defaults()
         if (self.block or 0) <= preset["block"]:
             return preset

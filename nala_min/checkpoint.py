@@ -107,7 +107,7 @@ class Run:
             yield
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(
-                f"interrupted at step {self.step}: --resume goes on from step {self.saved}"
+                f"interrupted at step {self.step}: --resume continues from step {self.saved}"
             ) from error
 
     def load(self) -> None:
@@ -134,8 +134,8 @@ class Run:
                 raise UsageError(f"{different}: move it aside, or name another folder with --out")
             if saved["step"] < self.steps:
                 raise UsageError(
-                    f"{self.path} has come to step {saved['step']} of {self.steps}: --resume goes"
-                    " on with it; move it aside to begin anew"
+                    f"{self.path} is at step {saved['step']} of {self.steps}: continue it with"
+                    " --resume, or move it aside to start over"
                 )
         self.save(first=True)
 
@@ -196,7 +196,7 @@ class Run:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, lambda file: file.write(content.getbuffer()))
         except OSError as error:
-            mend = f"mend that, and --resume goes on from step {self.saved}"
+            mend = f"mend that, and --resume continues from step {self.saved}"
             if first:
                 mend = "mend that, or name another folder with --out"
             raise UsageError(

@@ -266,7 +266,7 @@ BATCH = 10_000  # images in a file
 RECORD = 1 + 3 * 32 * 32  # bytes of an image: its label, then red, green and blue, row by row
 SLOW = (
     ".\nSince June 2026 this host gives 50 to 80 kB a second: it may take an hour. Ctrl-C stops"
-    " it, and the next run goes on from there.\nInstead: --url MIRROR, --data-dir FOLDER with the"
+    " it, and the next run continues from there.\nInstead: --url MIRROR, --data-dir FOLDER with the"
     " archive or its files, or --data synthetic, digits that are drawn here."
 )
 

@@ -50,7 +50,7 @@ KEEP = 11 * 2**20
 
 
 class Call(NamedTuple):
-    """What is asked: of readable, linear_attention of model.py, and how it is answered here."""
+    """A call of readable, which is model.py's linear_attention, and how this file answers it."""
 
     readable: Callable
     query: Callable[[Tensor], Tensor]  # (..., D) to (..., F)

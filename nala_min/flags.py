@@ -118,13 +118,13 @@ def run_script(main: Callable[[], None]) -> None:
         except KeyboardInterrupt as error:
             if distributed.rank():  # the first process tells
                 sys.exit(130)
-            how = "--resume goes on from the last checkpoint, if there is one"
+            how = "--resume continues from the last checkpoint, if there is one"
             _exit(str(error) or f"interrupted: {how}", 130)
         except (MemoryError, RuntimeError) as error:
             if distributed.is_lost_peer(error):
                 _exit(
                     f"error: process {distributed.rank()} ends, as another one of this job did:"
-                    " --resume goes on from the last checkpoint",
+                    " --resume continues from the last checkpoint",
                     1,
                 )
             if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):

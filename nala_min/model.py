@@ -46,7 +46,7 @@ from nala_min import fast  # the same numbers in less time, for linear_attention
 
 
 def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm (..., 1) and direction (..., D) of x (..., D), Eq. (2): 0 for a zero vector, both."""
+    """Norm (..., 1) and direction (..., D) of x (..., D), Eq. (2); both are 0 for a zero vector."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
     return norm, x / norm.masked_fill(norm == 0, 1.0)  # (..., 1), (..., D)
 
@@ -183,7 +183,7 @@ def linear_attention(
     causal: token t sees tokens 0 ... t only. key_mask: (B, N) bool, False for padding.
     mode: if causal, "quadratic" (or "parallel"), "recurrent" or "chunked" by chunk_size tokens: the
         same numbers. "auto" is the fastest, by fast.py where that does what is done here.
-    state: (B, H, F, M + 1), from an earlier call with return_state: the sequence goes on.
+    state: (B, H, F, M + 1), from an earlier call with return_state: the sequence continues.
     rope_positions: (N, A), see rotary_angles: weights may be negative, and need not sum to 1.
     A row without mass (its query, or every key that it sees, is zero or masked) gives output 0.
     """

@@ -63,7 +63,7 @@ def clipped_power(x: Tensor, power: Tensor | float) -> Tensor:
 
 
 def given(features: Tensor) -> Tensor:
-    """What is features already."""
+    """The identity, for what is features already."""
     return features
 
 
@@ -295,4 +295,4 @@ def _try_attention(attention: Callable, dim: int, causal: bool) -> None:
         if not torch.allclose(head, whole[:, :, :4], rtol=1e-3, atol=1e-4):
             raise ValueError("attention sees the future: a later token changes an earlier output")
         if not torch.allclose(tail, whole[:, :, 4:], rtol=1e-3, atol=1e-4):
-            raise ValueError("attention does not go on from its state: a text cut in two differs")
+            raise ValueError("attention does not continue from its state: a split text differs")

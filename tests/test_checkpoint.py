@@ -127,7 +127,7 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, 
 
     handlers = [signal.getsignal(each) for each in (*SIGNALS, CLOSED)]
     stopped = small_model(seed=1, dropout=0.2)
-    with pytest.raises(KeyboardInterrupt, match=f"goes on from step {stop + 1}$"):
+    with pytest.raises(KeyboardInterrupt, match=f"continues from step {stop + 1}$"):
         train_small(stopped, tmp_path / "parts.pt", recipe, batch=until(stop, number))
     assert [signal.getsignal(each) for each in (*SIGNALS, CLOSED)] == handlers
     assert checkpoint.load_checkpoint(tmp_path / "parts.pt")["step"] == stop + 1
@@ -150,7 +150,7 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, 
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
-    with pytest.raises(KeyboardInterrupt, match="at step 4: --resume goes on from step 3"):
+    with pytest.raises(KeyboardInterrupt, match="at step 4: --resume continues from step 3"):
         train_small(small_model(), tmp_path / "parts.pt", batch=until(4, times=2))
     train_small(small_model(), tmp_path / "whole.pt")
     train_small(small_model(seed=2), tmp_path / "parts.pt", resume=True)
@@ -167,7 +167,7 @@ def test_ctrl_c_while_the_first_checkpoint_is_written_says_how_to_go_on(tmp_path
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(checkpoint, "write_whole", interrupted)
-    with pytest.raises(KeyboardInterrupt, match=r"at step 0: --resume goes on from step 0$"):
+    with pytest.raises(KeyboardInterrupt, match=r"at step 0: --resume continues from step 0$"):
         train_small(small_model(), tmp_path / "checkpoint.pt")
 
 
@@ -179,12 +179,12 @@ def test_a_script_stopped_after_training_says_how_to_go_on(number, capsys):
             run_script(lambda: signal.raise_signal(number))
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert "--resume goes on from the last checkpoint" in capsys.readouterr().err
+    assert "--resume continues from the last checkpoint" in capsys.readouterr().err
 
 
 def test_a_second_sigterm_waits(tmp_path):
     """Launchers send it to a process and to its parent, which hands it on."""
-    with pytest.raises(KeyboardInterrupt, match="goes on from step 5"):
+    with pytest.raises(KeyboardInterrupt, match="continues from step 5"):
         train_small(small_model(), tmp_path / "parts.pt", batch=until(4, signal.SIGTERM, times=2))
 
 
@@ -261,7 +261,7 @@ def test_a_run_that_is_not_finished_is_not_overwritten(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_small(small_model(), path, batch=until(3))
     before = path.read_bytes()
-    with pytest.raises(UsageError, match="has come to step 4 of 7: --resume goes on with it"):
+    with pytest.raises(UsageError, match="is at step 4 of 7: continue it with --resume"):
         train_small(small_model(), path)
     assert path.read_bytes() == before
 
@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_checkpoint(
 
     monkeypatch.setattr(checkpoint, "write_whole", full)
     path = tmp_path / "run" / "checkpoint.pt"
-    mend = ["mend that, or name another folder with --out", "", "--resume goes on from step 3"]
+    mend = ["mend that, or name another folder with --out", "", "--resume continues from step 3"]
     with pytest.raises(
         UsageError, match=f"cannot be written .*No space left.*{mend[stop]}"
     ) as error:

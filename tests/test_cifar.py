@@ -383,7 +383,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_bits(stop, run, files, monk
     broken = run(*command, "--out", "parts")
     assert broken.returncode == 130
     line = (
-        f"train_cifar.py: interrupted at step {stop + 1}: --resume goes on from step {stop + 1}\n"
+        f"train_cifar.py: interrupted at step {stop + 1}: --resume continues from step {stop + 1}\n"
     )
     assert broken.stderr.endswith(line)
     assert [path.name for path in (files / "parts").iterdir()] == ["checkpoint.pt"]

@@ -139,7 +139,7 @@ class Case:
         print(f"NALA_SEED={seed}: {self.form}, {self.feature_map}, {self.dtype}, {shape}")
 
     def attention(self, q, k, v):
-        """In one call, or in two, the second of which goes on from the state of the first."""
+        """In one call, or in two, the second of which continues from the state of the first."""
 
         def attend(tokens, form, **state):
             return nala_attention(

@@ -300,7 +300,7 @@ BROKEN = {  # what a file says, and what is said of it
     ATTENTION.replace("2 * out, after", "out - out.mean(2, keepdim=True), after"): (
         "attention sees the future"
     ),
-    ATTENTION.replace("state=state, ", ""): "attention does not go on from its state",
+    ATTENTION.replace("state=state, ", ""): "attention does not continue from its state",
 }  # fmt: skip
 
 

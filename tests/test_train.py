@@ -250,7 +250,7 @@ def test_blocks_that_do_not_fit_together_say_why(argv, reason):
     ("error", "code", "line"),
     [
         (UsageError("--size 0 is too small"), 2, "script.py: error: --size 0 is too small\n"),
-        (KeyboardInterrupt(), 130, "script.py: interrupted: --resume goes on from the last"),
+        (KeyboardInterrupt(), 130, "script.py: interrupted: --resume continues from the last"),
         (KeyboardInterrupt("interrupted, saved"), 130, "script.py: interrupted, saved\n"),
         (
             OSError(28, "No space left", "card.json"),

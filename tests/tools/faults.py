@@ -252,7 +252,7 @@ def stops(script, folder, times, dice, signals=("SIGINT", "SIGTERM")):
             continue
         tried += 1
         last = text.rstrip().rsplit("\n", 1)[-1]
-        if code != 130 or not last.split(": ")[-1].startswith("--resume goes on from"):
+        if code != 130 or not last.split(": ")[-1].startswith("--resume continues from"):
             lost.append(f"no word on how to go on: {last[-200:]}")
         if (steps := re.findall(r" step (\d+)", last)) and len(set(steps)) > 1:
             lost.append(f"steps: {last[-200:]}")

@@ -88,7 +88,7 @@ KINDS = {  # kind: its tests, of which a name may be a beginning
         test_model.py::test_shapes_go_through_without_values
         test_model.py::test_an_exported_model_is_saved_and_does_the_same
         test_model.py::test_what_cannot_be_followed_says_so""",
-    "A message does not lead on": """
+    "A message does not say what to do next": """
         test_model.py::test_states_that_do_not_go_with_the_tokens_are_named
         test_model.py::test_states_of_another_model_are_named
         test_model.py::test_a_mistake_is_named

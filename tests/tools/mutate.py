@@ -454,4 +454,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted: the same command goes on from here.")
+        sys.exit("\nInterrupted: run the same command to continue.")
