@@ -229,7 +229,7 @@ RULES: dict[str, Rule] = {
         "0, or a finite number from 1e-30", lambda x: not x or 1e-30 <= x < math.inf
     ),
     **dict.fromkeys(("num_layers", "num_heads", "dim", "conv_size", "patch_size"), _COUNT),
-    **dict.fromkeys(("vocab_size", "num_classes", "num_features"), _COUNT),
+    **dict.fromkeys(("vocab_size", "num_classes"), _COUNT),
     **dict.fromkeys(("chunk_size", "top_k"), _COUNT),
     "dropout": _number("a share from 0 to less than 1", lambda x: 0 <= x < 1),
     "num_tokens": _number("a whole number, not negative", lambda x: 0 <= x < 2**63, whole=True),

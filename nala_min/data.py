@@ -398,8 +398,13 @@ def shuffled_batch(
         raise ValueError(f"a batch of {batch_size:,} is more than the {len(images):,} images")
     epoch, i = divmod(step, len(images) // batch_size)
     order = _order_of_epoch(len(images), seed, epoch)
-    chosen = order[i * batch_size : (i + 1) * batch_size].to(images.device)
+    chosen = _sent(order[i * batch_size : (i + 1) * batch_size], images)
     return images[chosen], labels[chosen]
+
+
+def _sent(places: Tensor, to: Tensor) -> Tensor:
+    """places on the device of to; a CUDA card need not finish its work first."""
+    return places.to(to.device, non_blocking=to.device.type == "cuda")
 
 
 @lru_cache(maxsize=2)  # drawn once an epoch, not in every step
@@ -424,7 +429,7 @@ def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -
     rows, columns = map(moved, sides)
     if mirror:
         columns = np.where(random.random((count, 1)) < 0.5, columns[:, ::-1], columns)
-    rows, columns = (torch.from_numpy(x).to(images.device) for x in (rows, columns))
+    rows, columns = (_sent(torch.from_numpy(x), images) for x in (rows, columns))
     which, channel = (torch.arange(n, device=images.device) for n in (count, channels))
     return images[
         which[:, None, None, None],

@@ -66,6 +66,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
+def local_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+
+
 @contextmanager
 def first_alone() -> Iterator[None]:
     """Let the first process of each machine run the block before the others, which then find what

@@ -47,6 +47,7 @@ LARGE_SEGMENT = 2**26  # on another device, which wants few large steps; not mea
 # Numbers of features and scores that a call keeps for its backward pass: as many as let it take at
 # most twice the memory of the fused softmax at 16,384 tokens of 4 heads of 64 channels.
 KEEP = 11 * 2**20
+LARGE_KEEP = 2**28  # on another device: all that the presets need; not measured yet
 
 
 class Call(NamedTuple):
@@ -91,7 +92,8 @@ def attention(
         if chunk_size is None:
             chunk_size = _balanced_chunk(verdict.num_features, q.shape[2], v.shape[3] + 1)
         segments = _segments(q, chunk_size if causal else 1)
-        by_hand, budget = verdict.by_hand, KEEP if torch.is_grad_enabled() else None
+        keep = KEEP if q.device.type == "cpu" else LARGE_KEEP
+        by_hand, budget = verdict.by_hand, keep if torch.is_grad_enabled() else None
         return _answer(
             Call(readable, query, key, by_hand, causal, chunk_size, key_mask, segments, budget),
             *(q, k, v, state),
@@ -193,6 +195,7 @@ def _examine(
     """Try it, first with the gradient by hand, and say what held."""
     with ExitStack() as stack:  # what goes on outside has no part in it
         stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.device("cpu"))  # what is not told where it is to be
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))

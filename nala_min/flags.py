@@ -124,7 +124,7 @@ def run_script(main: Callable[[], None]) -> None:
             if distributed.is_lost_peer(error):
                 _exit(
                     f"error: process {distributed.rank()} ends, as another one of this job did:"
-                    " --resume continues from the last checkpoint",
+                    f" --resume continues from the last checkpoint ({error})",
                     1,
                 )
             if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):

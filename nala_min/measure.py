@@ -317,12 +317,12 @@ def attention_maps(
     images: (B, 3, height, width) uint8. Returns for each feature map the weights (B, R, S, R, S) of
     a query at (r, s) over the grid, averaged over the heads; a head where the query has no mass
     adds nothing. The block was trained with one kernel; the others show what they would make of the
-    same queries and keys.
+    same queries and keys. On the CPU, to be drawn.
     """
     chosen = attention_inputs(model, images)[block]
     grid = chosen.x.shape[1:3]
     return {
-        name: chosen.weights(name).mean(dim=1).unflatten(2, grid).unflatten(1, grid)
+        name: chosen.weights(name).mean(dim=1).cpu().unflatten(2, grid).unflatten(1, grid)
         for name in feature_maps
     }
 
@@ -336,14 +336,14 @@ def confusion_matrix(guesses: Tensor, labels: Tensor, num_classes: int) -> Tenso
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def worst_pairs(confusion: Tensor, count: int = 3) -> list[tuple[int, int, int]]:
-    """The pairs of classes most often confused, in either direction: (first, second, mistakes),
-    most mistakes first; fewer than count if there are no more.
+def worst_pairs(confusion: Tensor) -> list[tuple[int, int, int]]:
+    """The three pairs of classes most often confused, in either direction: (first, second,
+    mistakes), most mistakes first; fewer if there are no more.
 
     confusion: (Y, Y), from confusion_matrix.
     """
     mistakes = (confusion + confusion.T).triu(1)
-    places = mistakes.flatten().argsort(descending=True, stable=True)[:count].tolist()
+    places = mistakes.flatten().argsort(descending=True, stable=True)[:3].tolist()
     pairs = [(*divmod(i, len(confusion)), int(mistakes.flatten()[i])) for i in places]
     return [pair for pair in pairs if pair[2] > 0]
 

@@ -55,7 +55,7 @@ def run_card(
 def _launcher() -> list[str]:
     if distributed.world_size() == 1:
         return ["python"]
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    local = distributed.local_size()
     nodes = distributed.world_size() // local
     return ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={local}"]
 
@@ -93,12 +93,9 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
     )
 
 
-def prove_writable(*paths: Path | str, flag: str = "--out") -> None:
+def prove_writable(*paths: Path | str) -> None:
     """Make the folders of paths and check that files can be written there, before the work for them
-    begins. Leaves no file behind.
-
-    Raises UsageError with the name of the flag that sets the folder.
-    """
+    begins. Leaves no file behind. Raises UsageError, which names --out."""
     for path in map(Path, paths if distributed.rank() == 0 else ()):  # the first process writes
         trial = path.with_name(path.name + ".trial")
         try:
@@ -109,7 +106,7 @@ def prove_writable(*paths: Path | str, flag: str = "--out") -> None:
             trial.unlink()
         except OSError as error:
             raise UsageError(
-                f"{flag}: {path} cannot be written ({error}): name another folder with {flag}"
+                f"--out: {path} cannot be written ({error}): name another folder with --out"
             ) from error
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,7 +42,7 @@ class Settings:
     CAUSAL: ClassVar[bool] = True  # whether a token sees the past only
 
     preset: str | None = flag(
-        None, "model size and recipe (default: gpu with CUDA, else cpu)", choices=["cpu", "gpu"]
+        None, "model size and recipe (default: gpu on CUDA, else cpu)", choices=["cpu", "gpu"]
     )
     attention: str = flag(
         "nala", "a name, or your own FILE.py; or one per block: nala,nala,softmax,softmax"
@@ -71,7 +72,8 @@ class Settings:
     dim: int | None = flag(None, "width of the model")
 
     def __post_init__(self) -> None:
-        self.preset = self.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+        on_a_card = self.device in ("auto", "cuda") and torch.cuda.is_available()
+        self.preset = self.preset or ("gpu" if on_a_card else "cpu")
         zero = {item.name for item in fields(self) if item.metadata["zero"]}
         for name, default in self.defaults().items():
             if getattr(self, name) is None:
@@ -106,6 +108,7 @@ class Settings:
             if getattr(self, name) != default:
                 run += f"_{name}{getattr(self, name):g}"
         run += f"_{self.schedule}" if self.schedule != "linear" else ""
+        run += "_compiled" if self.compile else ""
         self.out = Path(self.out or Path("runs") / run)
 
     def defaults(self) -> dict[str, Any]:
@@ -115,11 +118,12 @@ class Settings:
     def config(self) -> dict[str, Any]:
         """What determines the result, ready for JSON."""
         flags = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
+        flags |= {"compile": True} if self.compile else {}  # rounds otherwise
         return flags | ({"attention_sha256": self.files} if self.files else {})
 
     def recipe(self, device: torch.device) -> Recipe:
-        """The recipe: ten points on the curve; bfloat16 on a CUDA card."""
-        every, half = max(1, self.steps // 10), device.type == "cuda"
+        """The recipe: ten points on the curve; bfloat16 on a CUDA card that has it."""
+        every = max(1, self.steps // 10)
         return Recipe(
             self.steps,
             self.lr,
@@ -127,7 +131,7 @@ class Settings:
             weight_decay=self.weight_decay,
             schedule=self.schedule,
             eval_every=every,
-            bfloat16=half,
+            bfloat16=has_bfloat16(device),
             seed=self.seed,
         )
 
@@ -168,20 +172,33 @@ def choose_device(name: str) -> torch.device:
     """The device called name; "auto" is the first available of cuda, mps, cpu. With several
     processes on a machine, each takes its own CUDA card.
 
-    Raises UsageError for a device that is not available.
+    Raises UsageError for a device that is not available, or with fewer cards than processes.
     """
-    several, place = distributed.world_size() > 1, distributed.local_rank()
+    several = distributed.world_size() > 1
     there = {
-        "cuda": torch.cuda.is_available() and torch.cuda.device_count() > place,
+        "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available() and not several,
         "cpu": True,
     }
     if name == "auto":
         name = next(kind for kind, is_there in there.items() if is_there)
     if not there[name]:
-        processes = f" for process {place} of this machine" if several else ""
-        raise UsageError(f"--device {name} is not available here{processes}: use --device auto")
-    return torch.device(name, place) if several and name == "cuda" else torch.device(name)
+        raise UsageError(f"--device {name} is not available here: use --device auto")
+    if name == "cuda" and several:
+        cards, processes = torch.cuda.device_count(), distributed.local_size()
+        if cards < processes:
+            raise UsageError(
+                f"{processes} processes on a machine with {cards} CUDA cards: start as many as"
+                " there are cards, or use --device cpu"
+            )
+        torch.cuda.set_device(distributed.local_rank())
+        return torch.device(name, distributed.local_rank())
+    return torch.device(name)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether device is a CUDA card that computes in bfloat16; older ones only emulate it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 # --- Recipe and optimisers ------------------------------------------------------------------------
@@ -331,6 +348,7 @@ def fit(
     not plain values. KeyboardInterrupt says how to continue.
     """
     device = next(model.parameters()).device
+    is_cuda = device.type == "cuda"  # elsewhere a copy must not outlive its source
     run = Run(model, make_optimizers(model, recipe), recipe.steps, checkpoint, extra)
     with Stop() as stop:  # before there is a checkpoint: whoever finds one may stop the run
         if resume:
@@ -339,11 +357,12 @@ def fit(
             run.begin()
         if not distributed.is_same([run.extra, recipe, run.step]):
             raise UsageError("the processes of this job differ in flags, data or checkpoint")
-        parallel = torch.compile(model) if compile and _can_compile(device) else model
+        parallel = torch.compile(model) if compile and can_compile(device) else model
         if distributed.world_size() > 1:
             parallel = DistributedDataParallel(parallel)
         bar = _progress(run.step, recipe.steps)
-        with in_mode(model, training=True), bar, run.saying_how_to_go_on():
+        precision = _tensor_cores(recipe.bfloat16)
+        with in_mode(model, training=True), precision, bar, run.saying_how_to_go_on():
             while True:
                 if run.losses and (run.step % recipe.eval_every == 0 or run.step == recipe.steps):
                     run.add_point(evaluate, bar)
@@ -357,7 +376,7 @@ def fit(
                 for group in _groups(run.optimizers):
                     group["lr"] = recipe.learning_rate_at(run.step, group["initial_lr"])
                 part = (distributed.share(x) for x in batch(run.step))
-                inputs, targets = (x.to(device, non_blocking=True) for x in part)
+                inputs, targets = (x.to(device, non_blocking=is_cuda) for x in part)
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
                     value = loss(parallel, inputs, targets)
                 update(parallel, run.optimizers, value, recipe.clip)
@@ -369,12 +388,25 @@ def fit(
     return run.history, run.seconds()
 
 
-def _can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works for device; if not, says so."""
+@contextmanager
+def _tensor_cores(wanted: bool) -> Iterator[None]:
+    """Products of float32 in TF32 inside the block, where they are much faster: for a run whose
+    other products are rounded to bfloat16, which is coarser."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works for device: it needs a C++ compiler, or triton on a GPU. If not,
+    says so."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, no Python headers
-        print(f"--compile: no compiler works ({type(error).__name__}): training without it.")
+        print(f"torch.compile does not work here ({type(error).__name__}): going on without it.")
         return False
     return True
 

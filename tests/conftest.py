@@ -1,5 +1,9 @@
+import multiprocessing
+import os
 import re
 import socket
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,30 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.module.__name__ in QUICK or item.function.__name__ in proofs:
             item.add_marker(pytest.mark.quick)
+    items.sort(key=lambda item: item.module.__name__ == "test_notebooks")  # last: see fresh
+
+
+RUNS = pytest.StashKey()  # of notebooks, by their path
+
+
+def pytest_collection_finish(session):
+    """Begin to run the notebooks that are asked for, one after another beside all other tests."""
+    name = "test_a_notebook_shows_what_is_committed"
+    asked = [x.callspec.params["path"] for x in session.items if x.originalname == name]
+    runs = session.config.stash[RUNS] = {}
+    if asked and not session.config.option.collectonly:
+        from notebooks import FOLDER, run  # which need what not every installation has
+
+        one_thread = partial(os.environ.update, OMP_NUM_THREADS="1")  # the cores may be busy
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), one_thread)
+        runs |= {path: pool.submit(run, path, FOLDER) for path in asked}
+        session.config.add_cleanup(partial(pool.shutdown, wait=False, cancel_futures=True))
+
+
+@pytest.fixture
+def fresh(request):
+    """Every notebook that is asked for, run from top to bottom."""
+    return request.config.stash[RUNS]
 
 
 @pytest.fixture

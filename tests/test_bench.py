@@ -102,14 +102,17 @@ def test_decoding_attends_to_the_same_context(monkeypatch):
     monkeypatch.setattr(bench, "BURST", 4)
     contexts = (5, 9)
     calls = []
-    for name in ("nala_attention", "softmax_attention"):
-        real = getattr(bench, name)
+    recorded = {name: bench.ATTENTIONS[name] for name in ("nala", "softmax")}
+    for name, real in (recorded | {"context": bench.nala_attention}).items():
 
         def attention(*qkv, real=real, **options):
             calls.append((qkv, options.get("state")))
             return real(*qkv, **options)
 
-        monkeypatch.setattr(bench, name, attention)
+        if name == "context":
+            monkeypatch.setattr(bench, "nala_attention", attention)
+        else:
+            monkeypatch.setitem(bench.ATTENTIONS, name, attention)
     rows = bench.decode_rows(contexts, CPU, torch.float64, 0)
     forms = ("softmax", "softmax_grown", "nala")
     assert {(row["form"], row["context"]) for row in rows} == set(

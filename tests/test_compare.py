@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -17,7 +18,18 @@ import nala_min
 from nala_min import ATTENTIONS, data, measure, nala_attention, plots, runcard, train
 from nala_min.flags import UsageError, run_script
 from nala_min.lab import compare, premise, studies
-from nala_min.lab.studies import STUDIES, VARIANTS, PairEmbedding, Recall, Sharpness, Study, Variant
+from nala_min.lab.studies import (
+    CHANGED,
+    STUDIES,
+    VARIANTS,
+    PairEmbedding,
+    Recall,
+    Sharpness,
+    Study,
+    Variant,
+    lam_apart,
+)
+from nala_min.model import key_features, linear_attention, query_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
@@ -79,7 +91,7 @@ def test_recall_counts_the_right_answers():
             values[:, 0] = (values[:, 0] + 1) % 64
             return torch.nn.functional.one_hot(values, 64).float()
 
-    shares = Oracle(**vars(RECALL)).evaluate(torch.nn.Identity())
+    shares = Oracle(**vars(RECALL)).evaluate(torch.nn.Linear(1, 1))
     assert list(shares.values()) == pytest.approx([1 - 1 / pairs for pairs in (4, 8, 16, 32, 64)])
 
 
@@ -142,15 +154,22 @@ def test_parameters_are_nearly_equal(task):
     ours = parameters("nala")
     names = STUDIES["recall" if task is RECALL else "sharpness"].variants
     for name in names:
-        if task is SHARPNESS and VARIANTS[name].wide:
+        if task is SHARPNESS and VARIANTS[name].heads == 0.5:
             assert parameters(name) == 2 * ours  # D = 32: features are what makes the state
         else:
             assert parameters(name) == pytest.approx(ours, rel=0.01), name
 
 
-def test_what_is_called_same_state_is_wide_and_nothing_else_is():
+def test_a_variant_has_the_heads_that_its_name_says():
+    """As many as NaLa, or half as many of twice the channels; with D = n, of n channels."""
     for name, variant in VARIANTS.items():
-        assert variant.wide == name.endswith(", same state"), name
+        _, _, channels = name.partition(", D = ")
+        heads = 0.5 if name.endswith(", same state") else 1
+        assert variant.heads == (16 / int(channels) if channels else heads), name
+        if channels:
+            layer = built(RECALL, name).blocks[0].attention
+            assert layer.num_heads * int(channels) == 32
+            assert variant.attention == name.split(",")[0]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +199,27 @@ def test_a_variant_attends_as_it_says(name, options):
     assert_close(out, nala_attention(q, k, v, causal=True, **options))
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if n.split()[0] in ("lam", "tau", "alpha")])
+@pytest.mark.parametrize("lam", [1.0, 3.0, 4.5])
+def test_queries_and_keys_with_a_lam_each(lam):
+    q, k, v = torch.randn(3, 2, 2, 9, 16)
+    maps = partial(query_features, lam=lam), partial(key_features, lam=2.0)
+    apart = lam_apart(q, k, v, queries=lam, keys=2.0, causal=True)
+    assert_close(apart, linear_attention(q, k, v, *maps, causal=True))
+    for name, told in (("queries", {"queries": 1.0}), ("keys", {"keys": 1.0})):
+        layer = built(RECALL, f"lam 1 of {name}").blocks[0].attention
+        assert layer.attend.keywords == told and layer.attend.func is lam_apart
+
+
+def test_lams_that_learn_begin_with_nala_s_and_all_learn():
+    q, k, v = torch.randn(3, 1, 2, 9, 16)
+    layer = built(RECALL, "lam learned").blocks[0].attention
+    out = layer.attend(q, k, v, causal=True)
+    assert_close(out, nala_attention(q, k, v, causal=True))
+    out.square().sum().backward()
+    assert all((lam.grad != 0).all() for lam in (layer.attend.queries, layer.attend.keys))
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGED if name != "no query norm"])
 def test_a_changed_number_is_the_one_in_the_name(name):
     option, value = name.split()
     assert VARIANTS[name] == Variant(name)
@@ -224,7 +263,8 @@ def test_the_recipes_are_those_of_the_scripts():
     import train_shakespeare
 
     rates = ("lr", "muon", "weight_decay")
-    for name, preset in (("text", "cpu"), ("text-rates", "cpu"), ("text-gpu", "gpu")):
+    for name in ("text", "text-powers", "text-rates", "text-gpu"):
+        preset = "gpu" if name == "text-gpu" else "cpu"
         task, script = STUDIES[name].task, train_shakespeare.PRESETS[preset]
         assert task.sizes == (script["layers"], script["heads"], script["dim"])
         assert (task.block, task.windows) == (script["block"], script["batch"])
@@ -543,7 +583,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "as_completed", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command to continue"):
         compare.run_all(replace(SMALL, variants=("nala",), seeds=1), tmp_path, 1, "cpu")
     assert signal.getsignal(signal.SIGINT) == before
 

@@ -10,6 +10,7 @@ import matplotlib
 import pytest
 import torch
 from matplotlib.image import imread
+from PIL import Image
 
 from nala_min import NaLaLM, entropy, plots
 from nala_min.course import notebook
@@ -66,6 +67,17 @@ def test_a_picture_is_readable_on_a_dark_page(displayed):
         notebook.show(plots.figure()[0], "Empty axes.")
     png = base64.b64decode(displayed[0][0][0]["image/png"])
     assert imread(io.BytesIO(png))[0, 0].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("has_a_map", [True, False])
+def test_a_map_keeps_all_its_colours_and_lines_need_few(displayed, has_a_map):
+    figure, axes = plots.figure()
+    if has_a_map:
+        axes.imshow([[0.0, 1.0]])
+    notebook.show(figure, "A map, or nothing.")
+    picture = displayed[0][0][0]
+    png = Image.open(io.BytesIO(base64.b64decode(picture["image/png"])))
+    assert (png.mode == "P") != has_a_map
 
 
 def test_source_is_the_code_as_it_runs(displayed):

@@ -14,7 +14,7 @@ from nala_min import distributed, nala_attention
 from nala_min.flags import run_script
 
 B, H, D, M = 2, 3, 4, 5
-PIECES = {2: (16, 16), 3: (1, 20, 11)}  # tokens of each process
+PIECES = (1, 20, 11)  # tokens of each process
 OPTIONS = {
     "cosine": {},
     "cosine, every option": {"lam": 2.0, "tau": 1.0, "alpha": 3.0, "norm_scale": 2.0},
@@ -51,8 +51,8 @@ def attend(attention, q, k, v, grad, options):
 
 def attend_to_pieces(rank, world, folder):
     """The work of one process: its piece of the outputs and gradients, and what it sent."""
-    start = sum(PIECES[world][:rank])
-    piece = slice(start, start + PIECES[world][rank])
+    start = sum(PIECES[:rank])
+    piece = slice(start, start + PIECES[rank])
     sent, gather, result = [], dist.all_gather, {}
 
     def noting(parts, tensor, **more):
@@ -83,6 +83,11 @@ def agree(rank, world, folder):
         (folder / f"{rank}").touch()
         assert rank == 0 or (folder / "0").exists()
         assert rank > 0 or not (folder / "1").exists()
+
+
+def agree_and_differentiate_twice(rank, world, folder):
+    agree(rank, world, folder)
+    differentiate_twice(rank, world, folder)
 
 
 def differentiate_twice(rank, world, folder):
@@ -128,12 +133,12 @@ def spawn(world, folder, work, *arguments):
     torch.multiprocessing.spawn(process, (world, folder, work, arguments), nprocs=world)
 
 
-@pytest.fixture(scope="module", params=PIECES)
-def in_pieces(request, tmp_path_factory):
-    """What each of two or three processes found."""
+@pytest.fixture(scope="module")
+def in_pieces(tmp_path_factory):
+    """What each process found."""
     folder = tmp_path_factory.mktemp("pieces")
-    spawn(request.param, folder, attend_to_pieces)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    spawn(len(PIECES), folder, attend_to_pieces)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(len(PIECES))]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -149,12 +154,8 @@ def test_a_sequence_in_pieces_is_the_whole_sequence(in_pieces, name):
     assert all(each[name]["sent"] == [state, state] for each in in_pieces)  # there and back
 
 
-def test_processes_agree(tmp_path):
-    spawn(3, tmp_path, agree)
-
-
-def test_a_sum_over_processes_has_a_second_derivative(tmp_path):
-    spawn(3, tmp_path, differentiate_twice)
+def test_processes_agree_and_a_sum_over_them_has_a_second_derivative(tmp_path):
+    spawn(3, tmp_path, agree_and_differentiate_twice)
 
 
 def test_a_lost_process_is_one_line_that_says_how_to_go_on(tmp_path):

@@ -3,6 +3,7 @@ its outputs, by finite differences, whatever fast.py knows about the paper's fea
 
 import functools
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def check_outputs(model, causal, num_tokens, **options):
     tensors = inputs(num_tokens)
     got = model.nala_attention(*tensors, causal=causal, **options)
     mode = "chunked" if causal else "parallel"
-    want = model.nala_attention(*tensors, causal=causal, mode=mode, chunk_size=16, **options)
+    want = model.nala_attention(*tensors, causal=causal, mode=mode, **options)
     assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
@@ -114,14 +115,14 @@ def edited(name):
     return module
 
 
-@pytest.mark.parametrize("num_tokens", [2, 17, 50])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_of_the_file_trains_right(segments, name, causal, num_tokens):
+def test_an_edit_of_the_file_trains_right(segments, name, causal):
     model = edited(name)
-    for feature_map in MAPS:
-        check_outputs(model, causal, num_tokens, feature_map=feature_map)
-        check_gradients(model, causal, num_tokens, feature_map=feature_map)
+    for feature_map, num_tokens in itertools.product(MAPS, (2, 50)):
+        options = {"feature_map": feature_map, "chunk_size": 16}
+        check_outputs(model, causal, num_tokens, **options)
+        check_gradients(model, causal, num_tokens, **options)
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -171,22 +172,22 @@ ASSIGNED = {
 }
 
 
-@pytest.mark.parametrize("num_tokens", [2, 40])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ASSIGNED)
-def test_an_assignment_trains_right_at_once(segments, monkeypatch, name, causal, num_tokens):
+def test_an_assignment_trains_right_at_once(segments, monkeypatch, name, causal):
     """In the module itself, after it has been used; and it is as before when it is taken back."""
-    model = nala_min.model
-    before = model.nala_attention(*inputs(num_tokens), causal=causal)
+    model, options = nala_min.model, {"causal": causal, "chunk_size": 16}
+    before = model.nala_attention(*inputs(40), **options)
     with monkeypatch.context() as patch:
         patch.setattr(model, name, ASSIGNED[name])
-        check_outputs(model, causal, num_tokens)
-        check_gradients(model, causal, num_tokens)
-        out = nala_min.nala_attention(*inputs(num_tokens), causal=causal)  # exported: changed, too
-        assert torch.equal(out, model.nala_attention(*inputs(num_tokens), causal=causal))
+        for num_tokens in (2, 40):
+            check_outputs(model, causal, num_tokens, chunk_size=16)
+            check_gradients(model, causal, num_tokens, chunk_size=16)
+        out = nala_min.nala_attention(*inputs(40), **options)  # exported: changed, too
+        assert torch.equal(out, model.nala_attention(*inputs(40), **options))
     moved = (out - before).abs().max() > 1e-4
     assert moved or (name, causal) in (("parallel", True), ("chunked", False))
-    assert torch.equal(model.nala_attention(*inputs(num_tokens), causal=causal), before)
+    assert torch.equal(model.nala_attention(*inputs(40), **options), before)
 
 
 GAIN = 1.0

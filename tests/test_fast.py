@@ -134,6 +134,7 @@ def test_a_learned_norm_scale(model, pieces, feature_map, causal, shape):
     def gradients(**mode):
         q, k, v = inputs(40)
         options = {"causal": causal, "feature_map": feature_map, "norm_scale": scale}
+        options |= {"chunk_size": 16}
         torch.manual_seed(0)
         out = model.nala_attention(q, k, v, **options, **mode)
         reading = torch.randn(out.shape, dtype=out.dtype)
@@ -295,7 +296,7 @@ def test_a_norm_scale_that_was_changed_in_between_is_noticed():
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_second_derivative_is_right(pieces, causal, feature_map):
+def test_a_second_derivative_is_right(causal, feature_map):
     """With padding, by finite differences of the first, in a direction drawn at random."""
     q, k, v = (x.detach()[:1, :1].requires_grad_() for x in inputs(18))
     mask = torch.ones(1, 18, dtype=torch.bool)
@@ -368,12 +369,12 @@ def test_compiled_is_eager():
 def test_a_compiled_model_trains_at_changing_sizes(kind):
     """By the real backend; the second length of a text is compiled for any."""
     torch._dynamo.reset()
-    sizes = {"num_layers": 2, "num_heads": 2, "dim": 16}
+    sizes = {"num_layers": 1, "num_heads": 2, "dim": 16}
     if kind == "texts":
         model = NaLaLM(LMConfig(vocab_size=7, **sizes))
         inputs = [torch.randint(7, (2, num_tokens)) for num_tokens in (9, 70, 12)]
     else:
-        model = NaLaViT(ViTConfig(num_classes=7, **sizes | {"num_layers": 1}))
+        model = NaLaViT(ViTConfig(num_classes=7, **sizes))
         inputs = [torch.randn(size, 3, 8 * size, 20) for size in (1, 2)]
     compiled = torch.compile(model)
     for x in inputs:
@@ -464,6 +465,15 @@ def test_the_proof_takes_no_part_in_what_goes_on_outside():
         assert [verdict.by_hand for verdict in known.found.values()] == [True]
 
 
+def test_another_default_device_does_not_turn_it_off():
+    fast._known.clear()
+    tensors = inputs(9)
+    with torch.device("meta"):
+        nala_attention(*tensors, causal=True)
+    (known,) = fast._known.values()
+    assert [verdict.by_hand for verdict in known.found.values()] == [True]
+
+
 def test_what_was_tried_is_not_tried_again(monkeypatch):
     nala_attention(*inputs(9))
     monkeypatch.setattr(fast, "_examine", lambda *_: pytest.fail("tried again"))
@@ -548,6 +558,11 @@ def believing(module):
     return examined
 
 
+def test_without_a_mistake_nothing_is_seen(model, monkeypatch):
+    monkeypatch.setattr(fast, "SEGMENT", B * H * D * 32)
+    proofs(model)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_gradient_is_seen(model, mistake, monkeypatch):
     """By the proofs of this file; and by the proof that fast.py makes itself, which then leaves the
@@ -555,7 +570,6 @@ def test_a_mistake_in_a_gradient_is_seen(model, mistake, monkeypatch):
     old, new = MISTAKES[mistake]
     assert old in SOURCE
     monkeypatch.setattr(fast, "SEGMENT", B * H * D * 32)
-    proofs(model)
     broken = load_model(SOURCE.replace(old, new), "mutant_of_fast.py")
     broken.SEGMENT = fast.SEGMENT
     monkeypatch.setattr(model, "fast", broken)

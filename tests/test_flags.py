@@ -208,8 +208,9 @@ def assert_finished(folder):
     }
 
 
-@pytest.mark.parametrize("streams", [["stdout"], ["stderr"], ["stdout", "stderr"]], ids=" ".join)
-@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    ("streams", "unbuffered"), [(["stdout"], ""), (["stdout", "stderr"], "1")], ids=str
+)
 def test_a_run_whose_reader_goes_away_is_finished(streams, unbuffered, folder):
     """As with `| head -1`: the pipe breaks at the first byte, or is found broken at the last."""
     read, write = os.pipe()

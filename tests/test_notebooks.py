@@ -2,12 +2,10 @@
 
 import base64
 import io
-import multiprocessing
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import nbformat
 import numpy as np
@@ -18,7 +16,7 @@ from matplotlib.patches import Rectangle
 from nbclient import NotebookClient
 from nbconvert import SlidesExporter
 
-from notebooks import FOLDER, LIVE, NOTEBOOKS, ROOT, read, run, slide_type
+from notebooks import FOLDER, LIVE, NOTEBOOKS, ROOT, read, slide_type
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 # Cells that need not show what is committed: they take times, train, or use exercises or weights
@@ -93,25 +91,6 @@ def compare(old, new):
         assert alike(now, before, unit), old.id
     for now, before in zip(pictures(new), pictures(old), strict=True):
         assert now.shape == before.shape and distance(now, before) < 0.02, old.id
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_a_kernel():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # the cores may be busy
-        yield
-
-
-@pytest.fixture(scope="module")
-def fresh(request):
-    """Every notebook that is asked for, run from top to bottom: two at a time."""
-    asked = [
-        item.callspec.params["path"]
-        for item in request.session.items
-        if item.function is test_a_notebook_shows_what_is_committed
-    ]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield {path: pool.submit(run, path, FOLDER) for path in asked}
 
 
 @notebooks

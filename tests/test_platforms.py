@@ -11,8 +11,6 @@ import pytest
 import torch
 from scripts import environment, flags_of
 
-from nala_min.lab import bench
-
 ROOT = Path(__file__).parent.parent
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -96,16 +94,6 @@ def test_no_source_forks_links_or_unpickles(path):
 def test_every_load_is_of_weights_only():
     sources = "".join(path.read_text(encoding="utf-8") for path in MODULES.values())
     assert sources.count("torch.load(") == sources.count("weights_only=True)") == 1
-
-
-def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so(monkeypatch, capsys):
-    def broken(function, **options):
-        raise RuntimeError("no C++ compiler\nin many lines")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    assert bench.compiles(torch.device("cpu")) is False
-    said = "Without compilation: torch.compile does not work here (RuntimeError).\n\n"
-    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])

@@ -86,8 +86,8 @@ def test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag(why, tmp_pa
     path = tmp_path / "some" / "folder" / "card.json"
     UNWRITABLE[why](path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match=r"--place: .*card\.json cannot be written") as error:
-        runcard.prove_writable(path, flag="--place")
+    with pytest.raises(UsageError, match=r"--out: .*card\.json cannot be written") as error:
+        runcard.prove_writable(path)
     assert "\n" not in str(error.value)
     assert [p for p in sorted(tmp_path.rglob("*")) if p not in before] == []
 

@@ -1,4 +1,3 @@
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from scripts import ambient
 from torch import nn
 from torch.testing import assert_close
 
-from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, train
+from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, distributed, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.train import Recipe, fit
 
@@ -143,10 +142,16 @@ def test_block_options_are_what_both_configs_take(attention, names):
         assert config.attentions == names
 
 
-@pytest.mark.parametrize(("cuda", "preset", "steps"), [(True, "gpu", 70), (False, "cpu", 50)])
-def test_the_preset_is_chosen_by_whether_there_is_cuda(cuda, preset, steps, machine):
+@pytest.mark.parametrize(
+    ("cuda", "device", "preset", "steps"),
+    [
+        *((True, "auto", "gpu", 70), (True, "cuda", "gpu", 70), (True, "cpu", "cpu", 50)),
+        (False, "auto", "cpu", 50),
+    ],
+)
+def test_the_preset_is_chosen_by_whether_a_cuda_card_trains(cuda, device, preset, steps, machine):
     machine(cuda, False)
-    run = parse_flags(Run, [])
+    run = parse_flags(Run, ["--device", device])
     assert (run.preset, run.steps) == (preset, steps)
 
 
@@ -179,7 +184,8 @@ def test_the_config_is_what_decides_the_result():
 
 @pytest.mark.parametrize(("steps", "every"), [("1", 1), ("9", 1), ("50", 5), ("59", 5)])
 @pytest.mark.parametrize(("device", "bfloat16"), [("cpu", False), ("cuda", True), ("mps", False)])
-def test_the_recipe_of_settings(steps, every, device, bfloat16):
+def test_the_recipe_of_settings(steps, every, device, bfloat16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     flags = ["--preset", "cpu", "--steps", steps, "--weight-decay", "0.25", "--schedule", "cosine"]
     recipe = parse_flags(Run, [*flags, "--seed", "7"]).recipe(torch.device(device))
     given = {"muon": 0.125, "weight_decay": 0.25, "schedule": "cosine", "seed": 7}
@@ -295,14 +301,6 @@ def test_a_model_too_large_for_the_machine_is_one_line(monkeypatch, capsys):
     assert "error: out of memory" in capsys.readouterr().err
 
 
-def test_a_script_prints_to_a_console_that_lacks_the_characters(monkeypatch):
-    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("sys.stdout", console)
-    run_script(lambda: print("5 €"))
-    console.flush()
-    assert console.buffer.getvalue() == b"5 ?\n"
-
-
 @pytest.fixture
 def machine(monkeypatch):
     """machine(cuda, mps): pretend that the machine has these accelerators."""
@@ -339,6 +337,64 @@ def test_choose_device_refuses_one_that_is_not_there(name, cuda, mps, machine):
     machine(cuda, mps)
     with pytest.raises(UsageError, match=f"--device {name}"):
         train.choose_device(name)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_takes_its_own_card(name, machine, monkeypatch):
+    """Or none does: a job of cards and processors would wait for itself."""
+    machine(True, False)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UsageError, match="2 processes on a machine with 1 CUDA cards"):
+        train.choose_device(name)
+    assert train.choose_device("cpu") == torch.device("cpu")
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert train.choose_device(name) == torch.device("cuda", 1) and taken == [1]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_is_for_cards_that_compute_in_it(there, monkeypatch):
+    def supported(including_emulation=True):
+        return there or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert train.has_bfloat16(torch.device("cuda")) == there
+    assert not any(train.has_bfloat16(torch.device(name)) for name in ("cpu", "mps"))
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_products_are_in_tf32_only_where_others_are_in_bfloat16(bfloat16, tmp_path):
+    """And only while it trains, whatever ends it."""
+    before, seen = torch.get_float32_matmul_precision(), []
+
+    def loss(model, x, y):
+        seen.append(torch.get_float32_matmul_precision())
+        if len(seen) == 3:
+            raise RuntimeError("on purpose")
+        return model(x).float().square().mean()
+
+    recipe = Recipe(5, 1e-3, bfloat16=bfloat16)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train.fit(
+            nn.Linear(2, 2),
+            recipe,
+            batch=lambda step: (torch.ones(1, 2), torch.ones(1, 2)),
+            loss=loss,
+            evaluate=lambda model: {},
+            checkpoint=tmp_path / "checkpoint.pt",
+            extra={},
+        )
+    assert set(seen) == {"high" if bfloat16 else before}
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_compiled_run_is_another_run():
+    plain, compiled = (parse_flags(Run, x) for x in ([], ["--compile"]))
+    assert compiled.config() == plain.config() | {"compile": True}
+    assert compiled.out == plain.out.with_name(plain.out.name + "_compiled")
 
 
 # --- Recipe and optimiser ------------------------------------------------------------------------
@@ -693,4 +749,4 @@ def test_without_a_compiler_training_goes_on_and_says_so(tmp_path, monkeypatch, 
     history, _ = train_small(small_model(), tmp_path / "checkpoint.pt", compile=True)
     assert history == train_small(small_model(), tmp_path / "whole.pt")[0]
     out = capsys.readouterr().out.splitlines()
-    assert out.count("--compile: no compiler works (RuntimeError): training without it.") == 1
+    assert out.count("torch.compile does not work here (RuntimeError): going on without it.") == 1

@@ -28,9 +28,11 @@ def begin(seed: int = 0) -> None:
 
 def show(figure: Figure, text: str) -> None:
     """Show figure and, folded below it, text: a description for readers who cannot see it."""
-    drawn, png = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", facecolor="white")  # readable on a dark page, too
-    Image.open(drawn).convert("RGB").quantize(256).save(png, "PNG")  # a third of the bytes
+    png = io.BytesIO()
+    figure.savefig(png, format="png", facecolor="white")  # readable on a dark page, too
+    if not any(axes.images for axes in figure.axes):  # lines: 256 colours, a third of the bytes
+        drawn, png = png, io.BytesIO()
+        Image.open(drawn).convert("RGB").quantize(256).save(png, "PNG")
     width = round(96 * figure.get_figwidth())  # pixels of the page; the picture is sharper
     display(
         {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": text},

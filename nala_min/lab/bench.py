@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nala_min import (
+    ATTENTIONS,
     LMConfig,
     NaLaLM,
     key_features,
@@ -29,7 +30,7 @@ from nala_min import (
     train,
 )
 from nala_min.flags import UsageError, flag, parse_flags, run_script
-from nala_min.measure import Recorder
+from nala_min.measure import Recorder, next_token_loss
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -63,14 +64,19 @@ class Settings:
 # --- Clock and scales -----------------------------------------------------------------------------
 
 
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
 def seconds_of(call: Call, device: torch.device) -> float:
     """Time of one call; on a GPU by its own events, after flushing its caches."""
     if device.type != "cuda":
-        finish = torch.mps.synchronize if device.type == "mps" else lambda: None
-        finish()
+        finish(device)
         start = time.perf_counter()
         call()
-        finish()
+        finish(device)
         return time.perf_counter() - start
     torch.empty(2**28, dtype=torch.int8, device=device).zero_()  # more than any cache holds
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -107,10 +113,13 @@ def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> d
     found: dict[Any, list[float]] = {name: [] for name in calls}
     peaks = {}
     for name, call in calls.items():
-        if compiled := "compiled" in name:
-            call()  # compiles
+        compiled = "compiled" in name
+        if compiled or device.type == "cuda":
+            call()  # compiles; a GPU's libraries take their workspace
+        finish(device)
         start = time.perf_counter()
         peaks[name] = peak_of(call, device, compiled)
+        finish(device)
         if (first := time.perf_counter() - start) > budget:
             found[name].append(first)
     repeated = {name: call for name, call in calls.items() if not found[name]}
@@ -270,8 +279,8 @@ def decode_rows(
         laid_out = [torch.cat([x] + BURST * [y], dim=2) for x, y in ((k, token[1]), (v, token[2]))]
         calls |= {
             ("softmax", context): partial(attend, *laid_out, context),
-            ("softmax_grown", context): partial(grow, softmax_attention, (k, v)),
-            ("nala", context): partial(grow, nala_attention, state),
+            ("softmax_grown", context): partial(grow, ATTENTIONS["softmax"], (k, v)),
+            ("nala", context): partial(grow, ATTENTIONS["nala"], state),
         }
     with torch.no_grad():
         rows = take_turns(calls, device, budget)
@@ -305,8 +314,7 @@ def training_step(attention: str, tokens: Tensor, device: torch.device) -> Call:
     optimizers = train.make_optimizers(model, recipe)
 
     def step() -> None:
-        logits, _ = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = next_token_loss(model, tokens[:, :-1], tokens[:, 1:])
         train.update(model, optimizers, loss, recipe.clip)
 
     return step
@@ -381,17 +389,6 @@ def table(rows: list[Row], beside: str = "softmax") -> str:
     return "\n".join(lines)
 
 
-def compiles(device: torch.device) -> bool:
-    """Whether torch.compile works here, which needs a C++ compiler, or triton on a GPU. If it does
-    not, says so."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # of many kinds
-        print(f"Without compilation: torch.compile does not work here ({type(error).__name__}).\n")
-        return False
-    return True
-
-
 def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     """The results of a run card, printed as they arrive."""
     dtype, budget = getattr(torch, settings.dtype), 0.5 if settings.quick else 4.0
@@ -414,7 +411,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
         print("\nBidirectional attention", table(results["long"][:2]), sep="\n")
         print(f"Softmax written out would hold {results['long'][2]['peak'] / 2**30:.1f} GiB")
         return results
-    compiled = not settings.quick and compiles(device)
+    compiled = not settings.quick and train.can_compile(device)
     for some in attention_rows(lengths, device, dtype, budget, compiled):
         rows += some
         direction = "Causal" if some[0]["causal"] else "Bidirectional"

@@ -86,7 +86,7 @@ def _prepared(
         weight_decay=task.weight_decay,
         schedule=task.schedule,
         eval_every=task.steps,
-        bfloat16=device == "cuda",
+        bfloat16=train.has_bfloat16(torch.device(device)),
         seed=seed,
     )
     return model.to(device), recipe
@@ -113,7 +113,9 @@ def seconds_of_a_step(task: Task, name: str, device: str = "cpu") -> float:
         if step == 1:  # the first one makes what the others find
             start = time.perf_counter()
         inputs, targets = (x.to(device) for x in task.batch(1, step))
-        train.update(model, optimizers, task.loss(model, inputs, targets), recipe.clip)
+        loss = task.loss(model, inputs, targets)
+        train.update(model, optimizers, loss, recipe.clip)
+        loss.item()  # a GPU has finished
     return (time.perf_counter() - start) / 3
 
 
@@ -234,11 +236,11 @@ def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[
             here.close()  # every worker saves its run and ends
             pool.shutdown(cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt("interrupted: the same command goes on") from error
+                raise KeyboardInterrupt("interrupted: run the same command to continue") from error
             if isinstance(error, BrokenProcessPool):
                 raise ChildProcessError(
-                    "a worker was killed, perhaps for lack of memory: the same command goes on, and"
-                    " fewer --workers need less"
+                    "a worker was killed, perhaps for lack of memory: run the same command again to"
+                    " continue, with fewer --workers to use less"
                 ) from error
             raise
     return list(rows.values())
@@ -268,8 +270,8 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 
 def p_value(t: float, pairs: int) -> float:
-    """How often chance alone brings a mean of so many differences t standard errors from 0, or
-    further: Student's t, two-sided."""
+    """The probability, without an effect, that a mean of so many differences lies |t| standard
+    errors or more from 0: Student's t, two-sided."""
     freedom, steps = pairs - 1, 100_000
     x = (np.arange(steps) + 0.5) / steps * abs(t)
     middle = float(((1 + x * x / freedom) ** (-pairs / 2)).mean()) * abs(t)
@@ -371,7 +373,7 @@ def processors() -> int:
 
 
 # Without --study: what two cores do in two hours, without a download of images.
-DEFAULT = ("recall", "sharpness", "sharpness-all", "text")
+DEFAULT = ("recall", "sharpness", "text")
 
 
 @dataclass
@@ -382,7 +384,9 @@ class Settings:
     study: str | None = flag(None, "which study (default: several)", choices=list(STUDIES))
     quick: bool = flag(False, "few steps and one seed: a trial of a few minutes")
     seeds: int | None = flag(None, "seeds for each attention (default: 3 or 5)")
-    workers: int = flag(processors(), "runs at the same time")
+    workers: int | None = flag(
+        None, f"runs at the same time (default: {processors()}, one per core; 1 on a GPU)"
+    )
     device: str = flag("cpu", "device to train on", choices=["cpu", "cuda", "mps"])
     data: Path | None = flag(None, "text for the text studies (default: Tiny Shakespeare)")
     data_dir: Path | None = flag(None, "folder with CIFAR-10, as for train_cifar.py")
@@ -390,6 +394,8 @@ class Settings:
     out: Path = flag(Path("runs/compare"), "folder for the runs and the studies' cards")
 
     def __post_init__(self) -> None:
+        if self.workers is None:
+            self.workers = processors() if self.device == "cpu" else 1
         if not 1 <= self.workers <= MOST:
             raise UsageError(f"--workers {self.workers} is not from 1 to {MOST}")
         most = len(STUDENT) + 1

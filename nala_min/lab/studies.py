@@ -17,7 +17,16 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from nala_min import ATTENTIONS, LMConfig, NaLaLM, NaLaViT, ViTConfig, data, measure, plots
-from nala_min.model import Config, GatedAttention, decompose, nala_attention, softmax_attention
+from nala_min.model import (
+    Config,
+    GatedAttention,
+    decompose,
+    key_features,
+    linear_attention,
+    nala_attention,
+    query_features,
+    softmax_attention,
+)
 
 UNSEEN = 10**6  # a seed for tests, with which nothing is trained
 
@@ -30,7 +39,7 @@ class Variant:
 
     attention: str = "nala"  # as in BlockConfig
     norm_scale: float | None = 1.0  # as in BlockConfig
-    wide: bool = False  # half as many heads: a state as large as NaLa's, which has 2D features
+    heads: float = 1.0  # times the task's; half makes a state as large as NaLa's of 2D features
     change: Callable[[GatedAttention], None] = lambda layer: None
     rates: float = 1.0  # times the task's learning rates
 
@@ -81,6 +90,28 @@ class OneNorm(nn.Module):
         return softmax_attention(self.norm[:, None, None] * direction, k, v, **options)
 
 
+def lam_apart(
+    q: Tensor, k: Tensor, v: Tensor, *, queries=3.0, keys=3.0, **options
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    """NaLa with a λ for queries and one for keys."""
+    maps = partial(query_features, lam=queries), partial(key_features, lam=keys)
+    return linear_attention(q, k, v, *maps, **options)
+
+
+class LamLearned(nn.Module):
+    """NaLa whose heads each learn a λ for queries and one for keys, from 3."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.queries, self.keys = (
+            nn.Parameter(torch.full((config.num_heads,), 3.0)) for _ in range(2)
+        )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options):
+        queries, keys = self.queries[:, None, None], self.keys[:, None, None]  # (H, 1, 1)
+        return lam_apart(q, k, v, queries=queries, keys=keys, **options)
+
+
 # NaLa with one number changed. tanh(norm / 1e-9) is 1 whatever the norm is.
 CHANGED = {
     **{f"lam {lam:g}": {"lam": lam} for lam in (1.0, 2.0, 4.0)},
@@ -89,6 +120,9 @@ CHANGED = {
     "no query norm": {"norm_scale": 1e-9},
 }
 ATTENTIONS.update({name: partial(nala_attention, **told) for name, told in CHANGED.items()})
+ATTENTIONS["lam 1 of queries"] = partial(lam_apart, queries=1.0)
+ATTENTIONS["lam 1 of keys"] = partial(lam_apart, keys=1.0)
+ATTENTIONS["lam learned"] = LamLearned
 ATTENTIONS["one norm"] = OneNorm
 
 SIMPLE = ("nala", "softmax", "elu", "relu")  # the attentions of the scripts' tables
@@ -99,25 +133,37 @@ VARIANTS: dict[str, Variant] = {
     "softmax": Variant("softmax"),
     "softmax, one norm": Variant("one norm"),
     "elu": Variant("elu"),
-    "elu, same state": Variant("elu", wide=True),
+    "elu, same state": Variant("elu", heads=0.5),
     "relu": Variant("relu"),
-    "relu, same state": Variant("relu", wide=True),
+    "relu, same state": Variant("relu", heads=0.5),
     # The closest relatives.
     "focused": Variant("focused"),
-    "focused, same state": Variant("focused", wide=True),
+    "focused, same state": Variant("focused", heads=0.5),
     "polar": Variant("polar"),
     "magnitude-aware": Variant("magnitude-aware"),
-    "magnitude-aware, same state": Variant("magnitude-aware", wide=True),
+    "magnitude-aware, same state": Variant("magnitude-aware", heads=0.5),
+    "hedgehog": Variant("hedgehog"),
+    "injective": Variant("injective"),
+    "injective, same state": Variant("injective", heads=0.5),
+    "delta": Variant("delta"),
+    "delta, same state": Variant("delta", heads=0.5),
     # NaLa with one thing changed.
     **{name: Variant(name) for name in CHANGED},
+    **{name: Variant(name) for name in ("lam 1 of queries", "lam 1 of keys", "lam learned")},
     "no cosine map": Variant("clipped"),
-    "no cosine map, same state": Variant("clipped", wide=True),
+    "no cosine map, same state": Variant("clipped", heads=0.5),
     "tanh(norm/s)": Variant(norm_scale=None),
     "q and k 5 times as large": Variant(change=_large),  # at first
     "no gate": Variant(change=_no_gate),
     "softmax, no gate": Variant("softmax", change=_no_gate),
     "no convolution": Variant(change=_no_convolution),
     "softmax, no convolution": Variant("softmax", change=_no_convolution),
+    # Recall with other heads than its two of 16 channels.
+    **{
+        f"{name}, D = {channels}": Variant(name, heads=16 / channels)
+        for name in ("nala", "no query norm", "softmax")
+        for channels in (4, 8, 32)
+    },
     # Other learning rates.
     **{f"{name}, half rates": Variant(name, rates=0.5) for name in SIMPLE},
     **{f"{name}, double rates": Variant(name, rates=2.0) for name in SIMPLE},
@@ -184,7 +230,7 @@ class Task(ABC):
 def _blocks(variant: Variant, layers: int, heads: int, dim: int) -> dict[str, Any]:
     return {
         "num_layers": layers,
-        "num_heads": heads // 2 if variant.wide else heads,
+        "num_heads": int(heads * variant.heads),
         "dim": dim,
         "norm_scale": variant.norm_scale,
         "attention": variant.attention,
@@ -258,9 +304,10 @@ class Recall(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         model.eval()
-        found = {}
+        found, device = {}, next(model.parameters()).device
         for pairs in self.pairs:
-            tokens, values = self.examples(pairs, self.TESTED // pairs, UNSEEN, 0)
+            examples = self.examples(pairs, self.TESTED // pairs, UNSEEN, 0)
+            tokens, values = (x.to(device) for x in examples)
             right = self.answers(model, tokens, pairs).argmax(dim=-1) == values
             found[f"accuracy at {pairs} pairs"] = right.float().mean().item()
         return found
@@ -311,8 +358,7 @@ class Sharpness(Task):
     sizes: ClassVar[tuple[int, int, int]] = (1, 1, 16)
 
     def build(self, variant: Variant) -> Bare:
-        dim = self.channels * (2 if variant.wide else 1)
-        return Bare(self.GROUPS + self.ITEMS, dim, variant)
+        return Bare(self.GROUPS + self.ITEMS, int(self.channels / variant.heads), variant)
 
     def layers(self, model: nn.Module) -> list[GatedAttention]:
         return [model]
@@ -350,7 +396,8 @@ class Sharpness(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        inputs, targets = self.examples(512, UNSEEN, 0)
+        device = next(model.parameters()).device
+        inputs, targets = (x.to(device) for x in self.examples(512, UNSEEN, 0))
         errors, long = self.errors(model, inputs, targets), targets[..., -1] == 1
         one, many = errors[long].mean().item(), errors[~long].mean().item()
         norms = torch.linalg.vector_norm(
@@ -383,7 +430,7 @@ class Text(Task):
     block: int = 128
     windows: int = 8  # in a batch
     dropout: float = 0.0
-    every: int = 1  # of how many windows of the last tenth one is validated on
+    every: int = 1  # validate on every n-th window of the last tenth
     held_out: bool = False  # validate on the last tenth of the training text
     file: Path | None = None  # None: Tiny Shakespeare
     result = "validation loss"
@@ -478,14 +525,17 @@ class Pictures(Task):
 # --- Studies --------------------------------------------------------------------------------------
 
 KERNELS = ("nala", "lam 1", "split", "softmax", "elu", "relu")
-SAME_STATE = tuple(name for name, variant in VARIANTS.items() if variant.wide)
-RELATIVES = ("focused", "polar", "magnitude-aware")
-CHANGES = ("lam 2", "lam 4", "tau 0", "tau 1", "alpha 2", "tanh(norm/s)")
+LEARNING = ("polar", "delta", "delta, same state", "lam learned")  # not for a single layer
+SAME_STATE = tuple(x for x in VARIANTS if x.endswith(", same state") and x not in LEARNING)
+RELATIVES = ("focused", "magnitude-aware", "hedgehog", "injective")
+APART = ("lam 1 of queries", "lam 1 of keys")
+CHANGES = (*APART, "lam 2", "lam 4", "tau 0", "tau 1", "alpha 2", "tanh(norm/s)")
 CLAIMS = ("no query norm", "no cosine map")  # NaLa without what the paper claims to help
 RATES = tuple(
     f"{name}{rates}" for name in SIMPLE for rates in ("", ", half rates", ", double rates")
 )
 BLOCK = ("no gate", "softmax, no gate", "no convolution", "softmax, no convolution")
+HEADS = tuple(name for name in VARIANTS if ", D = " in name)
 # What text and images are asked, each attention beside another. Decided before the runs.
 QUESTIONS = (
     ("softmax", "nala"),
@@ -499,6 +549,8 @@ QUESTIONS = (
     ("softmax, one norm", "softmax"),
 )
 ASKED = ("nala", *(name for name, _ in QUESTIONS))
+# Asked afterwards: is it the power that holds NaLa back on text?
+POWERS = ("lam 1", *APART)
 
 
 @dataclass(frozen=True)
@@ -516,19 +568,22 @@ STUDIES: dict[str, Study] = {
     "recall": Study(
         Recall(steps=500, learning_rate=5e-3, muon=0.02),
         {"steps": 60},
-        (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES, "q and k 5 times as large", *BLOCK),
+        (
+            *(*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *LEARNING, *CHANGES),
+            *("q and k 5 times as large", *BLOCK, *HEADS),
+        ),
         seeds=5,
     ),
     "sharpness": Study(
         Sharpness(steps=1500, learning_rate=1e-2),
         {"steps": 300},
-        (*KERNELS, *SAME_STATE, *CLAIMS, "focused", "magnitude-aware", *CHANGES),
+        (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES),
         seeds=5,
     ),
     "sharpness-all": Study(
         Sharpness(steps=1500, learning_rate=1e-2, of=16),
         {"steps": 300},
-        (*KERNELS, *SAME_STATE, *CLAIMS, "focused", "magnitude-aware", *CHANGES),
+        (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES),
         seeds=5,
     ),
     # The scripts' recipes, shorter.
@@ -545,6 +600,13 @@ STUDIES: dict[str, Study] = {
         ASKED,
         seeds=5,
         questions=QUESTIONS,
+    ),
+    "text-powers": Study(
+        Text(1000, 4e-3, 0.02, 0.02, "linear"),
+        {"steps": 40, "every": 16},
+        ("nala", *POWERS),
+        seeds=8,
+        questions=tuple((name, "nala") for name in POWERS),
     ),
     # Is one learning rate fair to all? On held-out training data.
     "text-rates": Study(

@@ -199,7 +199,8 @@ def kills(script, folder, times, dice):
     Returns how often each phase was hit, and what the finished runs lost.
     """
     hit, lost, chains = dict.fromkeys(PHASES, 0), [], 0
-    run(script, folder, "--out", "whole")
+    if not (folder / "whole").exists():
+        run(script, folder, "--out", "whole")
     while sum(hit.values()) < times:
         name, chains = f"chain{chains}", chains + 1
         for _ in range(4):
