@@ -343,6 +343,7 @@ NAMES = {
     "no cosine map": "NaLa, ReLU for cosines",
     "tanh(norm/s)": "NaLa, tanh(norm/s)",
     **{f"lam {lam}": f"NaLa, λ = {lam}" for lam in (1, 2, 4)},
+    **{f"lam 1 of {what}": f"NaLa, λ = 1 of {what}" for what in ("queries", "keys")},
     **{f"tau {tau}": f"NaLa, τ = {tau}" for tau in (0, 1)},
     "alpha 2": "NaLa, α = 2",  # noqa: RUF001
 }

@@ -1,5 +1,4 @@
 import multiprocessing
-import os
 import re
 import socket
 from concurrent.futures import ProcessPoolExecutor
@@ -35,8 +34,7 @@ def pytest_collection_finish(session):
     if asked and not session.config.option.collectonly:
         from notebooks import FOLDER, run  # which need what not every installation has
 
-        one_thread = partial(os.environ.update, OMP_NUM_THREADS="1")  # the cores may be busy
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), one_thread)
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         runs |= {path: pool.submit(run, path, FOLDER) for path in asked}
         session.config.add_cleanup(partial(pool.shutdown, wait=False, cancel_futures=True))
 

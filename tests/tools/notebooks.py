@@ -1,6 +1,8 @@
 """Run the notebooks in fresh kernels. `python tests/tools/notebooks.py [NAME ...]` runs those whose
 name begins with one of NAMES, or all, and writes what they show into their files."""
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,7 +44,8 @@ def run(path, folder):
         record_timing=False,
         coalesce_streams=True,
     )
-    client.execute()
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the cores may be busy
+    client.execute(env=one_thread, stderr=subprocess.DEVNULL)  # the kernel's own, not a cell's
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
