@@ -383,7 +383,7 @@ class Settings:
 
     study: str | None = flag(None, "which study (default: several)", choices=list(STUDIES))
     quick: bool = flag(False, "few steps and one seed: a trial of a few minutes")
-    seeds: int | None = flag(None, "seeds for each attention (default: 3 or 5)")
+    seeds: int | None = flag(None, "seeds for each attention (default: 3, 5 or 8)")
     workers: int | None = flag(
         None, f"runs at the same time (default: {processors()}, one per core; 1 on a GPU)"
     )
