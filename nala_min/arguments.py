@@ -2,7 +2,7 @@
 it. Each error names the argument, what it must be and what it is.
 
 `checked(q="B H N D", k="B H N D")` gives the shapes of a function's tensors in model.py's letters:
-a letter is the same size wherever it stands, "..." any sizes that go together. What is not a tensor
+a letter is the same size wherever it stands, "..." any sizes that broadcast. What is not a tensor
 is checked by its name, which means the same everywhere: see RULES. What has neither is refused when
 the function is defined, so no argument can be forgotten. Calls from within a checked function, and
 those that torch.compile traces, are not checked.
@@ -171,7 +171,8 @@ def _check_leading(name: str, value: Tensor, before: list[int], sizes: dict) -> 
         sizes["..."] = tuple(torch.broadcast_shapes(known, before)), source or name
     except RuntimeError:
         raise ValueError(
-            f"{name} must go with the leading sizes {tuple(known)} of {source}: {_got(value)}"
+            f"{name} must broadcast with the leading sizes {tuple(known)} of {source}:"
+            f" {_got(value)}"
         ) from None
 
 
@@ -219,7 +220,7 @@ def _got(value: Any) -> str:
 
 
 _POSITIVE = _number("a positive finite number", lambda x: 0 < x < math.inf)
-_NOT_NEGATIVE = _number("a finite number, not negative", lambda x: 0 <= x < math.inf)
+_NOT_NEGATIVE = _number("a non-negative finite number", lambda x: 0 <= x < math.inf)
 _COUNT = _number("a positive whole number", lambda x: 0 < x < 2**63, whole=True)
 
 RULES: dict[str, Rule] = {
@@ -231,7 +232,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("num_layers", "num_heads", "dim", "conv_size", "patch_size"), _COUNT),
     **dict.fromkeys(("vocab_size", "num_classes"), _COUNT),
     **dict.fromkeys(("chunk_size", "top_k"), _COUNT),
-    "dropout": _number("a share from 0 to less than 1", lambda x: 0 <= x < 1),
+    "dropout": _number("a probability in [0, 1)", lambda x: 0 <= x < 1),
     "num_tokens": _number("a whole number, not negative", lambda x: 0 <= x < 2**63, whole=True),
     "seed": _number("a whole number from 0", lambda x: 0 <= x < 2**63, whole=True),
     **dict.fromkeys(("causal", "return_state"), _truth),
@@ -426,7 +427,7 @@ class NaLaLM(model.NaLaLM):
                 raise TypeError(f"state must be of BlockState, as forward returns: {_got(each)}")
             for x in tree_leaves(each):
                 if isinstance(x, Tensor) and x.shape[:1] != tokens.shape[:1]:
-                    raise ValueError(f"state must be of {len(tokens)} texts, as tokens: {len(x)}")
+                    raise ValueError(f"state needs {len(tokens)} texts, like tokens: {len(x)}")
         return super().forward(tokens, state)
 
     @checked(tokens="B N token")

@@ -191,14 +191,14 @@ class Run:
         try:
             _read(content)
         except ValueError as error:
-            raise UsageError(f"the model holds what no checkpoint can: {error}") from error
+            raise UsageError(f"the model state cannot be checkpointed: {error}") from error
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, lambda file: file.write(content.getbuffer()))
         except OSError as error:
-            mend = f"mend that, and --resume continues from step {self.saved}"
+            mend = f"fix that, and --resume continues from step {self.saved}"
             if first:
-                mend = "mend that, or name another folder with --out"
+                mend = "fix that, or name another folder with --out"
             raise UsageError(
                 f"--out {self.path.parent} cannot be written ({error}): {mend}"
             ) from error

@@ -265,7 +265,7 @@ BATCHES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 BATCH = 10_000  # images in a file
 RECORD = 1 + 3 * 32 * 32  # bytes of an image: its label, then red, green and blue, row by row
 SLOW = (
-    ".\nSince June 2026 this host gives 50 to 80 kB a second: it may take an hour. Ctrl-C stops"
+    ".\nSince June 2026 this host serves 50 to 80 kB/s: it may take an hour. Ctrl-C stops"
     " it, and the next run continues from there.\nInstead: --url MIRROR, --data-dir FOLDER with the"
     " archive or its files, or --data synthetic, digits that are drawn here."
 )
@@ -338,7 +338,9 @@ def _images_in(folder: Path, source: Source) -> Images:
     archive = folder / source.file
     if not archive.exists():
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder: name the one with {source.file} or its files")
+            raise ValueError(
+                f"{folder} is not a folder: name the one with {source.file} or its files"
+            )
         for other in ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"):
             if (folder / other).exists():
                 raise ValueError(
@@ -361,7 +363,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
                 if member.isfile() and Path(member.name).name in BATCHES:
                     found[Path(member.name).name] = archive.extractfile(member).read()
     except (tarfile.TarError, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is no archive that can be read ({error})") from error
+        raise ValueError(f"{path} is not a readable archive ({error})") from error
     return {f"{name} in {path}": found.get(name, b"") for name in BATCHES}
 
 

@@ -11,7 +11,7 @@ of k_i^T v_i over i <= t, and a gradient g of the totals,
   dq_t = g_t S_t^T,   dv_i = k_i R_i,   dk_i = v_i R_i^T,   R_i = sum over t >= i of q_t^T g_t,
 
 so one state runs forwards in time and one backwards. And the gradient of the paper's features is
-known by hand: a cos(theta) and a sin(theta) are a vector in a plane. What stretches it changes
+hand-derived: a cos(theta) and a sin(theta) are a vector in a plane. What stretches it changes
 log(a), what turns it changes theta.
 
 model.py is there to be edited, so this file proves itself: before it serves a kind of call for the
@@ -77,7 +77,7 @@ def attention(
     key_mask: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """What readable returns with return_state for these arguments, or None where it is to answer
+    """What readable returns with return_state for these arguments, or None where it must run
     itself: inside torch.compile and torch.func, for forward-mode derivatives, for one token."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
@@ -195,7 +195,7 @@ def _examine(
     """Try it, first with the gradient by hand, and say what held."""
     with ExitStack() as stack:  # what goes on outside has no part in it
         stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.device("cpu"))  # what is not told where it is to be
+        stack.enter_context(torch.device("cpu"))  # tensors without an explicit device
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -207,7 +207,7 @@ def _examine(
             try:
                 if num_features := _holds(call, q, v):
                     return Verdict(by_hand, num_features)
-            except Exception:  # what readable or the features do not take: they shall say so
+            except Exception:  # readable or the features reject this: let them raise it
                 pass
     return None
 
@@ -418,7 +418,7 @@ def chunked_gradient(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients with respect to q, k, v and state, if there is one, from those of the totals and
-    of the state after them. scores, before: what chunked returned; scores None: both anew."""
+    of the state after them. scores, before: from chunked; scores None: recompute both."""
     shape = v.shape
     q, k, v, grad = _in_chunks(chunk_size, q, k, v, grad)
     if scores is None:

@@ -123,7 +123,7 @@ def run_script(main: Callable[[], None]) -> None:
         except (MemoryError, RuntimeError) as error:
             if distributed.is_lost_peer(error):
                 _exit(
-                    f"error: process {distributed.rank()} ends, as another one of this job did:"
+                    f"error: process {distributed.rank()} stops because another process ended:"
                     f" --resume continues from the last checkpoint ({error})",
                     1,
                 )

@@ -181,7 +181,7 @@ class AttentionInputs(NamedTuple):
             q, k = self.q.clone(), self.k.clone()
             v = torch.zeros_like(q, requires_grad=True)
             out = self.layer.attend(q, k, v, causal=self.layer.causal, **self.options)
-            firsts = (out[:, :, query, 0].sum() for query in queries)  # of all channels the first
+            firsts = (out[:, :, query, 0].sum() for query in queries)  # the first channel only
             rows = [torch.autograd.grad(x, v, retain_graph=True)[0][..., 0] for x in firsts]
         return torch.stack(rows, dim=2)
 

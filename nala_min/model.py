@@ -23,7 +23,7 @@ The whole method, for one head. The numbers are this project's, not the paper's:
   (14) recurrent    S_t = S_{t-1} + phi(k_t)^T v_t,  z_t = z_{t-1} + phi(k_t)
   (15) chunked      (13c) within chunks of tokens, (14) between them
   (16) gated block  y = W_o( LayerNorm(o + local(v)) * SiLU(W_g x) )
-  (17) rotary       turn phi(q_t), phi(k_i) by their positions, in the numerator of (5) only
+  (17) rotary       rotate phi(q_t), phi(k_i) by position, in the numerator of (5) only
 
 Shapes: B batch, H heads, N tokens, D channels of a head, F features (2D; elu, relu: D), M channels
 of a value, C tokens in each of T chunks, E width of the model, W of its convolution, V characters;
@@ -59,7 +59,7 @@ def query_power(norm: Tensor, lam=3.0, tau=0.5, norm_scale: float | Tensor = 1.0
 
 def query_magnitude(direction: Tensor, power: Tensor) -> Tensor:
     """|d|^p of every channel, Eq. (7), the largest scaled to 1, Eq. (12). (..., D) to (..., D). The
-    scale cancels in (5), and saves small powers from 0: so does the maximum in a safe softmax."""
+    scale cancels in (5) and avoids underflow, like the maximum in a safe softmax."""
     size = direction.abs()  # (..., D)
     tiny = torch.finfo(size.dtype).tiny
     ratio = size / size.amax(dim=-1, keepdim=True).clamp_min(tiny)  # (..., D)
@@ -111,7 +111,7 @@ def query_features(
 
 def key_features(k: Tensor, feature_map="cosine", *, lam=3.0, alpha=20.0) -> Tensor:
     """phi(k), Eqs. (2), (8), then (9) or (11), as for query_features; safe for entries of 1e-12 to
-    1e12, as they are cubed. No key is scaled by another: the future would leak into the past."""
+    1e12, as they are cubed. Scaling keys by the largest would leak the future into the past."""
     k = at_least_float32(k)
     if feature_map in BASELINES:
         return BASELINES[feature_map](k)
@@ -182,7 +182,7 @@ def linear_attention(
     query_features, key_features: (..., D) to non-negative (..., F), each token by itself.
     causal: token t sees tokens 0 ... t only. key_mask: (B, N) bool, False for padding.
     mode: if causal, "quadratic" (or "parallel"), "recurrent" or "chunked" by chunk_size tokens: the
-        same numbers. "auto" is the fastest, by fast.py where that does what is done here.
+        same numbers. "auto" is the fastest: fast.py, where it gives the same results.
     state: (B, H, F, M + 1), from an earlier call with return_state: the sequence continues.
     rope_positions: (N, A), see rotary_angles: weights may be negative, and need not sum to 1.
     A row without mass (its query, or every key that it sees, is zero or masked) gives output 0.
@@ -233,22 +233,22 @@ def nala_attention(
 
 
 def rotary_angles(positions: Tensor, dim: int, dtype=torch.float32) -> Tensor:
-    """Angles (N, dim / 2) of positions (N, A) along A axes, 1 of a text, 2 of an image, Eq. (17):
-    rows turn the first half of the channels, columns the second."""
+    """Angles (N, dim / 2) of positions (N, A) along A axes, 1 for text, 2 for images, Eq. (17):
+    rows rotate the first half of the channels, columns the second."""
     count = dim // (2 * positions.shape[1])  # frequencies of an axis, from 1 to 1 / 10,000
     steps = torch.arange(count, dtype=dtype, device=positions.device) / max(count - 1, 1)
     return (positions[:, :, None] * 10000.0**-steps).flatten(1)  # (N, D / 2)
 
 
 def rotate(features: Tensor, angles: Tensor) -> Tensor:
-    """Turn channels 2j, 2j + 1 of each D features of (..., N, F) by angles (N, D / 2), Eq. (17)."""
+    """Rotate channels 2j, 2j+1 in each block of D of (..., N, F) by angles (N, D / 2), Eq. (17)."""
     first, second = features.unflatten(-1, (-1, angles.shape[1], 2)).unbind(-1)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, D / 2)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     return turned.flatten(-3).to(features.dtype)
 
 
-# --- 5. Softmax to compare with, and what is read off an attention --------------------------------
+# --- 5. Softmax to compare with, attention weights and their entropy ------------------------------
 
 
 def softmax_attention(q, k, v, *, causal=False, key_mask=None, state=None, return_state=False):
@@ -285,7 +285,7 @@ def entropy(weights: Tensor) -> Tensor:
 # --- 6. The gated block ---------------------------------------------------------------------------
 
 # What --attention names: functions of one signature, (q, k, v, *, causal, state, return_state). A
-# class is built once per block, from the config: such an attention may learn.
+# class is built once per block, from the config: it may have parameters.
 ATTENTIONS: dict[str, Callable] = {"nala": nala_attention, "softmax": softmax_attention} | {
     name: partial(nala_attention, feature_map=name) for name in ("split", "elu", "relu")
 }
@@ -400,7 +400,7 @@ def initialise(model: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
     for end in (x for block in model.blocks for x in (block.attention.out, block.mlp[-1])):
-        nn.init.normal_(end.weight, std=0.02 / math.sqrt(2 * len(model.blocks)))  # they add up
+        nn.init.normal_(end.weight, std=0.02 / math.sqrt(2 * len(model.blocks)))  # as in GPT-2
 
 
 # --- 7. The two models ----------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def initialise(model: nn.Module) -> None:
 
 class NaLaLM(nn.Module):
     """Decoder-only character model. Causality and the convolution tell it the order of tokens:
-    there is no position embedding, and so no longest context."""
+    there is no position embedding, so no context limit."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -432,7 +432,7 @@ class NaLaLM(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: Tensor, num_tokens: int, *, temperature=1.0, top_k=None, seed=None):
         """Continue tokens (B, N) to (B, N + num_tokens), at constant cost each (softmax: growing).
-        temperature 0 takes the likeliest; seed None leaves the draw to PyTorch's own generator."""
+        temperature 0 is greedy; seed None draws from PyTorch's global generator."""
         was_training = self.training
         self.eval()
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
@@ -453,8 +453,8 @@ class NaLaLM(nn.Module):
 
 
 class NaLaViT(nn.Module):
-    """Image classifier: a convolutional stem, blocks, the mean over patches. Zeros around an image
-    tell the convolutions where a patch is: there is no position embedding, and any size will do."""
+    """Image classifier: a convolutional stem, blocks, mean pooling. Zero padding tells the
+    convolutions where a patch is: there is no position embedding, and any size works."""
 
     def __init__(self, config: Config):
         super().__init__()

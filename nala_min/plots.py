@@ -15,6 +15,7 @@ except RuntimeError:  # no HOME, and an unknown user: matplotlib up to 3.9 canno
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -115,7 +116,8 @@ def curve(history: list[dict[str, float]], title: str) -> Figure:
 @_styled
 def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str) -> Figure:
     """One row per picture: the query patch at the middle of its grid, framed, and its weights over
-    the image under each kernel.
+    the image under each kernel, as multiples of the weight that every patch has when attention is
+    even.
 
     pictures: (B, 3, height, width) uint8; maps: from measure.attention_maps.
     """
@@ -128,31 +130,32 @@ def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str)
         squeeze=False,
     )
     drawn.suptitle(
-        f"Weights of one query, the framed patch, in the last block of a {trained_with} model:\n"
+        f"What the framed patch attends to, in the last block of a {trained_with} model:\n"
         "the same queries and keys under each kernel"
     )
-    for i, (picture, row) in enumerate(zip(pictures, grid, strict=True)):
-        weights = {name: values[i] for name, values in maps.items()}
-        rows, columns = next(iter(weights.values())).shape[:2]
-        r, s = rows // 2, columns // 2
-        brightest = max(values[r, s].max().item() for values in weights.values())
-        place = {"extent": (0, width, height, 0)}
-        if i == 0:
-            row[0].set_title("image")
-        row[0].imshow(picture.movedim(0, -1).numpy(), **place)
-        for axes, (name, values) in zip(row[1:], weights.items(), strict=True):
-            image = axes.imshow(values[r, s].numpy(), vmin=0, vmax=brightest, **place)
-            spread = entropy(values[r, s].flatten()).exp().item()
+    rows, columns = next(iter(maps.values())).shape[1:3]
+    r, s, even = rows // 2, columns // 2, 1 / (rows * columns)
+    place = {"extent": (0, width, height, 0)}
+    for i, (picture, (first, *others)) in enumerate(zip(pictures, grid, strict=True)):
+        first.imshow(picture.movedim(0, -1).numpy(), **place)
+        for axes, weights in zip(others, maps.values(), strict=True):
+            own = weights[i, r, s]  # (rows, columns)
+            times = (own / even).clamp_min(1e-9).numpy()  # a weight of 0 has no logarithm
+            image = axes.imshow(times, cmap="PuOr_r", norm=LogNorm(1 / 16, 16), **place)
+            spread = entropy(own.flatten()).exp().item()
             axes.set_xlabel(f"effectively {spread:.0f} of {rows * columns}", fontsize="small")
-            if i == 0:
-                axes.set_title(LOOKS[name]["label"])
-        for axes in row:
+        for axes in (first, *others):
             patch = (s * width / columns, r * height / rows), width / columns, height / rows
-            axes.add_patch(Rectangle(*patch, fill=False, edgecolor=ORANGE, linewidth=1.5))
+            colour = ORANGE if axes is first else BLACK
+            axes.add_patch(Rectangle(*patch, fill=False, edgecolor=colour, linewidth=1.5))
             axes.grid(False)
             axes.spines[:].set_visible(True)
             axes.set(xticks=[], yticks=[])
-        drawn.colorbar(image, ax=row, label="weight", shrink=0.8)
+    for axes, title in zip(grid[0], ["image", *(LOOKS[x]["label"] for x in maps)], strict=True):
+        axes.set_title(title)
+    bar = drawn.colorbar(image, ax=grid, extend="both", shrink=0.5, aspect=30)
+    bar.set_ticks([1 / 16, 1 / 4, 1, 4, 16], labels=["1/16", "1/4", "1", "4", "16"])
+    bar.set_label("weight ÷ that of even attention")
     return drawn
 
 
@@ -171,7 +174,7 @@ def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
     places = range(len(classes))
     axes.set_xticks(places, classes, rotation=45, ha="right")
     axes.set_yticks(places, classes)
-    axes.set(xlabel="taken for", ylabel="what it is (each row in per cent)", title=title)
+    axes.set(xlabel="predicted", ylabel="true class (each row in per cent)", title=title)
     return picture
 
 
@@ -255,9 +258,13 @@ def speed(results: dict[str, Any]) -> Figure:
         ticks = sorted({row[along] for row in rows})[::2]
         axes.set_xticks(ticks, [f"{n:,}" if n < 2**10 else f"{n // 2**10}k" for n in ticks])
         axes.legend(loc="upper left", fontsize="x-small")
-    panels[0].set(xlabel="number of tokens", ylabel="forward and backward (ms)", title="Time")
-    panels[1].set(xlabel="number of tokens", ylabel="beyond q, k and v (MiB)", title="Peak memory")
-    panels[2].set(xlabel="tokens read so far", ylabel="time per token (ms)", title="Decoding")
+    told = (
+        ("Time: softmax grows as N², NaLa as N", "number of tokens", "forward and backward (ms)"),
+        ("Memory: both grow as N", "number of tokens", "peak beyond q, k and v (MiB)"),
+        ("Next token: NaLa's time is constant", "tokens read so far", "time per token (ms)"),
+    )
+    for axes, (title, along, unit) in zip(panels, told, strict=True):
+        axes.set(title=title, xlabel=along, ylabel=unit)
     if (place := results["crossover"]["causal, forward + backward"]) is not None:
         panels[0].axvline(place, ymax=0.65, color=YELLOW, linewidth=1.5)  # below the legend
         note = f" NaLa is faster\n from {place:,} tokens"

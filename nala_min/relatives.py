@@ -151,8 +151,8 @@ def injective(
 
 
 class Delta(nn.Module):
-    """DeltaNet (arXiv 2406.06484): before a key is written, a share of what the state S holds for
-    it goes. S_t = S_{t-1} + share k_t^T (v_t - k_t S_{t-1}), o_t = q_t S_t, with the directions of
+    """DeltaNet (arXiv 2406.06484): before a key is written, a share of the state's value for it
+    is erased. S_t = S_{t-1} + share k_t^T (v_t - k_t S_{t-1}), o_t = q_t S_t, with directions of
     SiLU(q) and SiLU(k). Each head learns one share; DeltaNet makes it from the token. In a loop
     over the tokens, so for short texts; an image's patches are all written before one is read."""
 
@@ -202,7 +202,7 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
 
     The file defines query_features(q) and key_features(k), (..., D) to non-negative (..., F), for
     linear_attention; or attention(q, k, v, *, causal, state=None, return_state=False), which takes
-    and returns what nala_attention does. Its state is its own affair. Both are tried on a few
+    and returns what nala_attention does. Its state may be anything. Both are tried on a few
     tokens of dim channels. The file runs as any script of yours does.
 
     Raises ValueError, in one line, for a file that cannot be read or run, defines neither, or

@@ -87,7 +87,7 @@ class Settings:
             processes = distributed.world_size()
             raise UsageError(f"--batch {self.batch} cannot be shared by {processes} processes")
         if self.dropout >= 1:
-            raise UsageError(f"--dropout {self.dropout} is not a share from 0 to less than 1")
+            raise UsageError(f"--dropout {self.dropout} is not a probability in [0, 1)")
         self.files: dict[str, str] = {}  # SHA-256 of each file that --attention names
         for name in filter(relatives.is_file, self.attention.split(",")):
             dim = max(1, self.dim // self.heads)
@@ -118,7 +118,7 @@ class Settings:
     def config(self) -> dict[str, Any]:
         """What determines the result, ready for JSON."""
         flags = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
-        flags |= {"compile": True} if self.compile else {}  # rounds otherwise
+        flags |= {"compile": True} if self.compile else {}  # changes rounding
         return flags | ({"attention_sha256": self.files} if self.files else {})
 
     def recipe(self, device: torch.device) -> Recipe:
@@ -271,7 +271,7 @@ def orthogonal(x: Tensor) -> Tensor:
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     gram = x @ x.mT  # (..., R, R): smaller than x
     factor = identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    for _ in range(5):  # the iterate is factor @ x, and gram its product with itself
+    for _ in range(5):  # the iterate is factor @ x, and gram its Gram matrix
         polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         factor = polynomial @ factor
         gram = polynomial @ gram @ polynomial

@@ -224,7 +224,7 @@ def test_tokens_that_the_model_does_not_know_are_named():
 
 def test_sizes_that_do_not_go_together_are_named():
     with pytest.raises(
-        ValueError, match=r"direction must go with the leading sizes \(2, 3, 6\) of"
+        ValueError, match=r"direction must broadcast with the leading sizes \(2, 3, 6\) of"
     ):
         nala_min.cosine_map(q.abs(), torch.randn(5, D))
     assert nala_min.cosine_map(q.abs(), torch.randn(N, D)).shape == (B, H, N, 2 * D)

@@ -1,7 +1,6 @@
 """What nala_min/lab/bench.py measures; that a second is a second is not tested here."""
 
 import itertools
-import re
 import sys
 import types
 
@@ -254,6 +253,9 @@ def install(monkeypatch, **functions):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return (prefix_sums(q, k, v) / prefix_sums(q, k, v[..., :1] ** 0)).transpose(1, 2)
 
+    def chunk_linear_attn(q, k, v, scale=None, normalize=True):
+        return naive_chunk_linear_attn(q, k, v, scale, normalize), None
+
     def causal_linear_attention_noncuda(q, k, v):
         return prefix_sums(q, k, v) / prefix_sums(q, k, v[..., :1] ** 0)
 
@@ -269,6 +271,7 @@ def install(monkeypatch, **functions):
             monkeypatch.setitem(sys.modules, module.__name__, module)
         name = "causal_dot_product" if names[0] == "fast_transformers" else function.__name__
         setattr(module, name, functions.get(names[0], function))
+    sys.modules["fla.ops.linear_attn"].chunk_linear_attn = chunk_linear_attn
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
     monkeypatch.setattr(bench, "DIM", 4)
 
@@ -276,13 +279,13 @@ def install(monkeypatch, **functions):
 def test_peers_are_given_features_and_must_agree_with_ours(monkeypatch):
     install(monkeypatch)
     ((*rows,),) = bench.peer_rows([16], CPU, 0)
-    assert [r["form"] for r in rows[::2]] == list(bench.peers())
-    assert list(bench.peers()) == [
-        "nala",
-        "fla_naive_chunk",
-        "fast_transformers",
-        "performer_pytorch",
-    ]
+    here = bench.peers(CPU)
+    assert [r["form"] for r in rows[::2]] == list(here)
+    assert list(here) == ["nala", "fla_naive_chunk", "fast_transformers", "performer_pytorch"]
+    there = bench.peers(torch.device("cuda"))
+    assert [name for name in there if name not in here] == ["fla_chunk"]
+    inputs = torch.rand(3, 1, 2, 16, 4)
+    assert_close(there["fla_chunk"](*inputs), here["nala"](*inputs))
     for name in ("fla", "fast_transformers", "performer_pytorch"):
         install(monkeypatch, **{name: lambda q, k, v, *rest, **options: v})
         with pytest.raises(AssertionError):
@@ -291,7 +294,7 @@ def test_peers_are_given_features_and_must_agree_with_ours(monkeypatch):
 
 def test_without_other_libraries_there_is_ours(monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    assert list(bench.peers()) == ["nala"]
+    assert list(bench.peers(CPU)) == ["nala"]
 
 
 # --- The whole ------------------------------------------------------------------------------------
@@ -342,9 +345,8 @@ def test_the_committed_cards_are_whole_and_consistent():
                 assert all(0 < r["low"] <= r["median"] <= r["high"] for r in found)
             place = bench.crossover(rows, causal=causal, **{"pass": what})
             assert RESULTS["crossover"][f"{direction}, {what}"] == place
-    command = r"python -m nala_min\.(lab\.)?bench"  # before lab/, too
-    assert re.match(f"{command} --out", CARDS["float32"]["command"])
-    assert re.match(f"{command} --peers", CARDS["peers"]["command"])
+    for name, flags in {"float32": "", "peers": " --peers", "long": " --long"}.items():
+        assert CARDS[name]["command"] == f"python -m nala_min.lab.bench{flags}"
     assert {r["form"] for r in CARDS["peers"]["results"]["peers"]} == {
         "nala",
         "fla_naive_chunk",
@@ -355,7 +357,6 @@ def test_the_committed_cards_are_whole_and_consistent():
         itertools.product(("softmax", "nala", "elu"), bench.STEPS)
     )
     long = CARDS["long"]["results"]
-    assert CARDS["long"]["command"] == "python -m nala_min.lab.bench --long"
     assert {(r["form"], r["block"]) for r in long["steps"]} == set(
         itertools.product(("softmax", "nala", "elu"), bench.LONG_STEPS)
     )

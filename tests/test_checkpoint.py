@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_checkpoint(
 
     monkeypatch.setattr(checkpoint, "write_whole", full)
     path = tmp_path / "run" / "checkpoint.pt"
-    mend = ["mend that, or name another folder with --out", "", "--resume continues from step 3"]
+    mend = ["fix that, or name another folder with --out", "", "--resume continues from step 3"]
     with pytest.raises(
         UsageError, match=f"cannot be written .*No space left.*{mend[stop]}"
     ) as error:
@@ -368,7 +368,7 @@ class Talkative(torch.nn.Linear):
 def test_a_state_that_cannot_be_read_again_is_refused_before_any_training(tmp_path):
     model = small_model()
     model.head = Talkative(16, 11, bias=False)
-    with pytest.raises(UsageError, match="holds what no checkpoint can") as error:
+    with pytest.raises(UsageError, match="the model state cannot be checkpointed") as error:
         train_small(model, tmp_path / "checkpoint.pt", batch=None)
     assert "\n" not in str(error.value) and not (tmp_path / "checkpoint.pt").exists()
 

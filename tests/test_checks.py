@@ -566,7 +566,7 @@ MISTAKES = {
         "a negative base": (
             "ratio = q.abs()",
             "ratio = q",
-            "A negative number to a broken power is NaN: take the absolute value",
+            "A negative number to a fractional power is NaN: take the absolute value",
         ),
         "detached norm": ("torch.tanh(norm)", "torch.tanh(norm.detach())", "is the norm detached"),
         "divided after the power": (
@@ -944,7 +944,7 @@ MISTAKES = {
         "own left out": (
             "1 - own / torch.where(total > 0, total, 1.0)",
             "(total - own) / own",
-            "holds its own, too",
+            "divides by the key's own weight",
         ),
         "heads mixed": (
             "phi_k.sum(dim=2, keepdim=True)",
@@ -1061,7 +1061,7 @@ MISTAKES = {
         "no diagnosis": (
             '"padding in the normaliser"',
             '""',
-            "mended, but its bug is not named."
+            "It is fixed, but its bug is not named."
             " DIAGNOSES has no name for the bug in attention_a yet: print(checks.DISEASES).",
         ),
         "one mask for all examples": (

@@ -263,7 +263,7 @@ def test_the_recipes_are_those_of_the_scripts():
     import train_shakespeare
 
     rates = ("lr", "muon", "weight_decay")
-    for name in ("text", "text-powers", "text-rates", "text-gpu"):
+    for name in ("text", "text-powers", "text-convolution", "text-rates", "text-gpu"):
         preset = "gpu" if name == "text-gpu" else "cpu"
         task, script = STUDIES[name].task, train_shakespeare.PRESETS[preset]
         assert task.sizes == (script["layers"], script["heads"], script["dim"])

@@ -161,7 +161,7 @@ def test_processes_agree_and_a_sum_over_them_has_a_second_derivative(tmp_path):
 def test_a_lost_process_is_one_line_that_says_how_to_go_on(tmp_path):
     spawn(2, tmp_path, die)
     (line,) = (tmp_path / "err").read_text(encoding="utf-8").splitlines()
-    assert "as another one of this job did: --resume continues from the last checkpoint" in line
+    assert "because another process ended: --resume continues from the last checkpoint" in line
 
 
 def test_one_process_needs_no_other(tmp_path):

@@ -228,7 +228,7 @@ def test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for(nam
 @pytest.mark.parametrize("name", ["nowhere", CIFAR10.file])
 def test_a_folder_that_is_none_is_named(name, tmp_path):
     (tmp_path / CIFAR10.file).touch()
-    with pytest.raises(ValueError, match=f"{name} is no folder"):
+    with pytest.raises(ValueError, match=f"{name} is not a folder"):
         data.load_images(folder=tmp_path / name)
 
 

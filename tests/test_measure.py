@@ -229,7 +229,7 @@ def test_score_by_hand():
 
 
 def test_confusion_matrix_by_hand():
-    """Rows are what it is, columns what it was taken for."""
+    """Rows are true classes, columns predicted ones."""
     labels = torch.tensor([0, 0, 0, 1, 2, 2, 0])
     guesses = torch.tensor([0, 2, 2, 1, 1, 2, 0])
     confusion = measure.confusion_matrix(guesses, labels, 4)

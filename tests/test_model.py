@@ -376,7 +376,7 @@ def test_relu_cancels_the_query_norm_and_elu_does_not(model):
 
 @pytest.mark.parametrize("feature_map", SIGNED_MAPS)
 def test_query_norm_acts_as_an_exponent(model, feature_map):
-    """(7): features are |d|^p up to one factor a query, p = 3 (0.5 + tanh|q|)."""
+    """(7): features are |d|^p up to a factor per query, p = 3 (0.5 + tanh|q|)."""
     direction = torch.tensor([0.8, -0.6, 0.0], dtype=torch.float64)
     for norm in (0.05, 0.3, 1.0, 2.0, 50.0):
         features = model.query_features(norm * direction, feature_map)
@@ -456,7 +456,7 @@ def test_cosine_map_tends_to_the_sign_split(model):
 
 
 def test_more_norm_is_not_always_less_entropy(model):
-    """The honest counterexample: every key shares channel 0, one is an outlier in channel 1. With
+    """A counterexample: every key shares channel 0, one is an outlier in channel 1. With
     more norm NaLa turns to the larger channel of d(q), which all keys share: entropy rises."""
     k = torch.tensor([[1.0, 0.5]] * 7 + [[1.0, 3.0]], dtype=torch.float64)
     q = torch.tensor([0.8, 0.6], dtype=torch.float64)
@@ -1002,7 +1002,7 @@ def test_generate_gives_every_module_its_mode_back():
 def test_states_that_do_not_go_with_the_tokens_are_named():
     lm, tokens = small_lm(nala_min), torch.zeros(2, 3, dtype=torch.long)
     _, state = lm(tokens)
-    with pytest.raises(ValueError, match="state must be of 1 texts, as tokens: 2"):
+    with pytest.raises(ValueError, match="state needs 1 texts, like tokens: 2"):
         lm(tokens[:1], state)
     with pytest.raises(TypeError, match="state must be of BlockState, as forward returns: 1, int"):
         lm(tokens, [1, 2])
@@ -1224,7 +1224,7 @@ def test_every_parameter_of_an_image_model_gets_a_gradient(model, options):
 
 @pytest.mark.parametrize("options", VIT_VARIANTS, ids=str)
 def test_every_pixel_matters(model, options):
-    """The stem steps over none, at the edges neither."""
+    """The stem skips none, not even at the edges."""
     images = torch.randn(1, 3, 9, 6, dtype=torch.float64, requires_grad=True)
     vit = small_vit(model, **options).double()
     (gradient,) = torch.autograd.grad(vit(images)[0, 0], images)

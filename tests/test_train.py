@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from scripts import ambient
 from torch import nn
 from torch.testing import assert_close
 
-from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, distributed, train
+from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, distributed, measure, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.train import Recipe, fit
 
@@ -487,6 +488,28 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_singular_values(shape
         spectrum = u.mT @ train.orthogonal(scale * u @ values.diag() @ v.mT) @ v
         assert ((spectrum.diag() > 0.6) & (spectrum.diag() < 1.25)).all()
         assert_close(spectrum, spectrum.diag().diag())
+
+
+@pytest.mark.parametrize("rope", [None, "numerator"])
+@pytest.mark.parametrize("make", [small_model, small_vit])
+def test_a_step_lets_a_card_run_ahead(make, rope, monkeypatch):
+    """Tensors of the device "meta" have no values: what reads one, as .item() does, or mixes
+    devices, fails."""
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **more: plain(*args, **more))
+    with torch.device("meta"):
+        model = make()
+        if make is small_model:
+            tokens = torch.zeros(2, 300, dtype=torch.long)
+            call = partial(measure.next_token_loss, model, tokens, tokens)
+        else:
+            images, labels = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+            call = partial(measure.smoothed_loss, model, images, labels)
+    model.blocks[0].attention.rope = rope
+    optimizers = train.make_optimizers(model, Recipe(3, 0.25, muon=0.5))
+    for _ in range(2):
+        train.update(model, optimizers, call(), clip=1.0)
+    assert all(parameter.grad.is_meta for parameter in model.parameters())
 
 
 def test_muon_steps_by_hand():

@@ -42,7 +42,7 @@ def _check_patient(student):
         raise Wrong(f"{symptom}{remark}") from symptom.__cause__
     if zlib.crc32(f"{name}: {diagnosis}".encode()) not in ANSWERS:
         remark = remark or f" The diagnosis {diagnosis!r} is wrong."
-        raise Wrong(f"It is mended, but its bug is not named.{remark}")
+        raise Wrong(f"It is fixed, but its bug is not named.{remark}")
 
 
 def _check_symptoms(student):

@@ -41,7 +41,7 @@ def check_query_magnitude(student):
         return ratio.pow(model.query_power(norm, lam, tau))
 
     q = draw(2, 5, 4)
-    why = "A negative number to a broken power is NaN: take the absolute value."
+    why = "A negative number to a fractional power is NaN: take the absolute value."
     got, shorter = run(q, why=why), run(q / 4)
     if (got < 0).any():
         raise Wrong("A magnitude is negative: take the absolute value of the direction.")

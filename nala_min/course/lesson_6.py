@@ -45,7 +45,7 @@ def check_interference(student):
     mistakes = {
         "That is the share of the key itself: the others have the rest.": own / total,
         "It is not a share: divide by all that the key gets.": total - own,
-        "It compares with the other keys only: what the key gets holds its own, too.": (
+        "It divides by the key's own weight: divide by all that the key gets.": (
             (total - own) / own
         ),
         "z runs over the heads as well.": 1 - own / (phi_k * over_heads).sum(dim=-1),

@@ -110,7 +110,7 @@ def seconds_of_a_step(task: Task, name: str, device: str = "cpu") -> float:
     model, recipe = _prepared(task, name, 1, device)
     optimizers = train.make_optimizers(model, recipe)
     for step in range(4):
-        if step == 1:  # the first one makes what the others find
+        if step == 1:  # the first step is a warm-up
             start = time.perf_counter()
         inputs, targets = (x.to(device) for x in task.batch(1, step))
         loss = task.loss(model, inputs, targets)

@@ -157,7 +157,10 @@ VARIANTS: dict[str, Variant] = {
     "no gate": Variant(change=_no_gate),
     "softmax, no gate": Variant("softmax", change=_no_gate),
     "no convolution": Variant(change=_no_convolution),
-    "softmax, no convolution": Variant("softmax", change=_no_convolution),
+    **{
+        f"{name}, no convolution": Variant(name, change=_no_convolution)
+        for name in ("softmax", "elu", "lam 1")
+    },
     # Recall with other heads than its two of 16 channels.
     **{
         f"{name}, D = {channels}": Variant(name, heads=16 / channels)
@@ -550,7 +553,8 @@ QUESTIONS = (
 )
 ASKED = ("nala", *(name for name, _ in QUESTIONS))
 # Asked afterwards: is it the power that holds NaLa back on text?
-POWERS = ("lam 1", *APART)
+POWERS = ("lam 1", "lam 2", *APART)
+ALONE = tuple(f"{name}, no convolution" for name in ("softmax", "elu", "lam 1"))
 
 
 @dataclass(frozen=True)
@@ -607,6 +611,22 @@ STUDIES: dict[str, Study] = {
         ("nala", *POWERS),
         seeds=8,
         questions=tuple((name, "nala") for name in POWERS),
+    ),
+    "recall-powers": Study(
+        Recall(steps=500, learning_rate=5e-3, muon=0.02),
+        {"steps": 60},
+        ("nala", "lam 2"),
+        seeds=20,
+        questions=(("lam 2", "nala"),),
+    ),
+    # Does the convolution, which shows every attention its neighbours, hide a difference? elu + 1
+    # and λ = 1 were asked after the answer for softmax.
+    "text-convolution": Study(
+        Text(1000, 4e-3, 0.02, 0.02, "linear"),
+        {"steps": 40, "every": 16},
+        ("no convolution", *ALONE),
+        seeds=8,
+        questions=tuple((name, "no convolution") for name in ALONE),
     ),
     # Is one learning rate fair to all? On held-out training data.
     "text-rates": Study(

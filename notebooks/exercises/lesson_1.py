@@ -51,8 +51,8 @@ def softmax_weights_by_loops(query: list[float], keys: list[list[float]]) -> lis
 def softmax_weights(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
     """The weights of softmax attention, Eq. (1), for scores of any size.
 
-    q, k: (B, H, N, D). causal: query t sees the keys 0 ... t only. Returns (B, H, N, N): one row a
-    query, one column a key.
+    q, k: (B, H, N, D). causal: query t sees the keys 0 ... t only. Returns (B, H, N, N): a row
+    per query, a column per key.
     """
     raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 Bugs like these were published. For each attention (i) look at its symptom, which the marking below
 or `checks.report("find_the_bug")` tells you, (ii) write the name of the disease into DIAGNOSES
-(`print(checks.DISEASES)` shows the names), and (iii) mend the function: only then are you told
+(`print(checks.DISEASES)` shows the names), and (iii) fix the function: only then are you told
 whether the name is right. From the repository root:
 
     python -m pytest path/to/find_the_bug.py

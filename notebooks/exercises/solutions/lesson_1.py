@@ -54,8 +54,8 @@ def softmax_weights_by_loops(query: list[float], keys: list[list[float]]) -> lis
 def softmax_weights(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
     """The weights of softmax attention, Eq. (1), for scores of any size.
 
-    q, k: (B, H, N, D). causal: query t sees the keys 0 ... t only. Returns (B, H, N, N): one row a
-    query, one column a key.
+    q, k: (B, H, N, D). causal: query t sees the keys 0 ... t only. Returns (B, H, N, N): a row
+    per query, a column per key.
     """
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N, N)
     if causal:  # before the softmax, so that what is hidden does not count in the sum either
