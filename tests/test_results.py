@@ -696,6 +696,26 @@ def test_the_times_of_other_libraries_are_the_run_card():
     assert said in PROSE
 
 
+def test_the_aims_that_are_missed_and_what_another_machine_takes():
+    assert against_softmax(4096) < 5 and against_softmax(16384) < 17
+    step = ratio(SPEED["steps"], {"form": "nala"}, {"form": "softmax"}, block=256)
+    assert step > 1.2
+    assert ratio(SPEED["decode"], {"form": "softmax"}, {"form": "nala"}, context=16384) < 10
+    said = []
+    for form in ("softmax", "nala"):
+        here, there = (
+            [
+                row["median"]
+                for row in bench.select(card["attention"], form=form, causal=True, **BOTH)
+                if row["length"] >= 1024
+            ]
+            for card in (SPEED, EPYC)
+        )
+        ratios = [a / b for a, b in zip(here, there, strict=True)]
+        said.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+    assert "softmax takes {} of its time there, NaLa {}.".format(*said) in PROSE
+
+
 def speed_in_short():
     """Where causal NaLa passes the fused softmax, and how it and a training step with it stand at
     16,384 tokens."""
