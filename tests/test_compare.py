@@ -250,7 +250,7 @@ def test_queries_and_keys_begin_5_times_as_large():
 
 def test_every_study_names_variants_and_nala_first():
     for study in STUDIES.values():
-        assert study.variants[0] == "nala"
+        assert VARIANTS[study.variants[0]].attention == "nala"
         assert set(study.variants) <= VARIANTS.keys()
         assert study.seeds >= 3
         assert {name for pair in study.questions for name in pair} <= set(study.variants)
