@@ -233,7 +233,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("vocab_size", "num_classes"), _COUNT),
     **dict.fromkeys(("chunk_size", "top_k"), _COUNT),
     "dropout": _number("a probability in [0, 1)", lambda x: 0 <= x < 1),
-    "num_tokens": _number("a whole number, not negative", lambda x: 0 <= x < 2**63, whole=True),
+    "num_tokens": _number("a non-negative whole number", lambda x: 0 <= x < 2**63, whole=True),
     "seed": _number("a whole number from 0", lambda x: 0 <= x < 2**63, whole=True),
     **dict.fromkeys(("causal", "return_state"), _truth),
     "attention": _names,

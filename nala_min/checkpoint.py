@@ -196,11 +196,11 @@ class Run:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, lambda file: file.write(content.getbuffer()))
         except OSError as error:
-            mend = f"fix that, and --resume continues from step {self.saved}"
+            advice = f"fix that, and --resume continues from step {self.saved}"
             if first:
-                mend = "fix that, or name another folder with --out"
+                advice = "fix that, or name another folder with --out"
             raise UsageError(
-                f"--out {self.path.parent} cannot be written ({error}): {mend}"
+                f"--out {self.path.parent} cannot be written ({error}): {advice}"
             ) from error
         self.saved = self.step
 

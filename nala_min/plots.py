@@ -260,7 +260,7 @@ def speed(results: dict[str, Any]) -> Figure:
         axes.legend(loc="upper left", fontsize="x-small")
     told = (
         ("Time: softmax grows as N², NaLa as N", "number of tokens", "forward and backward (ms)"),
-        ("Memory: both grow as N", "number of tokens", "peak beyond q, k and v (MiB)"),
+        ("Memory: softmax and NaLa grow as N", "number of tokens", "peak beyond q, k and v (MiB)"),
         ("Next token: NaLa's time is constant", "tokens read so far", "time per token (ms)"),
     )
     for axes, (title, along, unit) in zip(panels, told, strict=True):

@@ -235,9 +235,20 @@ def test_a_gate_that_is_always_open_and_no_convolution():
     plain = built(RECALL, "nala").blocks[0].attention
     q_k_v = [layer.project(x)[..., :96], plain.project(x)[..., :96]]
     assert torch.equal(*q_k_v)
-    none = built(RECALL, "no convolution").blocks[0].attention
-    local, _ = none.local(x, None)
-    assert torch.equal(local, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("part", ["gate", "convolution"])
+def test_a_part_of_the_block_is_missing_where_the_name_says_so(part):
+    """And the attention is the one in the name, or NaLa."""
+    x, without = torch.randn(1, 6, 32), f"no {part}"
+    for name, variant in VARIANTS.items():
+        layer = built(RECALL, name).blocks[0].attention
+        *_, gate = layer.project(x).chunk(4, dim=-1)
+        constant = gate if part == "gate" else layer.local(x, None)[0]
+        missing = bool((constant == constant[0, 0, 0]).all())
+        assert missing == name.endswith(without), name
+        if missing:
+            assert variant.attention == (name.removesuffix(without).removesuffix(", ") or "nala")
 
 
 def test_queries_and_keys_begin_5_times_as_large():

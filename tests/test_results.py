@@ -258,7 +258,7 @@ def powers_table():
     return "\n".join(lines)
 
 
-ALONE = ", no convolution"
+WITHOUT = ", no convolution"
 
 
 def convolution_table():
@@ -269,7 +269,7 @@ def convolution_table():
     ]
     answers = {x.variant: x for x in answered("text-convolution")}
     for name, label in {"nala": "NaLa", "lam 1": "NaLa, λ = 1", **LABELS}.items():
-        variant = f"{name}{ALONE}".removeprefix("nala, ")
+        variant = f"{name}{WITHOUT}".removeprefix("nala, ")
         if variant in STUDIES["text-convolution"].variants:
             study = "text-powers" if name == "lam 1" else "text"
             losses = [mean(found(study, name)), mean(found("text-convolution", variant))]
@@ -295,7 +295,7 @@ def shorter_runs():
     clear = {x.variant: x.away for x in answered("text") if x.chance < 0.05 and x.than == "nala"}
     plain = [-clear[name] for name in LABELS]
     assert min(plain) > 0  # NaLa is behind all three
-    bare = {x.variant.removesuffix(ALONE): x for x in answered("text-convolution")}
+    bare = {x.variant.removesuffix(WITHOUT): x for x in answered("text-convolution")}
     return (
         "In runs a third as long, with eight seeds, it is"
         f" {min(plain):.3f} to {max(plain):.3f} nats behind them on text; with λ = 1, level."
@@ -481,9 +481,9 @@ def test_it_is_the_power_that_holds_nala_back_on_text():
 
 def test_what_the_convolution_hides_is_its_card():
     assert f"\n\n{convolution_table()}\n\n" in PAGE
-    bare = {x.variant.removesuffix(ALONE): x for x in answered("text-convolution")}
+    bare = {x.variant.removesuffix(WITHOUT): x for x in answered("text-convolution")}
     assert all(x.away < 0 and x.chance < 0.05 for x in bare.values())  # NaLa is last
-    losses = {name: found("text-convolution", name + ALONE) for name in bare}
+    losses = {name: found("text-convolution", name + WITHOUT) for name in bare}
     for name in ("elu", "lam 1"):  # softmax is ahead of every linear attention
         middle, half = compare.difference(losses["softmax"], losses[name])
         assert middle < -half

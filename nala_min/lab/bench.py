@@ -332,16 +332,13 @@ def peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
         from fla.ops.linear_attn import chunk_linear_attn
         from fla.ops.linear_attn.naive import naive_chunk_linear_attn
 
-        def fla_chunk(*inputs: Tensor) -> Tensor:  # tokens before heads
-            q, k, v = (x.transpose(1, 2) for x in inputs)
-            return chunk_linear_attn(q, k, v, 1, normalize=True)[0].transpose(1, 2)
+        def fla(attention: Callable, *inputs: Tensor) -> Tensor:  # tokens before heads
+            out = attention(*(x.transpose(1, 2) for x in inputs), 1, normalize=True)
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # maybe a state
 
-        def fla_naive_chunk(*inputs: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in inputs)
-            return naive_chunk_linear_attn(q, k, v, 1, normalize=True).transpose(1, 2)
-
-        found |= {"fla_chunk": fla_chunk} if device.type == "cuda" else {}
-        found["fla_naive_chunk"] = fla_naive_chunk
+        if device.type == "cuda":
+            found["fla_chunk"] = partial(fla, chunk_linear_attn)
+        found["fla_naive_chunk"] = partial(fla, naive_chunk_linear_attn)
     if find_spec("fast_transformers"):
         from fast_transformers.causal_product import causal_dot_product
 

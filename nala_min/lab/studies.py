@@ -554,7 +554,7 @@ QUESTIONS = (
 ASKED = ("nala", *(name for name, _ in QUESTIONS))
 # Asked afterwards: is it the power that holds NaLa back on text?
 POWERS = ("lam 1", "lam 2", *APART)
-ALONE = tuple(f"{name}, no convolution" for name in ("softmax", "elu", "lam 1"))
+BARE = tuple(f"{name}, no convolution" for name in ("softmax", "elu", "lam 1"))
 
 
 @dataclass(frozen=True)
@@ -568,9 +568,15 @@ class Study:
     questions: tuple[tuple[str, str], ...] = ()  # pairs of variants, tested as a family
 
 
+RECALL = Recall(steps=500, learning_rate=5e-3, muon=0.02)
+# The scripts' recipes, shorter.
+TEXT = Text(1000, 4e-3, 0.02, 0.02, "linear")
+PICTURES = Pictures(500, 2e-3, 0.02, 0.02, "linear")
+QUICK_TEXT, QUICK_PICTURES = {"steps": 40, "every": 16}, {"steps": 40, "tested": 1000}
+
 STUDIES: dict[str, Study] = {
     "recall": Study(
-        Recall(steps=500, learning_rate=5e-3, muon=0.02),
+        RECALL,
         {"steps": 60},
         (
             *(*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *LEARNING, *CHANGES),
@@ -590,53 +596,30 @@ STUDIES: dict[str, Study] = {
         (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES),
         seeds=5,
     ),
-    # The scripts' recipes, shorter.
-    "text": Study(
-        Text(1000, 4e-3, 0.02, 0.02, "linear"),
-        {"steps": 40, "every": 16},
-        ASKED,
-        seeds=8,
-        questions=QUESTIONS,
-    ),
-    "images": Study(
-        Pictures(500, 2e-3, 0.02, 0.02, "linear"),
-        {"steps": 40, "tested": 1000},
-        ASKED,
-        seeds=5,
-        questions=QUESTIONS,
-    ),
+    "text": Study(TEXT, QUICK_TEXT, ASKED, seeds=8, questions=QUESTIONS),
+    "images": Study(PICTURES, QUICK_PICTURES, ASKED, seeds=5, questions=QUESTIONS),
     "text-powers": Study(
-        Text(1000, 4e-3, 0.02, 0.02, "linear"),
-        {"steps": 40, "every": 16},
+        TEXT,
+        QUICK_TEXT,
         ("nala", *POWERS),
         seeds=8,
         questions=tuple((name, "nala") for name in POWERS),
     ),
     "recall-powers": Study(
-        Recall(steps=500, learning_rate=5e-3, muon=0.02),
-        {"steps": 60},
-        ("nala", "lam 2"),
-        seeds=20,
-        questions=(("lam 2", "nala"),),
+        RECALL, {"steps": 60}, ("nala", "lam 2"), seeds=20, questions=(("lam 2", "nala"),)
     ),
     # Does the convolution, which shows every attention its neighbours, hide a difference? elu + 1
     # and λ = 1 were asked after the answer for softmax.
     "text-convolution": Study(
-        Text(1000, 4e-3, 0.02, 0.02, "linear"),
-        {"steps": 40, "every": 16},
-        ("no convolution", *ALONE),
+        TEXT,
+        QUICK_TEXT,
+        ("no convolution", *BARE),
         seeds=8,
-        questions=tuple((name, "no convolution") for name in ALONE),
+        questions=tuple((name, "no convolution") for name in BARE),
     ),
     # Is one learning rate fair to all? On held-out training data.
-    "text-rates": Study(
-        Text(1200, 4e-3, 0.02, 0.02, "linear", held_out=True), {"steps": 40, "every": 16}, RATES
-    ),
-    "images-rates": Study(
-        Pictures(900, 2e-3, 0.02, 0.02, "linear", held_out=5000),
-        {"steps": 40, "tested": 1000},
-        RATES,
-    ),
+    "text-rates": Study(replace(TEXT, steps=1200, held_out=True), QUICK_TEXT, RATES),
+    "images-rates": Study(replace(PICTURES, steps=900, held_out=5000), QUICK_PICTURES, RATES),
     # nanoGPT's recipe, for a CUDA card.
     "text-gpu": Study(
         Text(5000, 1e-3, sizes=(6, 6, 384), block=256, windows=64, dropout=0.2),
