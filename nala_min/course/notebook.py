@@ -28,18 +28,26 @@ def begin(seed: int = 0) -> None:
 
 def show(figure: Figure, text: str) -> None:
     """Show figure and, folded below it, text: a description for readers who cannot see it."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png", facecolor="white")  # readable on a dark page, too
-    if not any(axes.images for axes in figure.axes):  # lines: 256 colours, a third of the bytes
-        drawn, png = png, io.BytesIO()
-        Image.open(drawn).convert("RGB").quantize(256).save(png, "PNG")
-    width = round(96 * figure.get_figwidth())  # pixels of the page; the picture is sharper
     display(
-        {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": text},
-        metadata={"image/png": {"alt": text, "width": width}},  # not every page reads alt
+        {"image/png": base64.b64encode(_png(figure)).decode(), "text/plain": text},
+        metadata={"image/png": {"alt": text, "width": _width(figure)}},  # not every page reads alt
         raw=True,
     )
     _show_markdown(f"<details><summary>In words</summary>\n\n{text}\n\n</details>", text)
+
+
+def _png(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", facecolor="white")  # also readable on a dark page
+    if not any(axes.images for axes in figure.axes):  # lines: 256 colours, a third of the bytes
+        drawn, png = png, io.BytesIO()
+        Image.open(drawn).convert("RGB").quantize(256).save(png, "PNG")
+    return png.getvalue()
+
+
+def _width(figure: Figure) -> int:
+    """In pixels of the page; the picture is sharper."""
+    return round(96 * figure.get_figwidth())
 
 
 def source(*objects: Any, fold: str = "") -> None:
@@ -63,8 +71,9 @@ def slider(draw: Callable[[float], Figure], low: float, high: float, start: floa
     """A slider from low to high that shows draw(its position), in a notebook that is running."""
     knob = ipywidgets.FloatSlider(start, min=low, max=high, step=(high - low) / 100)
     knob.description = next(iter(inspect.signature(draw).parameters))
-    live = ipywidgets.interactive(
-        lambda value: show(draw(value), f"Drawn for {value:.2f}."), value=knob
-    )
+    figure = draw(start)
+    picture = ipywidgets.Image(value=_png(figure), width=_width(figure))
+    knob.observe(lambda change: picture.set_trait("value", _png(draw(change.new))), "value")
     without = "Here a slider appears while the notebook runs; the picture above stands in for it."
+    live = ipywidgets.VBox([knob, picture])
     display(live._repr_mimebundle_() | {"text/plain": without}, raw=True)
