@@ -41,7 +41,7 @@ class Settings(train.Settings):
     )
     prompt: str = flag("", "start of the sample (default: a new line)", decides=False)
     block: int | None = flag(
-        None, "characters per training window; with longer ones, fewer of them and fewer steps"
+        None, "characters per training window; longer ones shrink the batch, then the steps"
     )
 
     def __post_init__(self) -> None:
@@ -50,8 +50,8 @@ class Settings(train.Settings):
             raise UsageError(f"--sample {self.sample} is not positive and below 2^31")
 
     def defaults(self) -> dict[str, Any]:
-        """The preset's values. With longer windows, the model reads equally many characters in all,
-        and also in each step as long as they fill a window."""
+        """The preset's values. Longer windows shrink the batch and, once it is a single window, the
+        steps, so the model reads about as many characters in all."""
         preset = super().defaults()
         if (self.block or 0) <= preset["block"]:
             return preset

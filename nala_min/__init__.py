@@ -9,9 +9,9 @@ Training:
     data.py         text and images: find, download, verify, batch
     synthetic.py    what replaces them without a network
     train.py        settings, recipe, optimisers, the loop
-    checkpoint.py   what is saved, resumed and stopped without loss
+    checkpoint.py   checkpoints: a run is saved, resumed and stopped without loss
     distributed.py  several processes: one model trained by all, one sequence over all
-    flags.py        flags from a dataclass; a mistake is one line
+    flags.py        flags from a dataclass, errors in one line
 Measuring:
     measure.py      entropy, memory, norms and powers of a trained model, attention maps
     plots.py        every picture, in one style
@@ -19,6 +19,7 @@ Measuring:
     lab/bench.py    speed and memory beside the fused softmax
     lab/compare.py  fair comparisons over several seeds; lab/studies.py: what is compared
     lab/premise.py  entropy against norms, in the models that compare has trained
+    lab/gpu.py      everything that is to be measured on a GPU, by one command
 Teaching:
     course/         what the lessons share, and the checkers of the exercises
 """

@@ -151,8 +151,8 @@ def _check_tensor(name: str, value: Any, spec: str, sizes: dict[str, tuple[int, 
 
 
 def _check_tokens(name: str, tokens: Tensor, size: int) -> None:
-    """On a CPU only: on another device a look at them would wait for it. A subclass may have no
-    values to look at."""
+    """On a CPU only: reading values of another device would wait for it. A tensor subclass may have
+    no values."""
     if type(tokens) is not Tensor or not tokens.is_cpu or not tokens.numel():
         return
     if torch._C._are_functorch_transforms_active():
@@ -227,14 +227,14 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("lam", "alpha", "norm_scale"), _POSITIVE),
     "tau": _NOT_NEGATIVE,
     "temperature": _number(
-        "0, or a finite number from 1e-30", lambda x: not x or 1e-30 <= x < math.inf
+        "0, or a finite number of at least 1e-30", lambda x: not x or 1e-30 <= x < math.inf
     ),
     **dict.fromkeys(("num_layers", "num_heads", "dim", "conv_size", "patch_size"), _COUNT),
     **dict.fromkeys(("vocab_size", "num_classes"), _COUNT),
     **dict.fromkeys(("chunk_size", "top_k"), _COUNT),
     "dropout": _number("a probability in [0, 1)", lambda x: 0 <= x < 1),
     "num_tokens": _number("a non-negative whole number", lambda x: 0 <= x < 2**63, whole=True),
-    "seed": _number("a whole number from 0", lambda x: 0 <= x < 2**63, whole=True),
+    "seed": _number("a non-negative whole number", lambda x: 0 <= x < 2**63, whole=True),
     **dict.fromkeys(("causal", "return_state"), _truth),
     "attention": _names,
 }
@@ -268,9 +268,9 @@ def _check_softmax(given: dict[str, Any]) -> None:
     if {"q", "k"} <= given.keys() and given.get("causal") and given.get("state") is None:
         queries, keys = given["q"].shape[2], given["k"].shape[2]
         if queries > keys:
-            raise ValueError(f"causal=True needs a key for each query: {queries} and {keys}")
+            raise ValueError(f"causal=True needs a key per query: {queries} queries, {keys} keys")
     if given.get("state") is not None and given.get("key_mask") is not None:
-        raise ValueError("key_mask must be None with a state: it knows nothing of earlier keys")
+        raise ValueError("key_mask must be None with a state: it does not cover the earlier keys")
 
 
 _QKV = {"q": "B H N D", "k": "B H N D", "v": "B H N M"}
@@ -421,13 +421,15 @@ class NaLaLM(model.NaLaLM):
     @functools.wraps(model.NaLaLM.forward)
     def forward(self, tokens, state=None):
         if state is not None and len(state) != len(self.blocks):
-            raise ValueError(f"state must be of {len(self.blocks)} blocks: {len(state)}")
+            raise ValueError(f"state must be {len(self.blocks)} items, one per block: {len(state)}")
         for each in state or ():
             if not isinstance(each, model.BlockState):
-                raise TypeError(f"state must be of BlockState, as forward returns: {_got(each)}")
+                raise TypeError(f"state must be BlockStates, as forward returns: {_got(each)}")
             for x in tree_leaves(each):
                 if isinstance(x, Tensor) and x.shape[:1] != tokens.shape[:1]:
-                    raise ValueError(f"state needs {len(tokens)} texts, like tokens: {len(x)}")
+                    raise ValueError(
+                        f"state must be of {len(tokens)} texts, as tokens is: {len(x)}"
+                    )
         return super().forward(tokens, state)
 
     @checked(tokens="B N token")

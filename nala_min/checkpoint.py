@@ -92,7 +92,7 @@ class Run:
     ):
         self.model, self.optimizers = model, optimizers
         self.steps, self.path, self.extra = steps, Path(path), plain(extra)
-        self.step = self.saved = 0  # steps made, and those that are in the checkpoint
+        self.step = self.saved = 0  # steps done, and steps in the checkpoint
         self.losses: list[Tensor | float] = []  # since the last point of the curve
         self.history: list[dict[str, float]] = []
         self.start = time.perf_counter()

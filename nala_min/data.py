@@ -10,7 +10,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -79,14 +79,14 @@ def cache_dir() -> Path:
     return Path(cache) / "nala_min"
 
 
-def fetch(source: Source, announce: Callable[[str], None] = print, hint: str = "") -> Path:
+def fetch(source: Source, hint: str = "") -> Path:
     """The path of source in the cache. If it is not there it is downloaded, and hint is printed.
 
     Raises what download raises.
     """
     path = cache_dir() / source.file
     if not source.is_at(path):
-        announce(f"Downloading {source.name}, {source.size:,} bytes, from {source.url}{hint}")
+        print(f"Downloading {source.name}, {source.size:,} bytes, from {source.url}{hint}")
         download(source, path)
     return path
 
@@ -98,8 +98,8 @@ def download(source: Source, path: Path | str, timeout: float = 20.0) -> None:
     long as more data arrives; what has arrived stays in path.part for the next call. timeout:
     seconds without an answer.
 
-    Raises OSError or http.client.HTTPException if the transfer fails, and ValueError if the content
-    is not the expected one, which is then deleted.
+    Raises OSError or http.client.HTTPException if the transfer fails. Raises ValueError if the
+    content is wrong; it is then deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,12 +171,7 @@ class Text:
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
 
 
-def load_text(
-    path: Path | str | None = None,
-    *,
-    source: Source = SHAKESPEARE,
-    announce: Callable[[str], None] = print,
-) -> Text:
+def load_text(path: Path | str | None = None, *, source: Source = SHAKESPEARE) -> Text:
     """The text at path. Without path: Tiny Shakespeare, from the cache or downloaded. Without a
     network: the Python manual as a stand-in, with a notice.
 
@@ -187,9 +182,9 @@ def load_text(
         name = source.name if source.is_at(path) else path.name
         return Text(name, path.read_bytes().decode("utf-8"))
     try:
-        return Text(source.name, fetch(source, announce).read_bytes().decode("utf-8"))
+        return Text(source.name, fetch(source).read_bytes().decode("utf-8"))
     except NO_DOWNLOAD as error:
-        announce(
+        print(
             f"NO SHAKESPEARE: {error}\n"
             f"Training on a stand-in instead, the {STAND_IN}; its loss is not comparable with"
             " Shakespeare's. Give a text of your own with --data FILE."
@@ -296,10 +291,10 @@ def load_images(
     url: str | None = None,
     *,
     source: Source = CIFAR10,
-    announce: Callable[[str], None] = print,
 ) -> Images:
     """CIFAR-10: from folder, else from the cache, else downloaded from url or from its author's
-    page. Without a network, or for name="synthetic": drawn digits as a stand-in, with a notice.
+    page. Without a network: drawn digits as a stand-in, with a notice. For name="synthetic": drawn
+    digits, without one.
 
     Raises OSError or ValueError, which name the file or address, if what folder or url gives is
     missing, truncated or corrupt.
@@ -310,11 +305,11 @@ def load_images(
         return _images_in(Path(folder), source)
     try:
         mirrored = replace(source, url=url or source.url)
-        return _images(source.name, _read_archive(fetch(mirrored, announce, "" if url else SLOW)))
+        return _images(source.name, _read_archive(fetch(mirrored, "" if url else SLOW)))
     except NO_DOWNLOAD as error:
         if url is not None:
             raise ValueError(str(error)) from error
-        announce(
+        print(
             f"NO CIFAR-10: {error}\n"
             f"Training on a stand-in instead, {DRAWN}; its accuracy is not comparable with"
             " CIFAR-10's. See --data-dir and --url."
@@ -347,7 +342,7 @@ def _images_in(folder: Path, source: Source) -> Images:
                     f"{folder / other} is CIFAR-10's Python version: the binary one is needed,"
                     f" {source.file} from {source.url}"
                 )
-        raise ValueError(f"{folder} has neither {BATCHES[0]} and its like nor {source.file}")
+        raise ValueError(f"{folder} has neither {source.file} nor its files, such as {BATCHES[0]}")
     if not source.is_at(archive):
         raise ValueError(f"{archive} is corrupt or truncated: its SHA-256 is not {source.sha256}")
     return _images(source.name, _read_archive(archive))
@@ -417,7 +412,7 @@ def _order_of_epoch(count: int, seed: int, epoch: int) -> Tensor:
 def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -> Tensor:
     """Shift each image by up to shift pixels, reflected at its edges, and mirror half of them.
 
-    images: (B, 3, R, S), on any device. A function of images, seed and step alone.
+    images: (B, 3, height, width), on any device. A function of images, seed and step alone.
     """
     random = np.random.default_rng([seed, step, 1])
     count, channels, *sides = images.shape

@@ -2,7 +2,7 @@
 attend to one sequence that is too long for one of them.
 
 Training is data parallel: each process has the whole model and takes its share of each batch.
-Without torchrun, everything here does nothing at no cost.
+Without torchrun, the functions for training see one process and cost nothing.
 """
 
 from __future__ import annotations

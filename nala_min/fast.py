@@ -1,9 +1,9 @@
 """Attention in less time and memory: Eqs. (13) and (15) of model.py, for any features.
 
 model.py is written to be read, this file to be run. Autograd would keep every intermediate tensor
-for the backward pass. Here a sequence is taken in segments that fit into a processor's cache. Of a
-long one only q, k, v, the output, a normaliser per token and a state per segment are kept: the
-backward pass computes the features again. Two things make the gradient short.
+for the backward pass. Here a sequence is processed in segments that fit into a processor's cache.
+For a long one, we keep only q, k, v, the output, a normaliser per token and a state per segment,
+and recompute the features in the backward pass. Two things keep the gradient short.
 
 The gradient of linear attention is linear attention: with total_t = q_t S_t, where S_t is the sum
 of k_i^T v_i over i <= t, and a gradient g of the totals,
@@ -44,8 +44,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 SEGMENT = 2**17  # numbers of q in a segment on a CPU: the fastest power of 2
 LARGE_SEGMENT = 2**26  # on another device, which wants few large steps; not measured yet
-# Numbers of features and scores that a call keeps for its backward pass: as many as let it take at
-# most twice the memory of the fused softmax at 16,384 tokens of 4 heads of 64 channels.
+# How many numbers (of features and scores) a call keeps for its backward pass. With 16,384 tokens
+# of 4 heads of 64 channels, it then takes at most twice the memory of the fused softmax.
 KEEP = 11 * 2**20
 LARGE_KEEP = 2**28  # on another device: all that the presets need; not measured yet
 
@@ -109,14 +109,14 @@ def _answer(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = 
 
 
 def _learned(query: Callable) -> Tensor | None:
-    """norm_scale, where the paper's query features learn it. Other features cannot learn here."""
+    """norm_scale, if it is a tensor, which may be learned. Other features cannot learn here."""
     scale = getattr(query, "keywords", {}).get("norm_scale")
     return scale if isinstance(scale, Tensor) else None
 
 
 def _balanced_chunk(num_features: int, num_tokens: int, size: int) -> int:
-    """The power of 2, at least 16, below the C at which what is computed within chunks,
-    N C (F + M), costs as much as what is between them, 2 N F M; one chunk for up to 64 tokens."""
+    """The largest power of 2, but at least 16, up to the C at which the work within chunks,
+    N C (F + M), equals the work between them, 2 N F M; one chunk for up to 64 tokens."""
     even = 2 * num_features * size / (num_features + size)
     return 64 if num_tokens <= 64 else 2 ** max(int(math.log2(even)), 4)
 
@@ -153,10 +153,10 @@ _known: weakref.WeakKeyDictionary[Callable, _Verdicts] = weakref.WeakKeyDictiona
 def examined(
     readable: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
 ) -> Verdict | None:
-    """How this file serves a call, if it does; tried once per process, code and kind of call.
+    """How this file serves a call, or None; tried once per process, code and kind of call.
 
-    A kind is what the outcome may depend on: features and what they are told, heads, channels,
-    direction, device.
+    A kind is all that the outcome may depend on: features and their options, heads, channels,
+    causality, device.
     """
     names = tuple(_named_by(readable))
     code = tuple([(id(x), x.__code__, x.__defaults__) for x in names if type(x) is FunctionType])
@@ -274,7 +274,8 @@ def _sample(q: Tensor, v: Tensor, decades: float) -> list[Tensor]:
 
 
 def _close(found: list[Tensor], wanted: list[Tensor]) -> bool:
-    """Whether rows agree to 1e-6 of their norm, or nearly vanish beside the largest row."""
+    """Whether rows agree to 1e-6 of their norm (1e-3 in float32), or are negligible beside the
+    largest row."""
     for x, y in zip(found, wanted, strict=True):
         rough = 1e-3 if y.dtype == torch.float32 else 1e-6
         size = y.norm(dim=-1)
@@ -383,7 +384,7 @@ def _add_turn(
 
 
 def _baseline_gradient(phi: Tensor, grad: Tensor, feature_map: str) -> Tensor:
-    """relu: 1 where it is positive; elu + 1: exp(x) below 1, and 1 above."""
+    """Slope of relu: 1 where phi > 0. Slope of elu + 1: exp(x) = phi where phi < 1, else 1."""
     return grad * (phi.sign() if feature_map == "relu" else phi.clamp(max=1.0))
 
 
@@ -643,7 +644,7 @@ def _key_gradient(call: Call, segment: slice, k: Tensor, phi: Tensor, grad: Tens
 def _query_gradient(
     call: Call, segment: slice, q: Tensor, phi: Tensor, grad: Tensor, grad_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Of one segment, and with respect to a norm_scale of this segment and those before."""
+    """Gradients of one segment's queries, and of norm_scale: of this segment and those before."""
     if not call.by_hand:
         return by_autograd(call.query, _part(q, segment), grad), None
     dq, dscale = query_gradient(_part(q, segment), phi, grad, **call.query.keywords)

@@ -36,10 +36,10 @@ from nala_min.model import (
     query_power,
 )
 
-MAPS = ("cosine", "softmax", "relu")  # NaLa, between what it joins
+MAPS = ("cosine", "softmax", "relu")  # NaLa, and the two that it combines
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BUDGET = 2**20  # numbers in the residual stream, (B, N, E), of what is evaluated at one time
-QUERIES = 64  # of an image, at most, whose weights are looked at: those of all are N x N
+QUERIES = 64  # per image, at most: the weights of all queries would be N x N
 
 
 def entropy_against_norm(
@@ -251,8 +251,8 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
 
 @torch.no_grad()
 def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
-    """How each block attends, from the first to the last, when model reads inputs as in
-    attention_inputs, or as many of them as it reads at_once.
+    """Statistics of each block's attention, first to last, as model reads inputs. Reads at most
+    at_once(model, inputs) of them; otherwise as attention_inputs.
 
     For each block: its attention, and QUANTILES over all heads and examples of query_norm and, for
     NaLa, power, Eq. (7), of all tokens; of entropy in nats and top, the largest weight, for QUERIES

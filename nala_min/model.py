@@ -79,7 +79,7 @@ def cosine_map(magnitude: Tensor, direction: Tensor, alpha=20.0) -> Tensor:
 
     Two channels multiply to a_q a_k cos(theta_q - theta_k), Eq. (10): equal signs give cos(0) = 1,
     opposite ones cos(pi/2) = 0. The paper's angles lie in (-pi/4, pi/4). Ours are turned by pi/4,
-    which changes no difference, so that no feature is negative and no sum of them cancels.
+    which keeps every difference, makes no feature negative and lets no sum of them cancel.
     """
     theta = (math.pi / 2) * torch.sigmoid(2 * alpha * direction)  # = pi/4 tanh(alpha d) + pi/4
     rest = (math.pi / 2) * torch.sigmoid(-2 * alpha * direction)  # = pi/2 - theta, not rounded
@@ -87,7 +87,7 @@ def cosine_map(magnitude: Tensor, direction: Tensor, alpha=20.0) -> Tensor:
 
 
 def sign_split(magnitude: Tensor, direction: Tensor) -> Tensor:
-    """The limit of cosine_map as alpha grows, Eq. (11). Two (..., D) to (..., 2D)."""
+    """Limit of cosine_map as alpha grows, halves swapped, Eq. (11). Two (..., D) to (..., 2D)."""
     return torch.cat([magnitude * (direction > 0), magnitude * (direction < 0)], dim=-1)
 
 
@@ -111,7 +111,7 @@ def query_features(
 
 def key_features(k: Tensor, feature_map="cosine", *, lam=3.0, alpha=20.0) -> Tensor:
     """phi(k), Eqs. (2), (8), then (9) or (11), as for query_features; safe for entries of 1e-12 to
-    1e12, as they are cubed. Scaling keys by the largest would leak the future into the past."""
+    1e12, as they are cubed. Scaling all by their largest would leak the future into the past."""
     k = at_least_float32(k)
     if feature_map in BASELINES:
         return BASELINES[feature_map](k)

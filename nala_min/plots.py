@@ -81,7 +81,7 @@ def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Fi
     axes.set_xscale("log")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="norm of the query", ylabel="keys that share its attention")
+    axes.set(xlabel="norm of the query", ylabel="effective number of keys")
     axes.set_title("A longer query attends to fewer keys, but not in plain linear attention")
     nats = axes.secondary_yaxis("right", functions=(np.log, np.exp))
     nats.set_yticks(range(1, 5), range(1, 5))
@@ -306,8 +306,8 @@ def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Fi
 
 @_styled
 def premise(results: dict[str, Any]) -> Figure:
-    """Entropy against the norm of the query and of the key, a point a token and head, a column for
-    each attention. results: those of a card of nala_min.lab.premise."""
+    """Entropy against the norm of the query and of the key, one point per token and
+    head, one column per attention. results: those of a card of nala_min.lab.premise."""
     points, labels = results["points"], {"query_norm": "query", "key_norm": "key"}
     picture, grid = figure(2, len(points), width=9.6, height=5.2, sharey=True)
     picture.suptitle(

@@ -261,14 +261,14 @@ def _try_features(functions: dict[str, Callable], dim: int) -> None:
         if shape[:3] != (2, 3, 5) or len(shape) != 4:
             raise ValueError(f"{name} must return (2, 3, 5, F) of {tuple(x.shape)}: {shape}")
         if not phi.is_floating_point():
-            raise ValueError(f"{name} must return floating numbers: {phi.dtype}")
+            raise ValueError(f"{name} must return floating-point numbers: {phi.dtype}")
         if not phi.isfinite().all() or phi.min() < 0:
             raise ValueError(f"{name} must be finite and not negative: {phi.min().item():.3g}")
         sizes.append(phi.shape[3])
     if sizes[0] != sizes[1]:
         raise ValueError(
-            "query_features and key_features must be of one size:"
-            f" {sizes[0]} and {sizes[1]} features"
+            "query_features and key_features must return the same number of features:"
+            f" {sizes[0]} and {sizes[1]}"
         )
 
 

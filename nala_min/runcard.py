@@ -127,7 +127,7 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write value, made plain, as indented JSON, completely or not at all."""
+    """Convert value with plain and write it as indented JSON, completely or not at all."""
     text = json.dumps(plain(value), indent=2) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
 

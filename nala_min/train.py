@@ -85,7 +85,7 @@ class Settings:
                 raise UsageError(f"{given} is not {wanted} and below 2^31")
         if self.batch % distributed.world_size():
             processes = distributed.world_size()
-            raise UsageError(f"--batch {self.batch} cannot be shared by {processes} processes")
+            raise UsageError(f"--batch {self.batch} is not divisible by {processes} processes")
         if self.dropout >= 1:
             raise UsageError(f"--dropout {self.dropout} is not a probability in [0, 1)")
         self.files: dict[str, str] = {}  # SHA-256 of each file that --attention names
@@ -350,7 +350,7 @@ def fit(
     device = next(model.parameters()).device
     is_cuda = device.type == "cuda"  # elsewhere a copy must not outlive its source
     run = Run(model, make_optimizers(model, recipe), recipe.steps, checkpoint, extra)
-    with Stop() as stop:  # before there is a checkpoint: whoever finds one may stop the run
+    with Stop() as stop:  # first, so a run that has a checkpoint can always be stopped
         if resume:
             run.load()
         elif distributed.rank() == 0:

@@ -746,7 +746,7 @@ MISTAKES = {
         "magnitude times ReLU of the direction": (
             "[magnitude * (direction > 0), magnitude * (direction < 0)]",
             "[magnitude * torch.relu(direction), magnitude * torch.relu(-direction)]",
-            "only its sign counts",
+            "use its sign only",
         ),
         "ReLU of the direction in one half": (
             "(direction > 0)",

@@ -374,7 +374,7 @@ def test_holm_corrects_for_the_number_of_tests():
 
 
 def test_a_study_s_questions_are_answered_with_their_number_in_mind():
-    """Of three, the clearest has three times its chance. No difference at all is no finding."""
+    """Of three, the clearest has three times its p-value. No difference at all is no finding."""
     questions = (("elu", "nala"), ("split", "elu"), ("relu", "nala"))
     task = replace(SMALL.task, steps=1)
     study = Study(task, {}, ("nala", "elu", "split", "relu"), questions=questions)
@@ -386,9 +386,9 @@ def test_a_study_s_questions_are_answered_with_their_number_in_mind():
     assert (first.variant, first.than) == ("elu", "nala")
     assert (first.away, first.half) == compare.difference(numbers["elu"], numbers["nala"])
     t = 4.303 * first.away / first.half
-    assert first.chance == pytest.approx(3 * compare.p_value(t, 3))
-    assert second.away == pytest.approx(0.1) and first.chance < second.chance
-    assert (third.away, third.chance) == (0.0, 1.0)
+    assert first.p == pytest.approx(3 * compare.p_value(t, 3))
+    assert second.away == pytest.approx(0.1) and first.p < second.p
+    assert (third.away, third.p) == (0.0, 1.0)
 
 
 def test_softmax_with_one_norm_knows_a_query_by_its_direction():
@@ -408,17 +408,6 @@ def test_the_table_has_mean_bounds_and_difference():
     assert heading.split()[:2] == ["loss", "mean"]
     assert nala.split() == ["nala", "2.0000", "1.0000", "3.0000"]
     assert elu.split() == ["elu", "3.0000", "2.0000", "3.5000", "+1.0000", "±", "1.2422"]
-
-
-def test_the_overview_is_markdown_with_mean_and_bounds():
-    recall = [{"variant": "elu", "seed": i, "accuracy at 64 pairs": i / 4} for i in (1, 2, 3)]
-    text = [{"variant": "nala", "seed": 1, "validation loss": 1.5}]
-    assert compare.overview({"recall": recall, "text": text}, ["nala", "elu"]).splitlines() == [
-        "| attention | recall ↑ | text ↓ |",
-        "| --- | --- | --- |",
-        "| `nala` |  | 1.500 (1.500 to 1.500) |",
-        "| `elu` | 0.50 (0.25 to 0.75) |  |",
-    ]
 
 
 def test_a_study_s_picture_has_its_runs():

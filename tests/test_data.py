@@ -122,14 +122,14 @@ def files_below(folder):
 # --- A text of one's own -------------------------------------------------------------------------
 
 
-def test_a_given_file_is_read_byte_for_byte(tmp_path):
-    path, messages = tmp_path / "märchen.txt", []
+def test_a_given_file_is_read_byte_for_byte(tmp_path, capsys):
+    path = tmp_path / "märchen.txt"
     path.write_bytes("Es war\r\neinmal €\n".encode())
-    text = data.load_text(path, announce=messages.append)
+    text = data.load_text(path)
     assert text.name == "märchen.txt"
     assert text.text == "Es war\r\neinmal €\n"
     assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert messages == []
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -178,24 +178,24 @@ def test_a_source_is_at_a_file_with_its_bytes_and_nowhere_else(tmp_path):
     assert not source.is_at(path)
 
 
-def test_a_download_is_cached_and_not_fetched_twice(server, cached):
-    messages = []
-    load = partial(data.load_text, source=server.source, announce=messages.append)
+def test_a_download_is_cached_and_not_fetched_twice(server, cached, capsys):
+    load = partial(data.load_text, source=server.source)
     assert load() == load() == data.Text(SHAKESPEARE.name, CONTENT.decode("utf-8"))
     assert load().sha256 == SHA256
     assert len(server.ranges) == 1
-    assert len(messages) == 1 and server.source.url in messages[0]
+    assert capsys.readouterr().out.count(server.source.url) == 1
     assert files_below(cached.parent) == [cached.name]
     assert cached.read_bytes() == CONTENT
 
 
-def test_fetch_announces_the_size_and_the_hint_before_it_downloads(server, cached):
+def test_fetch_announces_the_size_and_the_hint_before_it_downloads(server, cached, monkeypatch):
     messages = []
 
     def announce(message):
         messages.append((message, len(server.ranges)))
 
-    assert data.fetch(server.source, announce, hint=": slow") == cached
+    monkeypatch.setattr("builtins.print", announce)
+    assert data.fetch(server.source, hint=": slow") == cached
     [(message, requests)] = messages
     assert requests == 0
     assert SHAKESPEARE.name in message and f"{len(CONTENT):,} bytes" in message
@@ -221,13 +221,12 @@ def test_a_corrupt_cached_file_is_not_used_without_a_network(source_of, cached):
 
 @failures
 def test_without_a_download_the_stand_in_is_announced_and_nothing_is_cached(
-    failure, source_of, cached
+    failure, source_of, cached, capsys
 ):
-    messages = []
-    text = data.load_text(source=source_of(failure), announce=messages.append)
+    text = data.load_text(source=source_of(failure))
     assert text.name == STAND_IN
     assert len(text.text) > 400_000
-    assert "NO SHAKESPEARE" in messages[-1] and STAND_IN in messages[-1]
+    assert STAND_IN in capsys.readouterr().out.partition("NO SHAKESPEARE")[2]
     assert files_below(cached.parents[1]) == []
 
 

@@ -312,22 +312,22 @@ def test_a_link_in_place_of_a_file_is_refused(kind, target, tmp_path):
 
 
 @pytest.mark.parametrize("own_url", [True, False])
-def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path):
-    messages, address = [], f"{mirror}/archive.tar.gz"
+def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path, capsys):
+    address = f"{mirror}/archive.tar.gz"
     source = source_of(ARCHIVE) if own_url else source_of(ARCHIVE, address)
     url = address if own_url else None
-    images = data.load_images(url=url, source=source, announce=messages.append)
+    images = data.load_images(url=url, source=source)
     assert_is_cifar10(images)
     assert images.name == "CIFAR-10"
     assert everything_below(tmp_path / "cache" / "nala_min") == [CIFAR10.file]
-    [message] = messages
+    message = capsys.readouterr().out
     assert address in message and f"{len(ARCHIVE):,} bytes" in message
     # The author's host is slow, and there are other ways; a mirror of one's own need not be.
     assert all((way in message) != own_url for way in ("--url", "--data-dir", "--data synthetic"))
 
     (tmp_path / "served" / "archive.tar.gz").unlink()
-    assert_is_cifar10(data.load_images(url=url, source=source, announce=messages.append))
-    assert len(messages) == 1
+    assert_is_cifar10(data.load_images(url=url, source=source))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("path", ["nothing.tar.gz", "wrong.tar.gz"])
@@ -346,20 +346,19 @@ def test_a_given_address_that_is_none_is_an_error_and_no_stand_in(url, tmp_path,
 
 
 @pytest.mark.parametrize("path", ["nothing.tar.gz", "wrong.tar.gz"])
-def test_without_the_archive_the_stand_in_is_announced(path, mirror, tmp_path, stand_in):
-    messages, source = [], source_of(ARCHIVE, f"{mirror}/{path}")
-    images = data.load_images(source=source, announce=messages.append)
-    assert images is stand_in
-    assert "NO CIFAR-10" in messages[-1] and DRAWN in messages[-1]
-    assert ("404" if path == "nothing.tar.gz" else source.url) in messages[-1]
+def test_without_the_archive_the_stand_in_is_announced(path, mirror, tmp_path, stand_in, capsys):
+    source = source_of(ARCHIVE, f"{mirror}/{path}")
+    images = data.load_images(source=source)
+    message = capsys.readouterr().out.partition("NO CIFAR-10")[2]
+    assert images is stand_in and DRAWN in message
+    assert ("404" if path == "nothing.tar.gz" else source.url) in message
     assert everything_below(tmp_path / "cache" / "nala_min") == []
 
 
-def test_synthetic_is_the_drawn_digits_without_a_word(folder, stand_in, tmp_path):
-    messages = []
-    images = data.load_images("synthetic", source=source_of(ARCHIVE), announce=messages.append)
+def test_synthetic_is_the_drawn_digits_without_a_word(folder, stand_in, tmp_path, capsys):
+    images = data.load_images("synthetic", source=source_of(ARCHIVE))
     assert images is stand_in and images.name == DRAWN
-    assert messages == []
+    assert capsys.readouterr().out == ""
     assert not (tmp_path / "cache" / "nala_min").exists()
 
 

@@ -600,7 +600,7 @@ def test_fewer_queries_than_keys_are_the_last_ones(model, num_keys):
     new = (x[:, :, 3:] for x in (q, k, v))
     assert_close(model.softmax_attention(*new, causal=True, state=past), want)
     with pytest.raises(
-        ValueError, match=f"causal=True needs a key for each query: {num_keys} and 2"
+        ValueError, match=f"causal=True needs a key per query: {num_keys} queries, 2 keys"
     ):
         nala_min.softmax_attention(q, k[:, :, :2], v[:, :, :2], causal=True)
 
@@ -903,7 +903,7 @@ def test_an_empty_batch_of_texts(model):
 
 def test_states_of_another_model_are_named():
     lm, tokens = small_lm(nala_min), torch.zeros(1, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match="state must be of 2 blocks: 1"):
+    with pytest.raises(ValueError, match="state must be 2 items, one per block: 1"):
         lm(tokens, lm(tokens)[1][:1])
 
 
@@ -1002,9 +1002,9 @@ def test_generate_gives_every_module_its_mode_back():
 def test_states_that_do_not_go_with_the_tokens_are_named():
     lm, tokens = small_lm(nala_min), torch.zeros(2, 3, dtype=torch.long)
     _, state = lm(tokens)
-    with pytest.raises(ValueError, match="state needs 1 texts, like tokens: 2"):
+    with pytest.raises(ValueError, match="state must be of 1 texts, as tokens is: 2"):
         lm(tokens[:1], state)
-    with pytest.raises(TypeError, match="state must be of BlockState, as forward returns: 1, int"):
+    with pytest.raises(TypeError, match="state must be BlockStates, as forward returns: 1, int"):
         lm(tokens, [1, 2])
     _, state = nala_min.nala_attention(*random_qkv(3), causal=True, return_state=True)
     for mode in ("auto", "chunked", "recurrent"):

@@ -268,7 +268,7 @@ BROKEN = {  # what a file says, and what is said of it
         "query_features must be finite and not negative: -"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.relu()"): (
-        "query_features and key_features must be of one size: 4 and 8 features"
+        "query_features and key_features must return the same number of features: 4 and 8"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.sum(-1)"): (
         "query_features must return (2, 3, 5, F) of (2, 3, 5, 4): (2, 3, 5)"
@@ -277,7 +277,7 @@ BROKEN = {  # what a file says, and what is said of it
         "query_features must return (2, 3, 5, F) of (2, 3, 5, 4): int"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q > 0"): (
-        "query_features must return floating numbers: torch.bool"
+        "query_features must return floating-point numbers: torch.bool"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.log()"): (
         "query_features must be finite and not negative"

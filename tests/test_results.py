@@ -195,12 +195,31 @@ MAIN = (
 )
 
 
+# The table's columns: study, heading, result and how to write it.
+COLUMNS = {
+    "recall": ("recall ↑", "accuracy at 64 pairs", "{:.2f}"),
+    "sharpness": ("one or its group ↓", "error", "{:.3f}"),
+    "sharpness-all": ("one or all ↓", "error", "{:.3f}"),
+    "text": ("text ↓", "validation loss", "{:.3f}"),
+    "images": ("images ↑", "test accuracy", "{:.3f}"),
+}
+
+
 def studies_table(main):
-    """The page's table of MAIN, or of all other variants of the studies in compare.COLUMNS."""
-    shown = {name: STUDIED[name] for name in compare.COLUMNS}
-    tried = {row["variant"] for rows in shown.values() for row in rows}
+    """The page's table of MAIN, or of all other variants: the mean result in each study, with the
+    lowest and highest in brackets."""
+    tried = {row["variant"] for name in COLUMNS for row in STUDIED[name]}
     rest = [name for name in VARIANTS if name in tried and name not in MAIN]
-    return compare.overview(shown, MAIN if main else rest)
+    heading = ["attention", *(heading for heading, *_ in COLUMNS.values())]
+    lines = [heading, ["---"] * len(heading)]
+    for name in MAIN if main else rest:
+        cells = []
+        for study, (_, result, form) in COLUMNS.items():
+            found = compare.values(STUDIED[study], name, result)
+            shown = [form.format(f(found)) for f in (mean, min, max)] if found else []
+            cells.append("{} ({} to {})".format(*shown) if found else "")
+        lines.append([f"`{name}`", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 ANSWERED = {"text": ("{:+.3f} ± {:.3f}", 1), "images": ("{:+.1f} ± {:.1f} points", 100)}
@@ -225,8 +244,8 @@ def answered(study):
     return compare.answers(STUDIED[study], STUDIES[study])
 
 
-def chance(answer):
-    return "< 0.001" if answer.chance < 0.001 else f"{answer.chance:.3f}"
+def p_of(answer):
+    return "< 0.001" if answer.p < 0.001 else f"{answer.p:.3f}"
 
 
 def answers_table():
@@ -238,7 +257,7 @@ def answers_table():
     for text, images in zip(*map(answered, ANSWERED), strict=True):
         cells = []
         for answer, (form, unit) in zip((text, images), ANSWERED.values(), strict=True):
-            cells += [form.format(unit * answer.away, unit * answer.half), chance(answer)]
+            cells += [form.format(unit * answer.away, unit * answer.half), p_of(answer)]
         than = {"nala": "NaLa"}.get(text.than, text.than)
         lines.append(f"| {called(text.variant)} | {than} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -254,11 +273,12 @@ def powers_table():
     }
     lines = ["| λ, instead of 3 | text, loss minus NaLa's | p |", "|---|---|---|"]
     for x in answered("text-powers"):
-        lines.append(f"| {called[x.variant]} | {x.away:+.3f} ± {x.half:.3f} | {chance(x)} |")
+        lines.append(f"| {called[x.variant]} | {x.away:+.3f} ± {x.half:.3f} | {p_of(x)} |")
     return "\n".join(lines)
 
 
 WITHOUT = ", no convolution"
+OTHERS = {"no query norm": "NaLa without its norm", "split": "NaLa with the sign split"}
 
 
 def convolution_table():
@@ -268,16 +288,33 @@ def convolution_table():
         "|---|---|---|---|---|",
     ]
     answers = {x.variant: x for x in answered("text-convolution")}
-    for name, label in {"nala": "NaLa", "lam 1": "NaLa, λ = 1", **LABELS}.items():
+    for name, label in {"nala": "NaLa", "lam 1": "NaLa, λ = 1", **OTHERS, **LABELS}.items():
         variant = f"{name}{WITHOUT}".removeprefix("nala, ")
-        if variant in STUDIES["text-convolution"].variants:
-            study = "text-powers" if name == "lam 1" else "text"
-            losses = [mean(found(study, name)), mean(found("text-convolution", variant))]
-            cells = [label, *(f"{loss:.3f}" for loss in losses), "", ""]
-            if variant in answers:
-                x = answers[variant]
-                cells[3:] = f"{x.away:+.3f} ± {x.half:.3f}", chance(x)
-            lines.append(f"| {' | '.join(cells)} |")
+        study = "text-powers" if name == "lam 1" else "text"
+        losses = [mean(found(study, name)), mean(found("text-convolution", variant))]
+        cells = [label, *(f"{loss:.3f}" for loss in losses), "", ""]
+        if variant in answers:
+            x = answers[variant]
+            cells[3:] = f"{x.away:+.3f} ± {x.half:.3f}", p_of(x)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+ELSEWHERE = {  # the study and what it changes, how to write its differences, and in what unit
+    "text-long": ("windows of 1,024 characters", "{:+.3f} ± {:.3f}", 1),
+    "text-gate": ("no gate", "{:+.3f} ± {:.3f}", 1),
+    "images-powers": ("images", "{:+.1f} ± {:.1f} points", 100),
+}
+
+
+def elsewhere_table():
+    """The page's table of longer windows, of blocks without a gate and of powers on images."""
+    lines = ["| what is different | attention | minus NaLa's | p |", "|---|---|---|---|"]
+    named = {"lam 1": "NaLa, λ = 1", "lam 2": "NaLa, λ = 2", **LABELS}
+    for study, (change, form, unit) in ELSEWHERE.items():
+        for x in answered(study):
+            label, away = named[x.variant.split(", ")[0]], form.format(unit * x.away, unit * x.half)
+            lines.append(f"| {change} | {label} | {away} | {p_of(x)} |")
     return "\n".join(lines)
 
 
@@ -285,21 +322,23 @@ def answers_verdict():
     """Which answers are significant, as a family."""
     parts = []
     for study in ANSWERED:
-        clear = [called(x.variant) for x in answered(study) if x.chance < 0.05]
+        clear = [called(x.variant) for x in answered(study) if x.p < 0.05]
+        clear = [re.sub(", (same state)", r" (\1)", name) for name in clear]
         parts.append(f"on {study} {', '.join(clear) or 'none'}")
     return f"Significantly different, as a family: {'; '.join(parts)}."
 
 
 def shorter_runs():
     """What both pages say of the study of text: it is clear, and the longer runs are not."""
-    clear = {x.variant: x.away for x in answered("text") if x.chance < 0.05 and x.than == "nala"}
+    clear = {x.variant: x.away for x in answered("text") if x.p < 0.05 and x.than == "nala"}
     plain = [-clear[name] for name in LABELS]
     assert min(plain) > 0  # NaLa is behind all three
-    bare = {x.variant.removesuffix(WITHOUT): x for x in answered("text-convolution")}
+    bare = {x.variant.removesuffix(WITHOUT): -x.away for x in answered("text-convolution")}
+    bare = [bare[name] for name in LABELS]
     return (
         "In runs a third as long, with eight seeds, it is"
-        f" {min(plain):.3f} to {max(plain):.3f} nats behind them on text; with λ = 1, level."
-        f" Without the block's convolution, softmax is {-bare['softmax'].away:.2f} ahead."
+        f" {min(plain):.3f} to {max(plain):.3f} nats behind them on text; with λ = 1 instead of 3,"
+        f" level. Without the block's convolution, it is {min(bare):.2f} to {max(bare):.2f} behind."
     )
 
 
@@ -455,10 +494,10 @@ def test_the_answers_of_text_and_images_are_their_cards():
     """Neither the norm nor the cosine map is why NaLa is behind; softmax does without the norm."""
     assert f"\n\n{answers_table()}\n\n" in PAGE
     assert answers_verdict() in PROSE and shorter_runs() in PROSE
-    chances = {(x.variant, x.than): x.chance for x in answered("text")}
+    p_values = {(x.variant, x.than): x.p for x in answered("text")}
     for name in ("no query norm", "no cosine map, same state", "split"):
-        assert chances[name, "nala"] > 0.05
-    assert chances["softmax, one norm", "softmax"] > 0.05
+        assert p_values[name, "nala"] > 0.05
+    assert p_values["softmax, one norm", "softmax"] > 0.05
     for study, steps in (("text", "1,000 steps"), ("images", "500")):
         assert f"{STUDIES[study].task.steps:,}" in steps and steps in PROSE
 
@@ -467,8 +506,8 @@ def test_it_is_the_power_that_holds_nala_back_on_text():
     """With λ = 1 it is level with softmax, elu + 1 and ReLU, whose runs are of the same seeds."""
     assert f"\n\n{powers_table()}\n\n" in PAGE
     assert found("text", "nala") == found("text-powers", "nala")  # to the last digit
-    chances = {x.variant: x.chance for x in answered("text-powers")}
-    assert chances["lam 1"] < 0.05
+    p_values = {x.variant: x.p for x in answered("text-powers")}
+    assert p_values["lam 1"] < 0.05
     recalled = [f"{mean(found('recall', name)):.0%}" for name in ("lam 1", "nala")]
     assert "recalls {} of 64 values instead of {}".format(*recalled) in PROSE
     others = {}
@@ -482,15 +521,33 @@ def test_it_is_the_power_that_holds_nala_back_on_text():
 def test_what_the_convolution_hides_is_its_card():
     assert f"\n\n{convolution_table()}\n\n" in PAGE
     bare = {x.variant.removesuffix(WITHOUT): x for x in answered("text-convolution")}
-    assert all(x.away < 0 and x.chance < 0.05 for x in bare.values())  # NaLa is last
+    for name, x in bare.items():  # NaLa is last
+        assert (x.p > 0.05) if name in OTHERS else (x.away < 0 and x.p < 0.05)
     losses = {name: found("text-convolution", name + WITHOUT) for name in bare}
-    for name in ("elu", "lam 1"):  # softmax is ahead of every linear attention
-        middle, half = compare.difference(losses["softmax"], losses[name])
+    softmax, one = losses.pop("softmax"), losses["lam 1"]
+    for theirs in losses.values():  # softmax is ahead of every linear attention
+        middle, half = compare.difference(softmax, theirs)
         assert middle < -half
-    middle, half = compare.difference(losses["lam 1"], losses["elu"])
-    assert abs(middle) < half
-    assert f"level with elu + 1 ({middle:+.3f} ± {half:.3f})" in PROSE
+    elu, relu = (compare.difference(one, losses[name]) for name in ("elu", "relu"))
+    assert all(abs(middle) < half for middle, half in (elu, relu))
+    said = "level with elu + 1 ({:+.3f} ± {:.3f}) and ReLU ({:+.3f} ± {:.3f})"
+    assert said.format(*elu, *relu) in PROSE
     assert 0.4 < bare["lam 1"].away / bare["softmax"].away < 0.6  # "about half"
+
+
+def test_other_settings_are_their_cards():
+    """Only without a gate a difference is significant; there, both are better than with it."""
+    assert f"\n\n{elsewhere_table()}\n\n" in PAGE
+    for study in ELSEWHERE:
+        for x in answered(study):
+            assert (x.away > 0) == (study == "images-powers")
+            assert (x.p < 0.05) == (study == "text-gate")
+    gains = [
+        compare.difference(found("text-gate", without), found("text", name))
+        for name, without in {"nala": "no gate", "softmax": "softmax, no gate"}.items()
+    ]
+    assert all(middle < -half for middle, half in gains)
+    assert "NaLa {:+.3f} ± {:.3f}, softmax {:+.3f} ± {:.3f}".format(*gains[0], *gains[1]) in PROSE
 
 
 def test_the_premise_in_trained_models_is_its_cards():

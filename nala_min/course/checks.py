@@ -58,8 +58,8 @@ class Exercise:
 
 EXERCISES: dict[str, Exercise] = {}
 DISEASES = {  # what students choose from in find_the_bug.py
-    "padding in the normaliser": "A masked key adds no value, but still counts in what divides.",
-    "heads share a normaliser": "The sum that divides runs over the heads as well.",
+    "padding in the normaliser": "A masked key adds no value, but still counts in the normaliser.",
+    "heads share a normaliser": "The normaliser sums over the heads as well.",
     "eps too large": "A constant in the denominator swallows the weights of small keys.",
     "own token unseen": "The causal mask removes the diagonal, too.",
     "no mask within a chunk": "Within its chunk a token sees those after it.",
@@ -258,8 +258,8 @@ def valid_tensor(
     case: str = "",
     why: Callable[[Tensor], str] | None = None,
 ) -> Tensor:
-    """x, if it is a finite float64 tensor of that shape. why(bad), with bad true where it is not
-    finite, is a sentence that tells the reason."""
+    """x, if it is a finite float64 tensor of that shape. why(bad) gives the reason in a sentence;
+    bad is true where x is not finite."""
     if x is None:
         raise Wrong(f"{what} is None: is a return missing?")
     if not isinstance(x, Tensor):
@@ -297,8 +297,8 @@ def close(x: Tensor, y: Tensor, tolerance: float = TOLERANCE) -> bool:
 def agree(
     got: Tensor, expected: Tensor, what: str, mistakes: dict[str, Tensor] | None = None
 ) -> None:
-    """Raise Wrong if numbers differ: with the sentence of mistakes, {sentence: wrong value}, whose
-    value was got; else with what can be said about the numbers."""
+    """Raise Wrong if got differs from expected. If got is one of the wrong values of mistakes,
+    {sentence: wrong value}, the error is its sentence; else it describes the difference."""
     if close(got, expected):
         return
     for sentence, value in (mistakes or {}).items():
@@ -351,8 +351,8 @@ def one_hot_values(x: Tensor) -> Tensor:
 
 
 def check_weights(weights: Tensor, visible: Tensor, case: str = "") -> None:
-    """weights: (B, H, N, N); visible: bool, which broadcasts to that: where weights are positive.
-    Elsewhere they are 0, and a row sums to 1."""
+    """Weights (B, H, N, N) must be positive where visible, 0 elsewhere, and each row must sum to 1.
+    visible: bool, broadcasts to the shape of weights."""
     visible = visible.expand_as(weights)
     if (weights < -TOLERANCE).any():
         at = where_largest(-weights)
@@ -379,7 +379,7 @@ def check_independence(run: Callable, out: Tensor, *tensors: Tensor) -> None:
     for cut, what in ((slice(1), "Examples of a batch"), ((slice(None), slice(1)), "Heads")):
         alone = run(*(x[cut] for x in tensors), shape=out[cut].shape)
         if not close(alone, out[cut]):
-            raise Wrong(f"{what} are mixed: the first has another output when it is alone.")
+            raise Wrong(f"{what} are mixed: the first gives a different output on its own.")
 
 
 def check_linear(

@@ -98,7 +98,7 @@ for name, *hints in (
     (
         "attention_c",
         "What does (5) make of a positive factor that all features of a query share?",
-        "Compare the magnitude with Eq. (7): what is the base there, and what the exponent?",
+        "Compare the magnitude with Eq. (7): which part is the base, and which is the exponent?",
     ),
 ):
     EXERCISES[name] = Exercise("find_the_bug", _check_patient, tuple(hints))

@@ -91,7 +91,7 @@ def check_softmax_weights(student):
 @exercise(
     1,
     "Eq. (4) is the closed form: what are p, the mean of s under p, and the variance under p?",
-    "p = softmax(c * scores). Var_p(s) weighs each (s_i - mean)^2 by p_i, and so does the mean.",
+    "p = softmax(c * scores). Weight by p_i both the s_i in the mean and the (s_i - mean)^2.",
 )
 def check_entropy_slope(student):
     def slope(p, mean):

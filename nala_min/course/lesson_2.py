@@ -84,7 +84,7 @@ def check_dropped_share(student):
         "It is the share that ReLU keeps: both channels positive.": positive / total,
         "It counts channels of opposite signs, too: they do not agree.": 1 - positive / total,
         "Divide by the sum of all |q_j k_j|, not of those that agree.": negative / agreeing,
-        "It counts channels: weigh each by |q_j k_j|.": both.double().mean(dim=-1),
+        "It counts channels: weight each by |q_j k_j|.": both.double().mean(dim=-1),
         "It is not divided by the sum of all |q_j k_j|.": negative,
         "It divides by a sum without absolute values.": negative / (q * k).sum(dim=-1),
     }

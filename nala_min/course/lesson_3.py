@@ -23,7 +23,7 @@ from nala_min.course.checks import (
 @exercise(
     3,
     "The direction is q / |q|, but (12) divides by its largest channel: what becomes of |q|?",
-    "The exponent is one number a query, (..., 1): keepdim=True when you take the norm.",
+    "The exponent is one number per query, (..., 1): keepdim=True when you take the norm.",
     "A zero query is 0/0: replace its largest channel by 1. torch.pow does the rest.",
 )
 def check_query_magnitude(student):
@@ -83,7 +83,7 @@ def check_query_magnitude(student):
 
 @exercise(
     3,
-    "What is the derivative of tanh? And what that of tau?",
+    "What is the derivative of tanh? And the derivative of tau?",
     "The derivative of tanh(x) is 1 - tanh(x)^2; tau is a constant.",
 )
 def check_power_slope(student):

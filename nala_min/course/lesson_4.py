@@ -31,7 +31,7 @@ def _check_map(student, reference, *alpha):
     plus, minus = (output(student, one, sign * one, *alpha, shape=(1, 2)) for sign in (1, -1))
     product = (plus * minus).sum().item()
     if product < -TOLERANCE:
-        raise Wrong(f"Opposite signs have the negative product {product:.3g}{case}.")
+        raise Wrong(f"Opposite signs have a negative product, {product:.3g}{case}.")
     if product > 0.01:
         raise Wrong(f"Opposite signs have the product {product:.3g}, expected almost 0{case}.")
     right_q, right_k = reference(magnitude, direction, *alpha)
@@ -84,7 +84,7 @@ def check_sign_split(student):
         "It splits the direction: split the magnitude, by the direction's sign.": (
             lambda a, d: halves(a / a, d.relu(), (-d).relu())
         ),
-        "The size of the direction comes in, too: only its sign counts.": (
+        "The size of the direction is used as well: use its sign only.": (
             lambda a, d: halves(a, d.relu(), (-d).relu())
         ),
         "It is the cosine map (9), not (11): no angle, only signs.": model.cosine_map,

@@ -28,8 +28,8 @@ def _reference(phi_k):
 
 @exercise(
     6,
-    "Asked for by its own features, key i has the weight phi_i . phi_i, of all that it gets.",
-    "All that it gets is the sum of phi_i . phi_j over j, which is phi_i . z, with z their sum.",
+    "With the query phi_i, key i gets the weight phi_i . phi_i. What do all keys get together?",
+    "Together they get the sum of phi_i . phi_j over j: phi_i . z, where z is the sum of phi_j.",
 )
 def check_interference(student):
     def run(phi_k, shape, case=""):
@@ -70,7 +70,7 @@ def check_own_features(student):
     x = draw(2, 3, 7, 5)
     phi = output(student, x, shape=(2, 3, 7, 10))
     if (phi < 0).any():
-        raise Wrong(f"A feature is negative, {phi.min().item():.3g}: so would be some weights.")
+        raise Wrong(f"A feature is negative, {phi.min().item():.3g}: so weights can be negative.")
     if not (phi.sum(dim=-1) > 0).all():
         raise Wrong("All features of some x are 0: it could not be stored.")
     alone = output(student, x[:1, :1, 3:4], shape=(1, 1, 1, 10))

@@ -17,7 +17,7 @@ def _outer(k, v):
 @exercise(
     7,
     "Two things happen, in this order: the state is multiplied, then the token is added.",
-    "decay has a number for each feature, so for each row of the state: give it a last axis.",
+    "decay has one number per feature, that is, per row of the state: add a last axis to it.",
 )
 def check_decay_step(student):
     def reference(state, k, v, decay):
@@ -28,7 +28,7 @@ def check_decay_step(student):
     out = output(student, state, k, v, decay, shape=SHAPE)
     mistakes = {
         "The past does not fade.": state + _outer(k, v),
-        "The new token fades, too: it is written after the decay.": (
+        "The new token fades, too: write it after the decay.": (
             decay[..., None] * (state + _outer(k, v))
         ),
         "The new token is not written.": decay[..., None] * state,

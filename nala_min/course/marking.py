@@ -31,7 +31,7 @@ TIME_LIMIT = 60  # seconds for the import of the file, and for each exercise
 PRINT_LIMIT = 10  # MB that a file may print; the first 10 kB are shown
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = str(Path(torch.__file__).parents[1])  # PYTHONPATH may have led there
+PACKAGES = str(Path(torch.__file__).parents[1])  # maybe only on PYTHONPATH, which ENVIRONMENT drops
 CODE = """import sys; sys.path.append(sys.argv[1])
 from nala_min.course import marking; marking.main(*sys.argv[2:])"""
 # As it was before a student's file ran, without what changes how Python runs.
@@ -129,7 +129,7 @@ def main(folder: str, path: str, file: str, *names: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # The read returns when the caller is gone.
     threading.Thread(target=lambda: os.read(caller, 1) or os._exit(1), daemon=True).start()
-    with suppress(OSError):  # Linux: if memory runs out, this process ends, and not the caller
+    with suppress(OSError):  # Linux: if memory runs out, kill this process, not the caller
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     os.chdir(os.path.dirname(path))
     sys.argv, sys.path[0], sys.pycache_prefix = [path], os.path.dirname(path), folder

@@ -42,9 +42,9 @@ LONGEST = {"quadratic": 2**11}  # tokens; N x N numbers, whose memory would slow
 BURST = 128  # tokens to decode in a row
 HOW = """\
 All forms take turns in one run, so a slow minute slows each of them. Only the call is timed,
-including its backward pass where stated. Its inputs are made before, in the memory layout of a
-model. In each turn a call runs twice and the second is timed, so it finds memory and caches in the
-state that it leaves itself, not another call; on a GPU the caches are flushed."""
+including its backward pass where stated; its inputs already exist, in the memory layout of a model.
+In each turn a call runs twice and the second run is timed, so memory and caches are as that call
+left them, not another one; on a GPU the caches are flushed."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ def finish(device: torch.device) -> None:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Time of one call; on a GPU by its own events, after flushing its caches."""
+    """Time of one call; on a CUDA card by CUDA events, after flushing its caches."""
     if device.type != "cuda":
         finish(device)
         start = time.perf_counter()
@@ -104,7 +104,7 @@ def peak_of(call: Call, device: torch.device, compiled: bool) -> int | None:
 
 
 def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> dict[Any, Row]:
-    """Time calls in turn until budget seconds have passed, but at least three times each.
+    """Time calls in turn until budget seconds have passed: at least 3 and at most 50 times each.
 
     Returns for each call the median, lowest and highest seconds, the number of runs, and the peak
     memory of one more run, the first, which is not timed. A call that alone would use up the budget
@@ -295,8 +295,8 @@ def decode_rows(
 
 
 def step_rows(windows: dict[int, int], device: torch.device, budget: float) -> list[Row]:
-    """A training step of the Shakespeare model in float32, from tokens to new weights, for each
-    attention. windows: their lengths, and how many in a batch."""
+    """A training step of NaLaLM at its default sizes, with AdamW in float32, for each attention.
+    windows: the batch size for each window length."""
     found = []
     for block, batch in windows.items():
         tokens = torch.randint(65, (batch, block + 1), device=device)
@@ -431,7 +431,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
         print(f"  {name}: {length}")
     results = {"attention": rows, "crossover": places}
     results["decode"] = decode_rows(lengths[::2], device, dtype, budget)
-    print("\nOne more token, after N", table(results["decode"]), sep="\n")
+    print("\nTime per decoded token, after a context of N", table(results["decode"]), sep="\n")
     results["steps"] = step_rows(STEPS, device, budget)
     print("\nOne training step, with windows of N", table(results["steps"]), sep="\n")
     return results

@@ -19,7 +19,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -65,7 +65,7 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         "seconds": round(seconds, 1),
         **{key: value for key, value in history[-1].items() if key != "step"},
     }
-    plain = variant_of(name).change == Variant().change  # what is read are plain models only
+    plain = variant_of(name).change == Variant().change  # statistics need unchanged blocks
     stats = task.attention_stats(model) if plain else None
     return row | ({"attention_stats": stats} if stats else {})
 
@@ -106,7 +106,7 @@ def trained(task: Task, name: str, seed: int, folder: Path) -> nn.Module:
 
 
 def seconds_of_a_step(task: Task, name: str, device: str = "cpu") -> float:
-    """Mean time of three steps of a variant's run, with the threads that PyTorch has."""
+    """Mean time of three training steps of a variant, with PyTorch's current number of threads."""
     model, recipe = _prepared(task, name, 1, device)
     optimizers = train.make_optimizers(model, recipe)
     for step in range(4):
@@ -157,7 +157,7 @@ def finished(study: Study, folder: Path) -> dict[tuple[str, int], dict[str, Any]
     for seed in range(1, study.seeds + 1):
         for name in study.variants:
             done = {}
-            with suppress(OSError, ValueError):  # none yet, or damaged: its checkpoint goes on
+            with suppress(OSError, ValueError):  # missing or damaged: its run resumes
                 done = runcard.read_json(_place(folder, name, seed) / "row.json")
             row = done.pop("row", None) if isinstance(done, dict) else None
             rows[name, seed] = row if done == _identity(study.task, name) else None
@@ -184,8 +184,8 @@ def prove_runs(study: Study, folder: Path) -> None:
 
 
 def _start_worker(parent: Connection) -> None:
-    """End this process together with its parent, which forwards what the terminal signals to
-    both."""
+    """Make this worker end with its parent. It ignores the terminal's signals: the parent receives
+    them as well, and tells its workers."""
     if hasattr(signal, "SIGHUP"):  # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own would outlive this process, were it killed
@@ -270,8 +270,8 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 
 def p_value(t: float, pairs: int) -> float:
-    """The probability, without an effect, that a mean of so many differences lies |t| standard
-    errors or more from 0: Student's t, two-sided."""
+    """Two-sided p-value of a paired t-test: the probability, if there is no effect, that the mean
+    of so many differences is |t| standard errors or more from 0."""
     freedom, steps = pairs - 1, 100_000
     x = (np.arange(steps) + 0.5) / steps * abs(t)
     middle = float(((1 + x * x / freedom) ** (-pairs / 2)).mean()) * abs(t)
@@ -281,12 +281,12 @@ def p_value(t: float, pairs: int) -> float:
     return max(0.0, 1 - 2 * unit * middle)
 
 
-def holm(chances: list[float]) -> list[float]:
-    """p-values corrected for their number, so that even one of them below 0.05 is a false alarm in
-    at most one family of tests in twenty (Holm 1979)."""
-    corrected, highest = [0.0] * len(chances), 0.0
-    for rank, i in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
-        highest = max(highest, min(1.0, (len(chances) - rank) * chances[i]))
+def holm(p_values: list[float]) -> list[float]:
+    """p-values corrected for multiple tests (Holm 1979): with a threshold of 0.05, at most one
+    family of tests in twenty has a false positive."""
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = highest
     return corrected
 
@@ -298,25 +298,25 @@ class Answer(NamedTuple):
     than: str
     away: float  # mean difference of their results
     half: float  # of its 95 % interval, not corrected
-    chance: float  # p-value, corrected for the number of questions
+    p: float  # p-value, corrected for the number of questions
 
 
 def answers(rows: list[dict[str, Any]], study: Study) -> list[Answer]:
     """The answers to a study's questions, with tests corrected for their number."""
-    found, chances = [], []
+    found, p_values = [], []
     for pair in study.questions:
         ours, theirs = (values(rows, name, study.task.result) for name in pair)
         away, half = difference(ours, theirs)
         found.append((*pair, away, half))
         error = half / STUDENT[len(ours) - 2]
-        chances.append(p_value(away / error, len(ours)) if 0 < error < math.inf else 1.0)
-    return [Answer(*x, chance) for x, chance in zip(found, holm(chances), strict=True)]
+        p_values.append(p_value(away / error, len(ours)) if 0 < error < math.inf else 1.0)
+    return [Answer(*x, p) for x, p in zip(found, holm(p_values), strict=True)]
 
 
 def table(rows: list[dict[str, Any]], result: str) -> str:
     """One line per variant: mean, lowest and highest result, difference from NaLa."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    lines = [f"{result:<28}    mean    lowest   highest   minus nala's (95 %)"]
+    lines = [f"{result:<28}    mean    lowest   highest   difference from nala (95 %)"]
     for name in names:
         found = values(rows, name, result)
         line = f"{name:<28} {mean(found):8.4f}  {min(found):8.4f}  {max(found):8.4f}"
@@ -325,32 +325,6 @@ def table(rows: list[dict[str, Any]], result: str) -> str:
             line += f"   {away:+.4f} ± {half:.4f}"
         lines.append(line)
     return "\n".join(lines)
-
-
-# The columns of the page of results: study, heading, result and how to write it.
-COLUMNS = {
-    "recall": ("recall ↑", "accuracy at 64 pairs", "{:.2f}"),
-    "sharpness": ("one or its group ↓", "error", "{:.3f}"),
-    "sharpness-all": ("one or all ↓", "error", "{:.3f}"),
-    "text": ("text ↓", "validation loss", "{:.3f}"),
-    "images": ("images ↑", "test accuracy", "{:.3f}"),
-}
-
-
-def overview(studies: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> str:
-    """A Markdown table: for each variant in names and each study, the mean result with the lowest
-    and highest in brackets. studies: their rows."""
-    heading = ["attention", *(COLUMNS[study][0] for study in studies)]
-    lines = [heading, ["---"] * len(heading)]
-    for name in names:
-        cells = []
-        for study, rows in studies.items():
-            _, result, form = COLUMNS[study]
-            found = values(rows, name, result)
-            shown = [form.format(f(found)) for f in (mean, min, max)] if found else []
-            cells.append("{} ({} to {})".format(*shown) if found else "")
-        lines.append([f"`{name}`", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 MOST = 61  # workers: as many as Windows can wait for
@@ -383,7 +357,7 @@ class Settings:
 
     study: str | None = flag(None, "which study (default: several)", choices=list(STUDIES))
     quick: bool = flag(False, "few steps and one seed: a trial of a few minutes")
-    seeds: int | None = flag(None, "seeds for each attention (default: 3, 5 or 8)")
+    seeds: int | None = flag(None, "seeds per attention (default: 3 to 20, by study)")
     workers: int | None = flag(
         None, f"runs at the same time (default: {processors()}, one per core; 1 on a GPU)"
     )
@@ -493,7 +467,7 @@ def main() -> None:
         for answer in answers(rows, study):
             print(
                 f"{answer.variant} - {answer.than}: {answer.away:+.4f} ± {answer.half:.4f},"
-                f" p = {answer.chance:.3f} (Holm, {len(study.questions)} tests)"
+                f" p = {answer.p:.3f} (Holm, {len(study.questions)} tests)"
             )
         print(f"{card['seconds']:.0f} s of training in all. Written: {folder}.json and .png\n")
 

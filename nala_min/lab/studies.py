@@ -159,7 +159,7 @@ VARIANTS: dict[str, Variant] = {
     "no convolution": Variant(change=_no_convolution),
     **{
         f"{name}, no convolution": Variant(name, change=_no_convolution)
-        for name in ("softmax", "elu", "lam 1")
+        for name in ("softmax", "elu", "relu", "split", "lam 1", "no query norm")
     },
     # Recall with other heads than its two of 16 channels.
     **{
@@ -346,7 +346,7 @@ class Sharpness(Task):
     """Made to test the claim: a long vector asks for one item, a short one in the same direction
     for the mean of many.
 
-    There are 16 items in 4 groups of 4. Each has a code, which is its group's and its own, and a
+    There are 16 items in 4 groups of 4. Each has a code, which tells its group and itself, and a
     random value. A query is an item's code times 4, which asks for its value, or times 1/4, which
     asks for the mean of its group, or of all items. A kernel that ignores the norm gives both the
     same answer. The error is squared, in units of the target's variance: knowing nothing gives 1.
@@ -539,7 +539,7 @@ RATES = tuple(
 )
 BLOCK = ("no gate", "softmax, no gate", "no convolution", "softmax, no convolution")
 HEADS = tuple(name for name in VARIANTS if ", D = " in name)
-# What text and images are asked, each attention beside another. Decided before the runs.
+# Pairs of attentions to compare on text and on images, chosen before the runs.
 QUESTIONS = (
     ("softmax", "nala"),
     ("elu", "nala"),
@@ -554,7 +554,8 @@ QUESTIONS = (
 ASKED = ("nala", *(name for name, _ in QUESTIONS))
 # Asked afterwards: is it the power that holds NaLa back on text?
 POWERS = ("lam 1", "lam 2", *APART)
-BARE = tuple(f"{name}, no convolution" for name in ("softmax", "elu", "lam 1"))
+LONG = ("softmax", "elu", "lam 1")
+BARE = tuple(name for name in VARIANTS if name.endswith(", no convolution"))
 
 
 @dataclass(frozen=True)
@@ -608,14 +609,36 @@ STUDIES: dict[str, Study] = {
     "recall-powers": Study(
         RECALL, {"steps": 60}, ("nala", "lam 2"), seeds=20, questions=(("lam 2", "nala"),)
     ),
-    # Does the convolution, which shows every attention its neighbours, hide a difference? elu + 1
-    # and λ = 1 were asked after the answer for softmax.
+    "images-powers": Study(
+        PICTURES,
+        QUICK_PICTURES,
+        ("nala", "lam 1", "lam 2"),
+        seeds=5,
+        questions=(("lam 1", "nala"), ("lam 2", "nala")),
+    ),
+    # The same number of tokens in a step, in one window: sharpness should matter more.
+    "text-long": Study(
+        replace(TEXT, block=1024, windows=1),
+        QUICK_TEXT,
+        ("nala", *LONG),
+        seeds=8,
+        questions=tuple((name, "nala") for name in LONG),
+    ),
+    # Does the convolution, which shows each token its neighbours, hide a difference? All pairs
+    # but softmax's were added after its result was known.
     "text-convolution": Study(
         TEXT,
         QUICK_TEXT,
         ("no convolution", *BARE),
         seeds=8,
         questions=tuple((name, "no convolution") for name in BARE),
+    ),
+    "text-gate": Study(
+        TEXT,
+        QUICK_TEXT,
+        ("no gate", "softmax, no gate"),
+        seeds=8,
+        questions=(("softmax, no gate", "no gate"),),
     ),
     # Is one learning rate fair to all? On held-out training data.
     "text-rates": Study(replace(TEXT, steps=1200, held_out=True), QUICK_TEXT, RATES),

@@ -1,8 +1,8 @@
 """Exercises of lesson 4: cosines for non-negativity, Eqs. (9) to (11).
 
 Each `..._by_loops` is a specification: correct, slow, for one row of plain numbers. Here it gives
-the inner product of two features; you find the features. Any that have these inner products, and
-keep the norm, are right. Mark the file from the repository root with
+the inner product of two feature vectors; find the vectors. Any with these inner products and the
+right norm pass. Mark the file from the repository root with
 
     python -m pytest path/to/lesson_4.py
 """

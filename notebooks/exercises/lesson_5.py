@@ -42,7 +42,7 @@ def recurrent_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of causal linear attention in its recurrent form, Eq. (14).
 
-    state: (B, H, F, M + 1), what was read so far, S and in its last column z. phi_q, phi_k:
+    state: (B, H, F, M + 1), the sums so far: S, with z as the last column. phi_q, phi_k:
     (B, H, F), v: (B, H, M), of the new token, which sees itself. Returns the output (B, H, M), 0
     where the query has no mass, and the new state (B, H, F, M + 1); the old one stays as it is.
     Gradients are finite, and reach all four.

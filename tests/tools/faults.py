@@ -203,7 +203,7 @@ def kills(script, folder, times, dice):
         run(script, folder, "--out", "whole")
     while sum(hit.values()) < times:
         name, chains = f"chain{chains}", chains + 1
-        for _ in range(4):
+        for _ in range(min(4, times)):
             fewest = min(hit.values())
             wanted = dice.choice([phase for phase in PHASES if hit[phase] == fewest])
             job = Job(script, folder, "--out", name, *resume_flag(folder, name))

@@ -74,7 +74,7 @@ def norm_microscope(
 def dropped_share_by_loops(query: list[float], key: list[float]) -> float:
     """Of all |q_j k_j|, the share in channels where both are negative.
 
-    Such channels agree, and raise q . k, but ReLU makes them 0. A total of 0 has the share 0.
+    Such channels agree, and raise q . k, but ReLU makes them 0. If the total is 0, so is the share.
     """
     total = dropped = 0.0
     for q_j, k_j in zip(query, key, strict=True):
@@ -87,7 +87,7 @@ def dropped_share_by_loops(query: list[float], key: list[float]) -> float:
 def dropped_share(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """The share of sum_j |q_j k_j| that ReLU drops although the signs agree; 0 if that sum is 0.
 
-    q, k: (..., D), one key a query. Returns (...).
+    q, k: (..., D), one key per query. Returns (...).
     """
     dropped = (torch.relu(-q) * torch.relu(-k)).sum(dim=-1)  # both negative, or 0
     total = (q * k).abs().sum(dim=-1)

@@ -1,8 +1,8 @@
 """Exercises of lesson 3: putting the norm back, Eqs. (7), (8) and (12).
 
 Each `..._by_loops` is a specification: correct, slow, for one row of plain numbers. Write the
-function below it for tensors, without a loop; `counterexample` has no loop to replace: there you
-find numbers. Mark the file from the repository root with
+function below it for tensors, without a loop; `counterexample` has no loop to replace: find
+numbers for it. Mark the file from the repository root with
 
     python -m pytest path/to/lesson_3.py
 """
@@ -83,8 +83,8 @@ def counterexample() -> tuple[torch.Tensor, torch.Tensor]:
     For softmax that cannot be, by Eq. (4). For NaLa it can: find a case in which the entropy, that
     of nala_entropy_by_loops, rises by at least 0.01 from norm 0.1 to norm 3. Returns direction
     (D,), of norm 1, and keys (N, D), none of them zero; you choose N and D. The notebook has an
-    example with two channels: find one with three or more that all count, each at least 0.1, or at
-    most -0.1, in direction, and not 0 in all keys.
+    example with two channels: find one with three or more. Every channel must count: |direction| is
+    at least 0.1 there, and some key is not 0 there.
     """
     # As the norm grows, the power favours channel 0, in which all keys are the same; at a small
     # norm the others have their say, in each of which one key sticks out.

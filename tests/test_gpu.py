@@ -1,0 +1,198 @@
+"""What holds on a CPU holds on the accelerator of this machine; and lab/gpu.py, which
+measures one."""
+
+import os
+from copy import deepcopy
+
+import pytest
+import torch
+from scripts import run_here
+from test_train import batch, small_model, small_vit, train_small
+from torch.testing import assert_close
+
+import train_cifar
+import train_shakespeare
+from nala_min import nala_attention, softmax_attention
+from nala_min.checkpoint import load_checkpoint
+from nala_min.flags import parse_flags
+from nala_min.lab import bench, compare, gpu
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+MAPS = ("cosine", "split", "elu", "relu")
+
+
+here = torch.accelerator.current_accelerator(check_available=True)
+DEVICES = [torch.device("cpu"), *([here] if here else [])]
+
+
+@pytest.fixture(params=DEVICES, ids=str)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=TOLERANCES, ids=str)
+def dtype(request, device):
+    if device.type == "mps" and request.param == torch.float64:
+        pytest.skip("mps has no float64")
+    return request.param
+
+
+def near(found, wanted, dtype, device):
+    """found is on device, and near wanted, which was computed in float64 on the CPU."""
+    assert found.device.type == device.type and found.dtype == dtype
+    size = wanted.abs().max().item()
+    assert_close(found.cpu().double(), wanted, rtol=0, atol=TOLERANCES[dtype] * size)
+
+
+# --- Proofs on whatever device is there -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["auto", "chunked", "quadratic", "recurrent", "parallel"])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_attention_and_its_gradients(feature_map, mode, device, dtype):
+    """Each form, in each dtype, with padding, a query of zeros and a key of zeros."""
+    q, k, v, reading = torch.randn(4, 2, 3, 70, 8).to(dtype)
+    q[0, 0, 3] = k[0, 1, 5] = 0.0
+    kept = torch.rand(2, 70) < 0.9
+    causal = mode != "parallel"
+
+    def outcome(where, kind, mode):
+        inputs = [x.to(where, kind).requires_grad_() for x in (q, k, v)]
+        options = {"feature_map": feature_map, "causal": causal, "mode": mode}
+        out = nala_attention(*inputs, key_mask=kept.to(where), **options)
+        return [out, *torch.autograd.grad(out, inputs, reading.to(where, kind))]
+
+    wanted = outcome("cpu", torch.float64, "parallel")
+    for found, want in zip(outcome(device, dtype, mode), wanted, strict=True):
+        near(found, want.detach(), dtype, device)
+
+
+@pytest.mark.parametrize("attention", [nala_attention, softmax_attention])
+def test_a_sequence_may_be_cut(attention, device, dtype):
+    q, k, v = torch.randn(3, 2, 3, 90, 8).to(dtype)
+    wanted = attention(*(x.double() for x in (q, k, v)), causal=True)
+    state, parts = None, []
+    for part in (slice(0, 64), slice(64, 89), slice(89, 90)):
+        cut = (x[:, :, part].to(device) for x in (q, k, v))
+        out, state = attention(*cut, causal=True, state=state, return_state=True)
+        parts.append(out)
+    near(torch.cat(parts, dim=2), wanted, dtype, device)
+
+
+@pytest.mark.parametrize("make", [small_model, small_vit])
+def test_a_model_and_its_gradients(make, device):
+    model = make()
+    inputs = batch(0)[0] if make is small_model else torch.randn(3, 3, 32, 32)
+    ours, theirs = deepcopy(model).double(), deepcopy(model).to(device)
+    there = inputs.to(device)
+    wanted, found = ours(inputs if make is small_model else inputs.double()), theirs(there)
+    if make is small_model:
+        wanted, found = wanted[0], found[0]
+    near(found, wanted.detach(), torch.float32, device)
+    wanted.square().sum().backward()
+    found.square().sum().backward()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        near(other.grad, one.grad, torch.float32, device)
+
+
+def test_generation(device):
+    """Greedy text is the text of the CPU; a seed gives the same text again."""
+    model, start = small_model(), torch.randint(11, (2, 5))
+    wanted = model.generate(start, 20, temperature=0)
+    model.to(device)
+    assert torch.equal(model.generate(start.to(device), 20, temperature=0).cpu(), wanted)
+    first, again = (model.generate(start.to(device), 20, top_k=4, seed=7) for _ in range(2))
+    assert torch.equal(first, again) and first.device.type == device.type
+
+
+def test_a_resumed_run_is_the_same_run_and_its_checkpoint_loads_anywhere(device, tmp_path):
+    def stopping(step):
+        if step == 4:
+            raise KeyboardInterrupt
+        return batch(step)
+
+    whole, parts = small_model(dropout=0.2).to(device), small_model(dropout=0.2).to(device)
+    history, _ = train_small(whole, tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train_small(parts, tmp_path / "parts.pt", batch=stopping)
+    parts = small_model(seed=2, dropout=0.2).to(device)
+    resumed, _ = train_small(parts, tmp_path / "parts.pt", resume=True)
+    there, here = whole.state_dict(), load_checkpoint(tmp_path / "parts.pt")["model"]
+    exact = {} if device.type == "mps" else {"rtol": 0, "atol": 0}
+    for name, tensor in there.items():
+        assert_close(tensor.cpu(), here[name].cpu(), **exact)
+    assert [point["step"] for point in resumed] == [point["step"] for point in history]
+    small_model().load_state_dict(here)  # on the CPU
+
+
+# --- The program that measures a GPU --------------------------------------------------------------
+
+PROGRAMS = {
+    "train_shakespeare.py": train_shakespeare,
+    "train_cifar.py": train_cifar,
+    "nala_min.lab.bench": bench,
+    "nala_min.lab.compare": compare,
+}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_program_knows_its_flags(quick):
+    programs = gpu.programs(gpu.Settings(quick=quick, device="cpu"))
+    assert len(programs) == 9
+    for card, command in programs.items():
+        name, *flags = command[1:] if command[0] == "-m" else command
+        told = parse_flags(PROGRAMS[name].Settings, flags)
+        assert told.device == "cpu" and told.out in (card.parent, card.with_suffix(""))
+
+
+WRITE = """
+import pathlib, sys
+name, *flags = sys.argv[1:]
+with pathlib.Path("log").open("a") as log:
+    log.write(" ".join([name, *flags]) + "\\n")
+if name == "wrong":
+    sys.exit(3)
+pathlib.Path(name, "card.json").touch()
+"""
+
+
+def test_what_has_its_card_is_not_run_again(tmp_path, monkeypatch):
+    """Training that was interrupted goes on. A failure does not stop the rest, and is told."""
+    names = ("new", "wrong", "interrupted")
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "train_shakespeare.py").touch()
+    (tmp_path / "interrupted" / "checkpoint.pt").touch()
+    cards = {tmp_path / name / "card.json": ["-c", WRITE, name] for name in names}
+    monkeypatch.setattr(gpu, "programs", lambda settings: cards)
+    for ran in (["new", "wrong", "interrupted --resume"], ["wrong"]):
+        (tmp_path / "log").unlink(missing_ok=True)
+        result = run_here(gpu, tmp_path, "--device", "cpu")
+        assert result.returncode == 2 and "gpu.py: error: these programs failed" in result.stderr
+        assert "wrong" in result.stderr
+        assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == ran
+    del cards[tmp_path / "wrong" / "card.json"]
+    result = run_here(gpu, tmp_path, "--device", "cpu")
+    assert result.returncode == 0 and "Every run card is in" in result.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
+def test_a_program_ends_with_the_command_and_may_save_first(tmp_path, monkeypatch):
+    saving = f"""
+import os, pathlib, signal, time
+def save(*_):
+    pathlib.Path(r"{tmp_path}", "saved").touch()
+    raise SystemExit
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(60)
+"""
+    with pytest.raises(KeyboardInterrupt, match="run the same command to continue"):
+        gpu.run(["-c", saving], resume=False)
+    assert (tmp_path / "saved").exists()
+
+
+def test_outside_a_checkout_it_says_so(tmp_path):
+    result = run_here(gpu, tmp_path, "--device", "cpu")
+    assert result.returncode == 2 and "start this in a checkout" in result.stderr
