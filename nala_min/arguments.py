@@ -428,7 +428,7 @@ class NaLaLM(model.NaLaLM):
             for x in tree_leaves(each):
                 if isinstance(x, Tensor) and x.shape[:1] != tokens.shape[:1]:
                     raise ValueError(
-                        f"state must be of {len(tokens)} texts, as tokens is: {len(x)}"
+                        f"state must be of {len(tokens)} texts, the same as tokens: {len(x)}"
                     )
         return super().forward(tokens, state)
 

@@ -1002,7 +1002,7 @@ def test_generate_gives_every_module_its_mode_back():
 def test_states_that_do_not_go_with_the_tokens_are_named():
     lm, tokens = small_lm(nala_min), torch.zeros(2, 3, dtype=torch.long)
     _, state = lm(tokens)
-    with pytest.raises(ValueError, match="state must be of 1 texts, as tokens is: 2"):
+    with pytest.raises(ValueError, match="state must be of 1 texts, the same as tokens: 2"):
         lm(tokens[:1], state)
     with pytest.raises(TypeError, match="state must be BlockStates, as forward returns: 1, int"):
         lm(tokens, [1, 2])
