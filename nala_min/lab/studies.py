@@ -569,6 +569,13 @@ class Study:
     questions: tuple[tuple[str, str], ...] = ()  # pairs of variants, tested as a family
 
 
+def _beside(
+    first: str, others: tuple[str, ...], task: Task, quick: dict[str, Any], seeds: int
+) -> Study:
+    """A study that compares each of others with first."""
+    return Study(task, quick, (first, *others), seeds, tuple((name, first) for name in others))
+
+
 RECALL = Recall(steps=500, learning_rate=5e-3, muon=0.02)
 # The scripts' recipes, shorter.
 TEXT = Text(1000, 4e-3, 0.02, 0.02, "linear")
@@ -599,47 +606,15 @@ STUDIES: dict[str, Study] = {
     ),
     "text": Study(TEXT, QUICK_TEXT, ASKED, seeds=8, questions=QUESTIONS),
     "images": Study(PICTURES, QUICK_PICTURES, ASKED, seeds=5, questions=QUESTIONS),
-    "text-powers": Study(
-        TEXT,
-        QUICK_TEXT,
-        ("nala", *POWERS),
-        seeds=8,
-        questions=tuple((name, "nala") for name in POWERS),
-    ),
-    "recall-powers": Study(
-        RECALL, {"steps": 60}, ("nala", "lam 2"), seeds=20, questions=(("lam 2", "nala"),)
-    ),
-    "images-powers": Study(
-        PICTURES,
-        QUICK_PICTURES,
-        ("nala", "lam 1", "lam 2"),
-        seeds=5,
-        questions=(("lam 1", "nala"), ("lam 2", "nala")),
-    ),
+    "text-powers": _beside("nala", POWERS, TEXT, QUICK_TEXT, seeds=8),
+    "recall-powers": _beside("nala", ("lam 2",), RECALL, {"steps": 60}, seeds=20),
+    "images-powers": _beside("nala", ("lam 1", "lam 2"), PICTURES, QUICK_PICTURES, seeds=5),
     # The same number of tokens in a step, in one window: sharpness should matter more.
-    "text-long": Study(
-        replace(TEXT, block=1024, windows=1),
-        QUICK_TEXT,
-        ("nala", *LONG),
-        seeds=8,
-        questions=tuple((name, "nala") for name in LONG),
-    ),
+    "text-long": _beside("nala", LONG, replace(TEXT, block=1024, windows=1), QUICK_TEXT, seeds=8),
     # Does the convolution, which shows each token its neighbours, hide a difference? All pairs
     # but softmax's were added after its result was known.
-    "text-convolution": Study(
-        TEXT,
-        QUICK_TEXT,
-        ("no convolution", *BARE),
-        seeds=8,
-        questions=tuple((name, "no convolution") for name in BARE),
-    ),
-    "text-gate": Study(
-        TEXT,
-        QUICK_TEXT,
-        ("no gate", "softmax, no gate"),
-        seeds=8,
-        questions=(("softmax, no gate", "no gate"),),
-    ),
+    "text-convolution": _beside("no convolution", BARE, TEXT, QUICK_TEXT, seeds=8),
+    "text-gate": _beside("no gate", ("softmax, no gate",), TEXT, QUICK_TEXT, seeds=8),
     # Is one learning rate fair to all? On held-out training data.
     "text-rates": Study(replace(TEXT, steps=1200, held_out=True), QUICK_TEXT, RATES),
     "images-rates": Study(replace(PICTURES, steps=900, held_out=5000), QUICK_PICTURES, RATES),
