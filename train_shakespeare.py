@@ -117,6 +117,7 @@ def main() -> None:
     )
     print(runcard.expected("shakespeare_*.json", settings.config(), text.sha256, "validation_loss"))
 
+    training = training.to(device)  # a GPU cuts its own windows
     runcard.prove_writable(*(settings.out / name for name in ("card.json", "curve.png")))
     history, seconds = train.fit(
         model,

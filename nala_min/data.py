@@ -238,8 +238,8 @@ def random_windows(
     resumed run continues with the batch that it would have seen.
     """
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - block_size, batch_size)
-    places = torch.from_numpy(starts[:, None] + np.arange(block_size + 1))
-    windows = tokens[places.to(tokens.device)]
+    offsets = torch.arange(block_size + 1, device=tokens.device)
+    windows = tokens[_sent(torch.from_numpy(starts), tokens)[:, None] + offsets]
     return windows[:, :-1], windows[:, 1:]
 
 

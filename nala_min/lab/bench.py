@@ -71,20 +71,14 @@ def finish(device: torch.device) -> None:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Time of one call; on a CUDA card by CUDA events, after flushing its caches."""
-    if device.type != "cuda":
-        finish(device)
-        start = time.perf_counter()
-        call()
-        finish(device)
-        return time.perf_counter() - start
-    torch.empty(2**28, dtype=torch.int8, device=device).zero_()  # more than any cache holds
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    """Wall time of one call, launches included; a CUDA card's caches are flushed before it."""
+    if device.type == "cuda":
+        torch.empty(2**28, dtype=torch.int8, device=device).zero_()  # more than any cache holds
+    finish(device)
+    start = time.perf_counter()
     call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
+    finish(device)
+    return time.perf_counter() - start
 
 
 def peak_of(call: Call, device: torch.device, compiled: bool) -> int | None:
