@@ -22,13 +22,13 @@ PRESETS = {
                 weight_decay=0.1, dropout=0.0, shift=4),
 }
 # fmt: on
-FEW = 1000  # test images for a point of the curve; the result is of all of them
+FEW = 1000  # test images per point of the curve; the final result uses all of them
 
 
 @dataclass
 class Settings(train.Settings):
-    """Train an image classifier with norm-aware linear attention on CIFAR-10. Takes under 5 minutes
-    on 2 CPU cores by default. Writes a checkpoint, a run card and pictures (curve, confusion
+    """Train an image classifier with norm-aware linear attention on CIFAR-10. By default, it takes
+    under 5 minutes on 2 CPU cores. Writes a checkpoint, a run card and pictures (curve, confusion
     matrix, attention maps) to --out."""
 
     NAME = "cifar"
@@ -39,7 +39,7 @@ class Settings(train.Settings):
     data_dir: Path | None = flag(
         None, "folder with cifar-10-batches-bin or its archive (default: download)", decides=False
     )
-    url: str | None = flag(None, "another address for the download", decides=False)
+    url: str | None = flag(None, "alternative download address", decides=False)
     eval: bool = flag(False, "do not train: test the checkpoint", decides=False)
     predict: Path | None = flag(
         None, "do not train: classify this PNG with the checkpoint", decides=False
@@ -54,7 +54,7 @@ class Settings(train.Settings):
         except ValueError as error:
             raise UsageError(f"--patch {self.patch}: {error}") from error
         if (self.data == "synthetic") + (self.data_dir is not None) + (self.url is not None) > 1:
-            raise UsageError("--data synthetic, --data-dir and --url exclude one another")
+            raise UsageError("--data synthetic, --data-dir and --url are mutually exclusive")
 
 
 def build_model(config: dict[str, Any]) -> NaLaViT:
@@ -63,7 +63,7 @@ def build_model(config: dict[str, Any]) -> NaLaViT:
 
 
 def load_model(settings: Settings, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
-    """The model of an earlier run, and a description of the run."""
+    """The model of an earlier run, and the run's description."""
     saved = load_checkpoint(settings.out / "checkpoint.pt", "patch", "classes")
     train.load_attentions(saved["extra"], settings)
     model = build_model(saved["extra"]).to(device)
@@ -72,7 +72,7 @@ def load_model(settings: Settings, device: torch.device) -> tuple[NaLaViT, dict[
 
 
 def load_images(settings: Settings) -> data.Images:
-    """The images that the flags ask for."""
+    """The images selected by the flags."""
     try:
         with distributed.first_alone():
             return data.load_images(settings.data, settings.data_dir, settings.url)
@@ -81,7 +81,7 @@ def load_images(settings: Settings) -> data.Images:
 
 
 def predict(model: NaLaViT, run: dict[str, Any], path: Path) -> None:
-    """Print the most likely classes of the picture at path."""
+    """Print the three most likely classes of the picture at path."""
     try:
         image = data.read_png(path)
     except (OSError, SyntaxError) as error:
@@ -93,7 +93,7 @@ def predict(model: NaLaViT, run: dict[str, Any], path: Path) -> None:
 
 
 def test(model: NaLaViT, images: data.Images) -> dict[str, Any]:
-    """Test on all test images; print and return the numbers and the confusion matrix."""
+    """Evaluate on all test images. Print a summary; return the numbers and the confusion matrix."""
     numbers = measure.score(logits := measure.classify(model, images.test[0]), images.test[1])
     confusion = measure.confusion_matrix(logits.argmax(dim=1), images.test[1], len(images.classes))
     print(
@@ -106,7 +106,7 @@ def test(model: NaLaViT, images: data.Images) -> dict[str, Any]:
 
 
 def draw(model: NaLaViT, images: data.Images, results: dict[str, Any], title: str, out: Path):
-    """Draw the curve, the confusion matrix, and the attention on four test images."""
+    """Plot the curve, the confusion matrix and the attention maps of four test images."""
     plots.write(plots.curve(results["history"], title), out / "curve.png")
     confusion = torch.tensor(results["confusion"])
     plots.write(plots.confusion(confusion, images.classes, title), out / "confusion.png")
@@ -123,13 +123,19 @@ def main() -> None:
     if settings.eval:
         model, run = load_model(settings, device)
         if list((images := load_images(settings)).classes) != run["classes"]:
-            raise UsageError(f"--eval: the run in {settings.out} is of {run['data']['name']}")
+            raise UsageError(
+                f"--eval: the run in {settings.out} was trained on {run['data']['name']}, which has"
+                " other classes"
+            )
         test(model, images)
         return
 
     images = load_images(settings)
     if settings.batch > len(images.train[0]):
-        raise UsageError(f"--batch {settings.batch} is more than {len(images.train[0]):,} images")
+        raise UsageError(
+            f"--batch {settings.batch} must be at most {len(images.train[0]):,}, the number of"
+            " training images"
+        )
     torch.manual_seed(settings.seed)
     model = build_model(settings.config()).to(device, memory_format=torch.channels_last)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -161,11 +167,11 @@ def main() -> None:
         resume=settings.resume,
         compile=settings.compile,
     )
-    if distributed.rank() > 0:  # the first process has the results
+    if distributed.rank() > 0:  # only the first process has the results
         return
     results = test(model, images) | {"parameters": parameters, "history": history}
     card = runcard.run_card(settings.config(), data_info, device, seconds, results)
-    runcard.write_json(settings.out / "card.json", card)  # before what may need more memory
+    runcard.write_json(settings.out / "card.json", card)  # saved before steps that need more memory
     results["attention_stats"] = measure.attention_stats(model, images.test[0][:100])
     runcard.write_json(settings.out / "card.json", card)
     draw(model, images, results, f"{kind}, seed {seed}", settings.out)

@@ -1,4 +1,4 @@
-"""Train a character model with norm-aware linear attention on Tiny Shakespeare."""
+"""Train a character-level language model with norm-aware linear attention on Tiny Shakespeare."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PRESETS = {  # gpu: nanoGPT's sizes
 
 @dataclass
 class Settings(train.Settings):
-    """Train a character model with norm-aware linear attention on Tiny Shakespeare, then sample
-    from it. Takes under 5 minutes on 2 CPU cores by default. Writes a checkpoint, a loss curve and
-    a run card to --out."""
+    """Train a character-level language model with norm-aware linear attention on Tiny Shakespeare,
+    then sample from it. By default, it takes under 5 minutes on 2 CPU cores. Writes a checkpoint,
+    a loss curve and a run card to --out."""
 
     NAME = "shakespeare"
     PRESETS = PRESETS
@@ -37,9 +37,9 @@ class Settings(train.Settings):
         None, "UTF-8 text to train on (default: Tiny Shakespeare)", decides=False
     )
     sample: int | None = flag(
-        None, "do not train: write this many characters from the checkpoint", decides=False
+        None, "do not train: generate this many characters from the checkpoint", decides=False
     )
-    prompt: str = flag("", "start of the sample (default: a new line)", decides=False)
+    prompt: str = flag("", "start of the sample (default: a newline)", decides=False)
     block: int | None = flag(
         None, "characters per training window; longer ones shrink the batch, then the steps"
     )
@@ -47,11 +47,11 @@ class Settings(train.Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample is not None and not 0 < self.sample < 2**31:
-            raise UsageError(f"--sample {self.sample} is not positive and below 2^31")
+            raise UsageError(f"--sample {self.sample} must be positive and below 2^31")
 
     def defaults(self) -> dict[str, Any]:
         """The preset's values. Longer windows shrink the batch and, once it is a single window, the
-        steps, so the model reads about as many characters in all."""
+        number of steps. The total number of characters stays about the same."""
         preset = super().defaults()
         if (self.block or 0) <= preset["block"]:
             return preset
@@ -69,14 +69,14 @@ def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:
 def continued(
     model: NaLaLM, vocabulary: data.Vocabulary, prompt: Tensor, length: int, seed: int
 ) -> str:
-    """prompt (1, N) and its continuation by length characters, as text."""
+    """prompt (1, N), continued by length characters, as text."""
     prompt = prompt.to(model.head.weight.device)
     return vocabulary.decode(model.generate(prompt, length, temperature=0.8, seed=seed)[0])
 
 
 def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
-    """prompt as integers (1, N); if it is empty, the first character, which is a new line in most
-    texts."""
+    """prompt as integers (1, N). An empty prompt becomes the vocabulary's first character, which is
+    a newline in most texts."""
     try:
         return vocabulary.encode(prompt or vocabulary.characters[0])[None]
     except ValueError as error:
@@ -112,7 +112,7 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     data_info = {"name": text.name, "sha256": text.sha256, "characters": len(text.text)}
     print(
-        f"{text.name}: {len(text.text):,} characters, {len(vocabulary.characters)} different."
+        f"{text.name}: {len(text.text):,} characters, {len(vocabulary.characters)} distinct."
         f" NaLaLM, attention {settings.attention}: {parameters:,} parameters on {device}."
     )
     print(runcard.expected("shakespeare_*.json", settings.config(), text.sha256, "validation_loss"))
@@ -134,12 +134,12 @@ def main() -> None:
         resume=settings.resume,
         compile=settings.compile,
     )
-    if distributed.rank() > 0:  # the first process has the results
+    if distributed.rank() > 0:  # only the first process has the results
         return
     loss = validation_loss(model, validation, settings.block)
     results = {"validation_loss": loss, "parameters": parameters, "history": history}
     card = runcard.run_card(settings.config(), data_info, device, seconds, results)
-    runcard.write_json(settings.out / "card.json", card)  # before what may need more memory
+    runcard.write_json(settings.out / "card.json", card)  # saved before steps that need more memory
     inputs, _ = next(data.all_windows(validation, settings.block, 64))
     results["attention_stats"] = measure.attention_stats(model, inputs)
     results["sample"] = continued(model, vocabulary, prompt, 500, settings.seed)

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from nala_min.synthetic import DRAWN, STAND_IN, drawn_digits, python_manual
 
-# --- Files from the network -----------------------------------------------------------------------
+# --- Downloads ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file on the network, with its checksum."""
+    """A file to download, with its checksum."""
 
     name: str
     url: str
@@ -37,7 +37,7 @@ class Source:
     sha256: str
 
     def is_at(self, path: Path | str) -> bool:
-        """Whether path has exactly this content."""
+        """Whether the file at path has exactly this content."""
         path = Path(path)
         return (
             path.is_file() and path.stat().st_size == self.size and self.hash(path) == self.sha256
@@ -64,42 +64,43 @@ CIFAR10 = Source(
     "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
 )
 
-# What download raises.
+# The exceptions that download raises.
 NO_DOWNLOAD = (OSError, ValueError, http.client.HTTPException)
 
 
 def cache_dir() -> Path:
-    """The folder for downloads: $XDG_CACHE_HOME/nala_min, by default ~/.cache/nala_min, or the
-    folder for temporary files if the user has no home."""
+    """The download folder: $XDG_CACHE_HOME/nala_min, by default ~/.cache/nala_min. Without a home
+    directory, nala_min in the system's temporary directory."""
     if not (cache := os.environ.get("XDG_CACHE_HOME")):
         try:
             cache = Path.home() / ".cache"
-        except RuntimeError:  # no HOME, and an unknown user, as in many a container
+        except RuntimeError:  # no HOME and no passwd entry, as in many containers
             cache = tempfile.gettempdir()
     return Path(cache) / "nala_min"
 
 
 def fetch(source: Source, hint: str = "") -> Path:
-    """The path of source in the cache. If it is not there it is downloaded, and hint is printed.
+    """The path of source in the cache. If the file is missing, downloads it first and prints a
+    notice that ends in hint.
 
-    Raises what download raises.
+    Raises the same errors as download.
     """
     path = cache_dir() / source.file
     if not source.is_at(path):
-        print(f"Downloading {source.name}, {source.size:,} bytes, from {source.url}{hint}")
+        print(f"Downloading {source.name} ({source.size:,} bytes) from {source.url}{hint}")
         download(source, path)
     return path
 
 
 def download(source: Source, path: Path | str, timeout: float = 20.0) -> None:
-    """Download source to path, which appears only when it is complete and its SHA-256 is right.
+    """Download source to path. The file appears only once it is complete and its SHA-256 matches.
 
-    Shows progress, speed and time left. A transfer that breaks off continues where it stopped as
-    long as more data arrives; what has arrived stays in path.part for the next call. timeout:
-    seconds without an answer.
+    Shows progress, speed and time left. A broken transfer is resumed as long as each attempt brings
+    more data. Partial data stays in path.part for the next call. timeout: seconds to wait for a
+    response.
 
-    Raises OSError or http.client.HTTPException if the transfer fails. Raises ValueError if the
-    content is wrong; it is then deleted.
+    Raises OSError or http.client.HTTPException if the transfer fails. Raises ValueError, and
+    deletes the data, if the content is wrong.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,20 +113,21 @@ def download(source: Source, path: Path | str, timeout: float = 20.0) -> None:
     finally:
         if part.exists() and part.stat().st_size == 0:
             part.unlink()
-    if source.is_at(path):  # another process was faster: it wrote the same bytes to the same places
+    if source.is_at(path):  # another process was faster, and wrote the same bytes
         part.unlink(missing_ok=True)
         return
     if not source.is_at(part):
         found = f"{part.stat().st_size:,} bytes with SHA-256 {source.hash(part)}"
         part.unlink()
         raise ValueError(
-            f"{source.url} gave {found}, not {source.size:,} with {source.sha256}: deleted"
+            f"{source.url} gave {found}, not {source.size:,} bytes with {source.sha256}:"
+            " the download was deleted"
         )
     os.replace(part, path)
 
 
 def _transfer(source, file, timeout):
-    """Append to file what it still lacks of source."""
+    """Append the missing rest of source to file."""
     with tqdm(
         desc=source.name, total=source.size, initial=file.tell(), unit="B", unit_scale=True
     ) as bar:
@@ -133,12 +135,12 @@ def _transfer(source, file, timeout):
             request = urllib.request.Request(source.url)
             if have:
                 request.add_header("Range", f"bytes={have}-")
-            error = ConnectionError(f"{source.url} broke off after {have:,} bytes")
+            error = ConnectionError(f"{source.url} stopped sending after {have:,} bytes")
             try:
                 with urllib.request.urlopen(request, timeout=timeout) as response:
-                    if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # begins anew
+                    if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # starts over
                         offered = int(response.headers.get("Content-Length", source.size))
-                        if offered != source.size:  # a page that asks to sign in, say
+                        if offered != source.size:  # such as a login page
                             raise ValueError(
                                 f"{source.url} has {offered:,} bytes, not {source.size:,}"
                             )
@@ -160,7 +162,7 @@ def _transfer(source, file, timeout):
 
 @dataclass(frozen=True)
 class Text:
-    """A text, and its name in results."""
+    """A text and its name in results."""
 
     name: str
     text: str
@@ -172,8 +174,8 @@ class Text:
 
 
 def load_text(path: Path | str | None = None, *, source: Source = SHAKESPEARE) -> Text:
-    """The text at path. Without path: Tiny Shakespeare, from the cache or downloaded. Without a
-    network: the Python manual as a stand-in, with a notice.
+    """The text at path. Without path: Tiny Shakespeare, from the cache or downloaded. If the
+    download fails, returns the Python manual as a stand-in and prints a notice.
 
     Raises OSError if path cannot be read, and ValueError if it is not UTF-8 text.
     """
@@ -186,15 +188,15 @@ def load_text(path: Path | str | None = None, *, source: Source = SHAKESPEARE) -
     except NO_DOWNLOAD as error:
         print(
             f"NO SHAKESPEARE: {error}\n"
-            f"Training on a stand-in instead, the {STAND_IN}; its loss is not comparable with"
-            " Shakespeare's. Give a text of your own with --data FILE."
+            f"Training on the {STAND_IN} instead. Its loss is not comparable with Shakespeare's."
+            " Use --data FILE to train on your own text."
         )
         return Text(STAND_IN, python_manual())
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Characters <-> integers, in sorted order of the characters."""
+    """Maps characters, in sorted order, to integers and back."""
 
     characters: str
 
@@ -203,11 +205,11 @@ class Vocabulary:
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> Tensor:
-        """text as integers (N,). Raises ValueError that names unknown characters."""
+        """text as integers (N,). Raises ValueError, naming the characters, if any are unknown."""
         index = {character: i for i, character in enumerate(self.characters)}
         unknown = sorted(set(text) - index.keys())
         if unknown:
-            raise ValueError(f"{''.join(unknown)!r} does not occur in the text trained on")
+            raise ValueError(f"{''.join(unknown)!r} does not occur in the training text")
         return torch.tensor([index[c] for c in text], dtype=torch.long, device="cpu")  # (N,)
 
     def decode(self, tokens: Tensor) -> str:
@@ -217,14 +219,14 @@ class Vocabulary:
 def split_text(text: str, block_size: int) -> tuple[Vocabulary, Tensor, Tensor]:
     """The vocabulary of a text, and its first nine tenths and last tenth as integers.
 
-    Raises ValueError if either part is too short for one window of block_size and its target.
+    Raises ValueError if either part is too short for a window of block_size and its target.
     """
     tokens = (vocabulary := Vocabulary.of(text)).encode(text)
     cut = len(tokens) * 9 // 10
     if len(tokens) - cut <= block_size:
         raise ValueError(
-            f"{len(tokens):,} characters are too few for windows of {block_size}: give more than"
-            f" {10 * block_size:,}, or smaller windows"
+            f"the text must be longer than {10 * block_size:,} characters for windows of"
+            f" {block_size}, but has {len(tokens):,}: use more text or smaller windows"
         )
     return vocabulary, tokens[:cut], tokens[cut:]
 
@@ -232,10 +234,10 @@ def split_text(text: str, block_size: int) -> tuple[Vocabulary, Tensor, Tensor]:
 def random_windows(
     tokens: Tensor, block_size: int, batch_size: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and next-token targets, both (batch_size, block_size), at random places.
+    """Inputs and next-token targets, both (batch_size, block_size), at random positions.
 
-    A function of (seed, step) alone: every model sees the same data in the same order, and a
-    resumed run continues with the batch that it would have seen.
+    The result depends on (seed, step) alone: every model sees the same data in the same order, and
+    a resumed run sees the same batches as an uninterrupted one.
     """
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - block_size, batch_size)
     offsets = torch.arange(block_size + 1, device=tokens.device)
@@ -246,7 +248,8 @@ def random_windows(
 def all_windows(
     tokens: Tensor, block_size: int, batch_size: int, every: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of consecutive windows that cover tokens once, or of every n-th window."""
+    """Batches of inputs and targets from consecutive windows, which cover tokens once. every=n
+    keeps only every n-th window."""
     count = (len(tokens) - 1) // block_size
     inputs = tokens[: count * block_size].view(count, block_size)[::every]
     targets = tokens[1 : count * block_size + 1].view(count, block_size)[::every]
@@ -257,18 +260,18 @@ def all_windows(
 
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 BATCHES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
-BATCH = 10_000  # images in a file
-RECORD = 1 + 3 * 32 * 32  # bytes of an image: its label, then red, green and blue, row by row
+BATCH = 10_000  # images per file
+RECORD = 1 + 3 * 32 * 32  # bytes per image: label, then red, green and blue planes, row by row
 SLOW = (
-    ".\nSince June 2026 this host serves 50 to 80 kB/s: it may take an hour. Ctrl-C stops"
-    " it, and the next run continues from there.\nInstead: --url MIRROR, --data-dir FOLDER with the"
-    " archive or its files, or --data synthetic, digits that are drawn here."
+    ".\nSince June 2026 this host has served only 50 to 80 kB/s, so this may take an hour. Press"
+    " Ctrl-C to stop; the next run resumes the download.\nAlternatives: --url MIRROR, --data-dir"
+    " FOLDER (with the archive or its files), or --data synthetic (digits drawn on this machine)."
 )
 
 
 @dataclass(frozen=True)
 class Images:
-    """Small colour images in 10 classes, and their name in results."""
+    """Small colour images in 10 classes and their name in results."""
 
     name: str
     classes: tuple[str, ...]
@@ -292,11 +295,11 @@ def load_images(
     *,
     source: Source = CIFAR10,
 ) -> Images:
-    """CIFAR-10: from folder, else from the cache, else downloaded from url or from its author's
-    page. Without a network: drawn digits as a stand-in, with a notice. For name="synthetic": drawn
-    digits, without one.
+    """CIFAR-10 from folder, else from the cache, else downloaded from url or its author's page. If
+    the author's page fails, returns drawn digits as a stand-in and prints a notice.
+    name="synthetic" returns drawn digits without a notice.
 
-    Raises OSError or ValueError, which name the file or address, if what folder or url gives is
+    Raises OSError or ValueError, naming the file or address, if the data in folder or at url is
     missing, truncated or corrupt.
     """
     if name == "synthetic":
@@ -311,8 +314,8 @@ def load_images(
             raise ValueError(str(error)) from error
         print(
             f"NO CIFAR-10: {error}\n"
-            f"Training on a stand-in instead, {DRAWN}; its accuracy is not comparable with"
-            " CIFAR-10's. See --data-dir and --url."
+            f"Training on {DRAWN} instead. The accuracy is not comparable with CIFAR-10's."
+            " Use --data-dir or --url for another source."
         )
         return drawn_images()
 
@@ -324,8 +327,8 @@ def drawn_images(num_train: int = 20_000, num_test: int = 4_000) -> Images:
 
 
 def _images_in(folder: Path, source: Source) -> Images:
-    """CIFAR-10 from its extracted files in folder or a folder below it, or from its archive
-    there."""
+    """CIFAR-10 from its extracted files in folder or in cifar-10-batches-bin below it, or from its
+    archive in folder."""
     for place in (folder / "cifar-10-batches-bin", folder):
         if any((place / name).exists() for name in BATCHES):
             files = {str(place / name): (place / name).read_bytes() for name in BATCHES}
@@ -333,14 +336,12 @@ def _images_in(folder: Path, source: Source) -> Images:
     archive = folder / source.file
     if not archive.exists():
         if not folder.is_dir():
-            raise ValueError(
-                f"{folder} is not a folder: name the one with {source.file} or its files"
-            )
+            raise ValueError(f"{folder} must be a folder with {source.file} or its files")
         for other in ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"):
             if (folder / other).exists():
                 raise ValueError(
-                    f"{folder / other} is CIFAR-10's Python version: the binary one is needed,"
-                    f" {source.file} from {source.url}"
+                    f"{folder / other} is the Python version of CIFAR-10: download the binary"
+                    f" version, {source.file}, from {source.url}"
                 )
         raise ValueError(f"{folder} has neither {source.file} nor its files, such as {BATCHES[0]}")
     if not source.is_at(archive):
@@ -349,8 +350,8 @@ def _images_in(folder: Path, source: Source) -> Images:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """The six files in an archive, which is never extracted, so nothing in it can choose where to
-    write. A link in place of a file counts as missing."""
+    """The six files in an archive. It is never extracted, so no member can write to disk. A link in
+    place of a file counts as missing."""
     found = {}
     try:
         with tarfile.open(path, "r|gz") as archive:
@@ -363,7 +364,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
 
 
 def _images(name: str, files: dict[str, bytes]) -> Images:
-    """Images from the contents of the six files, which are checked as far as possible."""
+    """Images from the contents of the six files. Checks their sizes and labels."""
     decoded = []
     for path, content in files.items():
         if len(content) != BATCH * RECORD:
@@ -386,13 +387,15 @@ def _images(name: str, files: dict[str, bytes]) -> Images:
 def shuffled_batch(
     images: Tensor, labels: Tensor, batch_size: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """The images and labels of one step. An epoch uses each example at most once, in its own order.
+    """Images and labels of one step. An epoch uses each example at most once, in its own order.
 
-    A function of (seed, step) alone, like random_windows. Raises ValueError if there are fewer than
-    batch_size examples.
+    The result depends on (seed, step) alone, as in random_windows. Raises ValueError if there are
+    fewer than batch_size examples.
     """
     if batch_size > len(images):
-        raise ValueError(f"a batch of {batch_size:,} is more than the {len(images):,} images")
+        raise ValueError(
+            f"batch_size must be at most {len(images):,}, the number of images: {batch_size:,}"
+        )
     epoch, i = divmod(step, len(images) // batch_size)
     order = _order_of_epoch(len(images), seed, epoch)
     chosen = _sent(order[i * batch_size : (i + 1) * batch_size], images)
@@ -400,25 +403,26 @@ def shuffled_batch(
 
 
 def _sent(places: Tensor, to: Tensor) -> Tensor:
-    """places on the device of to; a CUDA card need not finish its work first."""
+    """Copy places to the device of `to`, without waiting for work queued on a CUDA card."""
     return places.to(to.device, non_blocking=to.device.type == "cuda")
 
 
-@lru_cache(maxsize=2)  # drawn once an epoch, not in every step
+@lru_cache(maxsize=2)  # drawn once per epoch, not per step
 def _order_of_epoch(count: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
 
 
 def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -> Tensor:
-    """Shift each image by up to shift pixels, reflected at its edges, and mirror half of them.
+    """Shift each image at random by up to shift pixels, with reflection at its edges. If mirror,
+    flip each one with probability 1/2.
 
-    images: (B, 3, height, width), on any device. A function of images, seed and step alone.
+    images: (B, 3, height, width), on any device. The result depends on images, seed and step alone.
     """
     random = np.random.default_rng([seed, step, 1])
     count, channels, *sides = images.shape
 
     def moved(side: int) -> np.ndarray:
-        """Where each pixel along one side comes from, (B, side)."""
+        """Source of each pixel along one side, (B, side)."""
         places = np.arange(side) + random.integers(-shift, shift + 1, (count, 1))
         places %= (period := max(1, 2 * (side - 1)))
         return np.minimum(places, period - places)  # reflected at both ends
@@ -437,44 +441,45 @@ def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Bytes to numbers with about zero mean and unit variance for natural images."""
+    """Convert bytes to floats with about zero mean and unit variance on natural images."""
     return (images.float() - 120) / 64
 
 
-PIXELS = 2**26  # of a picture: more need gigabytes, though a file of kilobytes may ask for them
+PIXELS = 2**26  # limit for a picture: a file of kilobytes can decode to gigabytes
 
 
 def read_png(path: Path | str) -> Tensor:
-    """The middle square of a PNG of any size, as an image (3, 32, 32) uint8; transparent pixels
+    """The central square of a PNG of any size, resized to (3, 32, 32) uint8. Transparent pixels
     become white.
 
-    matplotlib reads the file; it supports neither 2- and 4-bit grey nor a single transparent colour
-    (tRNS). Raises OSError or SyntaxError if there is no such file, or it is no PNG, or it has more
-    than PIXELS.
+    matplotlib reads the file; it does not support 2-bit and 4-bit grey or a single transparent
+    colour (tRNS). Raises OSError or SyntaxError if the file is missing, is not a PNG or has more
+    than PIXELS pixels.
     """
     from matplotlib.image import imread
-    from PIL.PngImagePlugin import PngImageFile  # of which imread makes an array
+    from PIL.PngImagePlugin import PngImageFile  # what imread uses
 
     with Path(path).open("rb") as file:
         try:
             width, height = PngImageFile(file).size
             if width * height > PIXELS:
                 raise SyntaxError(
-                    f"{width:,} x {height:,} pixels are more than {PIXELS:,}: shrink it"
+                    f"the picture must be at most {PIXELS:,} pixels, not"
+                    f" {width:,} x {height:,}: shrink it"
                 )
             file.seek(0)
             pixels = torch.from_numpy(imread(file, format="png").astype(np.float32))
         except (OSError, SyntaxError, MemoryError):
             raise
-        except Exception as error:  # Pillow raises many kinds for a damaged file
-            raise SyntaxError(f"no PNG that can be read ({error})") from error
+        except Exception as error:  # Pillow raises many types for a damaged file
+            raise SyntaxError(f"not a readable PNG ({error})") from error
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     side = min(pixels.shape[:2])
     top, left = ((size - side) // 2 for size in pixels.shape[:2])
     pixels = pixels[top : top + side, left : left + side]
     *colour, alpha = pixels.split(1, dim=2)  # each (side, side, 1)
-    if len(colour) in (0, 2):  # grey, or red, green and blue without alpha
+    if len(colour) in (0, 2):  # grey or RGB, without alpha
         colour, alpha = [*colour, alpha], torch.ones_like(alpha)
     opaque = torch.cat(colour, dim=2) * alpha + 1 - alpha
     small = F.interpolate(

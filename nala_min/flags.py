@@ -1,4 +1,4 @@
-"""A script's flags from a dataclass, and errors in one line."""
+"""Command-line flags from a dataclass, and one-line errors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ import torch
 
 from nala_min import distributed
 
-# What PyTorch's errors say, of a GPU and of a CPU, that has no memory left.
+# PyTorch's out-of-memory errors contain these words: the first on a GPU, the second on a CPU.
 NO_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class UsageError(ValueError):
-    """A user's mistake: its message names the flag and the remedy."""
+    """A user's mistake. The message names the flag and the remedy."""
 
 
 def flag(
@@ -44,18 +44,18 @@ def flag(
 ) -> Any:
     """A dataclass field that parse_flags turns into a command-line flag.
 
-    decides: whether the result depends on it, rather than only where and how to run; zero: whether
-    a number from PRESETS may be 0.
+    decides: whether the flag affects the result, not only where and how the script runs. zero:
+    whether a number from PRESETS may be 0.
     """
     metadata = {"help": help, "choices": choices, "decides": decides, "zero": zero}
     return field(default=default, metadata=metadata)
 
 
 def path(text: str) -> Path:
-    """A path from the command line. ~ is the home folder, also after "--out="."""
-    expanded = os.path.expanduser(text)  # Path's would take ./~ for it as well
+    """A path from the command line. ~ is the home folder, even after "--out="."""
+    expanded = os.path.expanduser(text)  # Path.expanduser also expands ./~
     if expanded.startswith("~"):
-        mend = "name the folder in full, or write ./ before ~"
+        mend = "give the full path, or write ./ before ~"
         raise argparse.ArgumentTypeError(f"{text}: no such home folder: {mend}")
     return Path(expanded)
 
@@ -66,10 +66,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
-    """Read argv (by default the command line) into the dataclass settings, one flag per field.
+    """Parse argv (by default the command line) into the dataclass settings, one flag per field.
 
-    Its docstring is the description, if Python keeps docstrings; if it has PRESETS, the help shows
-    their values. Prints one line and exits with code 2 if a flag is unknown or cannot be parsed.
+    The help shows its docstring, unless Python strips docstrings, and the values of its PRESETS, if
+    any. Prints one line and exits with code 2 if a flag is unknown or cannot be parsed.
     """
     parser = _Parser(
         description=settings.__doc__ if sys.flags.optimize < 2 else None,
@@ -98,15 +98,15 @@ def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a user's mistake becomes one line on stderr and exit code 2.
+    """Run a script's main function. A user's mistake becomes one line on stderr and exit code 2.
 
-    Under torchrun, each process runs it but only the first prints its progress. Output that cannot
-    be printed is dropped: no run ends because nobody reads it.
+    Under torchrun, each process runs main but only the first prints to stdout. Output that cannot
+    be printed is dropped, so a closed pipe does not end a run.
     """
-    if threading.current_thread() is threading.main_thread():  # the only one that may
-        for name in ("SIGTERM", "SIGHUP"):  # a cluster's Ctrl-C; the terminal is closed
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        for name in ("SIGTERM", "SIGHUP"):  # from a cluster; from a closing terminal
             number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, signal.default_int_handler)
     with _output() as nowhere, _usual_defaults(), distributed.job():
         try:
@@ -116,7 +116,7 @@ def run_script(main: Callable[[], None]) -> None:
         except UsageError as error:
             _exit(f"error: {error}", 2)
         except KeyboardInterrupt as error:
-            if distributed.rank():  # the first process tells
+            if distributed.rank():  # the first process reports it
                 sys.exit(130)
             how = "--resume continues from the last checkpoint, if there is one"
             _exit(str(error) or f"interrupted: {how}", 130)
@@ -130,12 +130,12 @@ def run_script(main: Callable[[], None]) -> None:
             if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
                 _exit("error: out of memory: make the batch, the model or the input smaller", 1)
             raise
-        except OSError as error:  # a full disk, a folder that may not be written to
+        except OSError as error:  # such as a full disk or a read-only folder
             _exit(f"error: {error}", 1)
 
 
 class _Output:
-    """A standard stream that drops what it cannot write and never raises."""
+    """Wraps a standard stream. Drops output that cannot be written and never raises."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -146,7 +146,7 @@ class _Output:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except UnicodeEncodeError:  # a console may not know every character of a text
+        except UnicodeEncodeError:  # the console's encoding may lack a character
             encoding = getattr(self._stream, "encoding", None) or "ascii"
             self._attempt("write", text.encode(encoding, "replace").decode(encoding))
         except Exception as error:
@@ -163,8 +163,8 @@ class _Output:
             self._drop(error)
 
     def _drop(self, error: Exception) -> None:
-        """After a broken pipe, point its descriptor at nothing; otherwise Python's own flush at
-        exit fails with exit code 120. A stream that is only busy may be read again later."""
+        """After a broken pipe, point the descriptor at the null device; otherwise Python's flush at
+        exit fails with exit code 120. Keep a stream that is only busy: it may recover."""
         if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
             with suppress(Exception), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -173,10 +173,10 @@ class _Output:
 @contextmanager
 def _output() -> Iterator[TextIO]:
     """Make both standard streams safe to write to inside the block. Yields a stream that discards
-    its input."""
+    everything."""
     with ExitStack() as stack:
-        for _ in range(3):  # takes the descriptors of streams that were closed before Python began:
-            # no file of a run may get one, since libraries print to them
+        for _ in range(3):  # take the descriptors of standard streams that were closed at startup:
+            # libraries print to them, so no file of the run may get one
             nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
         stack.enter_context(redirect_stdout(out := _Output(sys.stdout or nowhere)))
         stack.enter_context(redirect_stderr(err := _Output(sys.stderr or nowhere)))
@@ -189,7 +189,7 @@ def _output() -> Iterator[TextIO]:
 
 @contextmanager
 def _usual_defaults() -> Iterator[None]:
-    """New tensors are float32 on the CPU, whatever the notebook that runs the script has set."""
+    """Make new tensors float32 on the CPU inside the block, whatever a calling notebook has set."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     if device.type != "cpu":
@@ -203,6 +203,6 @@ def _usual_defaults() -> Iterator[None]:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    message = " ".join(message.splitlines())  # what libraries raise may have many
+    message = " ".join(message.splitlines())  # a library's message may have many
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)

@@ -1,5 +1,5 @@
 """Measurements of attentions and models. `python -m nala_min.measure` measures the entropy gap and
-writes its run card and picture: in a checkout to notebooks/results, otherwise to runs."""
+writes a run card and a picture, to notebooks/results in a checkout and to runs otherwise."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from nala_min.model import (
     query_power,
 )
 
-MAPS = ("cosine", "softmax", "relu")  # NaLa, and the two that it combines
+MAPS = ("cosine", "softmax", "relu")  # NaLa, and the two whose strengths it combines
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-BUDGET = 2**20  # numbers in the residual stream, (B, N, E), of what is evaluated at one time
-QUERIES = 64  # per image, at most: the weights of all queries would be N x N
+BUDGET = 2**20  # most numbers in the residual stream, (B, N, E), of an evaluation batch
+QUERIES = 64  # at most, per image: the weights of all queries would be N x N
 
 
 def entropy_against_norm(
@@ -51,30 +51,31 @@ def entropy_against_norm(
     draws: int = 200,
     **options: float,
 ) -> Tensor:
-    """Mean entropy, Eq. (3), of queries rescaled to each norm, over random standard normal keys.
+    """Mean entropy, Eq. (3), of queries rescaled to each norm, over standard normal keys.
 
-    norms: (K,); options: those of attention_weights, such as norm_scale. Returns (K,), in nats,
-    averaged over draws of a query and its keys from PyTorch's own generator; at most log(num_keys).
+    norms: (K,); draws: number of random queries, each with its own keys, from PyTorch's global
+    generator; options: as for attention_weights, such as norm_scale. Returns (K,), in nats, at most
+    log(num_keys).
     """
     kind = {"dtype": torch.float32, "device": norms.device}
     _, direction = decompose(torch.randn(draws, 1, 1, dim, **kind))
     k = torch.randn(draws, 1, num_keys, dim, **kind)
     means = []
     for norm in norms:
-        q = (norm * direction).expand_as(k)  # the same query at every place
+        q = (norm * direction).expand_as(k)  # the same query at every position
         weights = attention_weights(q, k, feature_map=feature_map, **options)
         means.append(entropy(weights[:, 0, 0]).mean())
     return torch.stack(means)
 
 
-# --- What a computation costs ---------------------------------------------------------------------
+# --- The cost of a computation --------------------------------------------------------------------
 
 
 class Recorder(TorchDispatchMode):
-    """Counts what runs inside `with Recorder() as recorder:`.
+    """Counts operations and memory inside `with Recorder() as recorder:`.
 
-    recorder.operations: PyTorch operations so far. recorder.peak: the most bytes held at one time
-    by tensors made inside; memory that a kernel uses internally is not seen.
+    recorder.operations: PyTorch operations so far. recorder.peak: peak memory, in bytes, of tensors
+    created inside, without memory that a kernel uses internally.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class Recorder(TorchDispatchMode):
         given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
         for storage in (x.untyped_storage() for x in _tensors(out)):
             key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self._alive:  # not a view of what was there
+            if key not in given and key not in self._alive:  # not a view of an earlier tensor
                 self._alive.add(key)
                 self.held += size
                 self.peak = max(self.peak, self.held)
@@ -108,9 +109,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def at_once(model: NaLaLM | NaLaViT, inputs: Tensor) -> int:
-    """How many of inputs, texts (B, N) or images (B, 3, height, width), model reads at a time: as
-    many as have BUDGET numbers in the residual stream, so memory does not grow with their
-    number."""
+    """Evaluation batch size of model for inputs, texts (B, N) or images (B, 3, height, width): as
+    many as fit BUDGET, but at least 1. So memory does not grow with the number of inputs."""
     num_tokens = inputs.shape[1]
     if inputs.ndim == 4:
         num_tokens = inputs.shape[2] * inputs.shape[3] // model.config.patch_size**2
@@ -127,7 +127,7 @@ def classify(model: NaLaViT, images: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean cross-entropy in nats and share of correct answers, from logits (n, Y)."""
+    """Mean cross-entropy in nats and accuracy, from logits (n, Y)."""
     right = (logits.argmax(dim=1) == labels).float().mean().item()
     return {"test_loss": F.cross_entropy(logits, labels).item(), "test_accuracy": right}
 
@@ -156,17 +156,17 @@ def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int =
 
 
 class AttentionInputs(NamedTuple):
-    """The input of one block's attention: its layer, and its queries and keys."""
+    """One block's attention layer, with its input, queries and keys."""
 
     layer: GatedAttention
     x: Tensor  # (B, N, E) or (B, R, S, E)
     q: Tensor  # (B, H, N, D)
     k: Tensor  # (B, H, N, D)
-    options: dict[str, Any]  # of the layer's attention
+    options: dict[str, Any]  # for the layer's attention
 
     def weights(self, feature_map: str | None = None) -> Tensor:
-        """The weights (B, H, N, N) that the layer's attention gives to q and k, or that another
-        feature_map or "softmax" would give."""
+        """The attention weights (B, H, N, N) of the layer, or those that another feature_map or
+        "softmax" would give."""
         attention, options = feature_map or self.layer.attend, self.options
         if feature_map == "softmax":
             options = {}
@@ -175,8 +175,8 @@ class AttentionInputs(NamedTuple):
         )
 
     def rows(self, queries: Sequence[int]) -> Tensor:
-        """The weights (B, H, n, N) of these n queries only, in memory linear in N: the output is
-        linear in the values, so its derivative with respect to them is the weights."""
+        """The weights (B, H, n, N) of these n queries only, in memory linear in N. The output is
+        linear in the values, so its derivative with respect to them gives the weights."""
         with torch.inference_mode(False), torch.enable_grad():
             q, k = self.q.clone(), self.k.clone()
             v = torch.zeros_like(q, requires_grad=True)
@@ -186,24 +186,23 @@ class AttentionInputs(NamedTuple):
         return torch.stack(rows, dim=2)
 
     def tokens(self) -> range:
-        """Those whose weights are looked at: the last one of a text, which sees all others, or
-        QUERIES evenly chosen patches."""
+        """The queries to inspect: the last token of a text, which sees all others, or at most
+        QUERIES evenly spaced patches of an image."""
         count = self.q.shape[2]
         first, stride = (count - 1, 1) if self.layer.causal else (0, -(-count // QUERIES))
         return range(first, count, stride)
 
     def told(self) -> dict[str, Any]:
-        """The options of the layer's attention, from its name in ATTENTIONS or from the config."""
+        """Options of the layer's attention, from its entry in ATTENTIONS and from the config."""
         return getattr(self.layer.attend, "keywords", {}) | self.options
 
     def uses(self, function: Callable) -> bool:
-        """Whether the layer's attention is function, with any arguments."""
+        """Whether the layer's attention is function, with any options."""
         return getattr(self.layer.attend, "func", self.layer.attend) is function
 
     def mass(self) -> Tensor | None:
-        """What linear attention over all keys divides by, (B, H, N): phi(q) times the sum of
-        phi(k), Eq. (5), NaLa's with a query's largest channel scaled to 1, Eq. (12). None for
-        another attention."""
+        """The normaliser of linear attention over all keys, (B, H, N): phi(q) . z, Eq. (5). NaLa
+        scales a query's largest channel to 1, Eq. (12). None for other attentions."""
         told = self.told()
         if self.uses(nala_attention):
             shared = chosen(told, "feature_map", "lam", "alpha")
@@ -217,18 +216,17 @@ class AttentionInputs(NamedTuple):
 
 
 def chosen(told: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Those of told that have one of names."""
+    """The entries of told with these names."""
     return {name: x for name, x in told.items() if name in names}
 
 
 @torch.no_grad()
 def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionInputs]:
-    """The inputs of each block's attention, from the first block to the last, when model reads
-    inputs.
+    """The inputs of each block's attention, first to last, when model reads inputs.
 
-    inputs: tokens (B, N), or images (B, 3, height, width) uint8, all read at once.
+    inputs: tokens (B, N), or images (B, 3, height, width) uint8, read as one batch.
     """
-    model = getattr(model, "_orig_mod", model)  # not torch.compile's, which calls no hooks
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls no hooks
     seen: list[tuple] = []
     layers = [block.attention for block in model.blocks]
     hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call)) for layer in layers]
@@ -251,14 +249,14 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
 
 @torch.no_grad()
 def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
-    """Statistics of each block's attention, first to last, as model reads inputs. Reads at most
-    at_once(model, inputs) of them; otherwise as attention_inputs.
+    """Statistics of each block's attention, first to last, when model reads inputs. Uses only the
+    first at_once(model, inputs) of them. Arguments as for attention_inputs.
 
-    For each block: its attention, and QUANTILES over all heads and examples of query_norm and, for
-    NaLa, power, Eq. (7), of all tokens; of entropy in nats and top, the largest weight, for QUERIES
-    evenly chosen patches, or for the last token of a text, which sees all others; and for linear
-    attention least_normaliser, the smallest value that it divides by. An attention that is a module
-    has no weights common to all channels of a value, and so no entropy.
+    Each dict has the name of the attention, and QUANTILES over all heads and examples. query_norm
+    and, for NaLa, power, Eq. (7), are over all tokens. entropy, in nats, and top, the largest
+    weight, are over AttentionInputs.tokens. A module's weights may differ between the channels of a
+    value, so it has neither. Linear attention has least_normaliser, the smallest value that it
+    divides by.
     """
     blocks, inputs = [], inputs[: at_once(model, inputs)]
     for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):
@@ -281,11 +279,11 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
 
 
 def norms_and_entropies(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Tensor]]:
-    """For each block, one number per head and token: the token's query_norm and key_norm, and the
-    entropy of its query's attention in nats. Each is (H, n).
+    """For each block, query_norm, key_norm and entropy, in nats, of each head and token. Each is
+    (H, n).
 
-    inputs: as for attention_inputs, any number of them. The tokens are the last ones of texts,
-    which see all others, or QUERIES evenly chosen patches of each image.
+    inputs: as for attention_inputs, but any number of them. The tokens are those of
+    AttentionInputs.tokens: the last one of each text, or at most QUERIES patches of each image.
     """
     batches = [attention_inputs(model, part) for part in inputs.split(at_once(model, inputs))]
     found = []
@@ -301,8 +299,8 @@ def norms_and_entropies(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[st
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's correlation of x and y, (..., n) each: 1 if both grow together, -1 if one falls as
-    the other grows. Equal numbers keep their order."""
+    """Spearman's rank correlation of x and y, each (..., n): 1 if both grow together, -1 if one
+    falls as the other grows. Ties are ranked in order of appearance."""
     ranks = torch.stack([x, y]).argsort(dim=-1, stable=True).argsort(dim=-1).double()
     ranks = ranks - ranks.mean(dim=-1, keepdim=True)
     return F.cosine_similarity(*ranks, dim=-1)
@@ -311,13 +309,12 @@ def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
 def attention_maps(
     model: NaLaViT, images: Tensor, block: int = -1, feature_maps: Sequence[str] = MAPS
 ) -> dict[str, Tensor]:
-    """The weights of each patch's attention under several kernels, from the queries and keys of one
-    block.
+    """The attention weights of each patch under several kernels, from the queries and keys of one
+    block. It was trained with one kernel; the others show what they would do with the same inputs.
 
     images: (B, 3, height, width) uint8. Returns for each feature map the weights (B, R, S, R, S) of
-    a query at (r, s) over the grid, averaged over the heads; a head where the query has no mass
-    adds nothing. The block was trained with one kernel; the others show what they would make of the
-    same queries and keys. On the CPU, to be drawn.
+    a query at (r, s) over the grid, on the CPU, averaged over the heads. A head where the query has
+    no mass contributes zeros.
     """
     chosen = attention_inputs(model, images)[block]
     grid = chosen.x.shape[1:3]
@@ -328,7 +325,7 @@ def attention_maps(
 
 
 def confusion_matrix(guesses: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Number of examples of each class (row) that were classified as each class (column).
+    """Number of examples of each true class (row) per predicted class (column).
 
     guesses, labels: (n,) integers. Returns (num_classes, num_classes), with sum n.
     """
@@ -337,8 +334,8 @@ def confusion_matrix(guesses: Tensor, labels: Tensor, num_classes: int) -> Tenso
 
 
 def worst_pairs(confusion: Tensor) -> list[tuple[int, int, int]]:
-    """The three pairs of classes most often confused, in either direction: (first, second,
-    mistakes), most mistakes first; fewer if there are no more.
+    """The three pairs of classes confused most often, in either direction, as (first, second,
+    mistakes), most mistakes first. Pairs without mistakes are left out.
 
     confusion: (Y, Y), from confusion_matrix.
     """
@@ -350,10 +347,10 @@ def worst_pairs(confusion: Tensor) -> list[tuple[int, int, int]]:
 
 @dataclass
 class Settings:
-    """Measure the entropy of attention's weights against the norm of the query."""
+    """Measure the entropy of attention weights against the norm of the query."""
 
     out: Path = flag(
-        runcard.RESULTS if runcard.RESULTS.is_dir() else Path("runs"),  # not beside a wheel
+        runcard.RESULTS if runcard.RESULTS.is_dir() else Path("runs"),  # not next to a wheel
         "folder for the run card and the picture",
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 try:
     Path.home()
-except RuntimeError:  # no HOME, and an unknown user: matplotlib up to 3.9 cannot be imported
+except RuntimeError:  # no HOME and no passwd entry: matplotlib up to 3.9 fails to import
     os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir(), "nala_min")))
 
 import matplotlib
@@ -23,11 +23,11 @@ from torch import Tensor
 from nala_min.model import entropy
 from nala_min.runcard import write_whole
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's palette, safe for colour-blind readers.
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#d55e00", "#0072b2", "#009e73"
 PURPLE, YELLOW = "#cc79a7", "#e69f00"
 
-# One look for each attention, by the name of its feature map, wherever it is drawn.
+# The look of each attention in every plot, by the name of its feature map.
 LOOKS = {
     "softmax": {"label": "softmax", "color": BLACK, "linestyle": "--"},
     "cosine": {"label": "NaLa", "color": ORANGE, "linestyle": "-"},
@@ -50,31 +50,31 @@ STYLE = {
     "lines.linewidth": 2,
     "savefig.dpi": 150,
 }
-_styled = matplotlib.rc_context(STYLE)  # for as long as a function runs
+_styled = matplotlib.rc_context(STYLE)  # decorator: applies STYLE while a function runs
 
 
 @_styled
 def figure(
     rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float = 3.6, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure of width x height inches, and its axes: one, or an array of them.
+    """A figure of width x height inches, and its axes: one or an array.
 
-    options: as for matplotlib's Figure.subplots. Without pyplot: no display, no global state.
+    options: as for matplotlib's Figure.subplots. Avoids pyplot, its display and its global state.
     """
     made = Figure(figsize=(width, height))
     return made, made.subplots(rows, columns, **options)
 
 
 def write(picture: Figure, path: Path | str) -> None:
-    """Write picture as a PNG, whole or not at all."""
+    """Write picture as a PNG, completely or not at all."""
     dpi = STYLE["savefig.dpi"]
     write_whole(path, lambda file: picture.savefig(file, format="png", dpi=dpi))
 
 
 @_styled
 def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Figure:
-    """Entropy, and the number of keys over which even attention has it, against the norm of the
-    query: one line per feature map."""
+    """Entropy and effective number of keys against the norm of the query, one line per feature
+    map."""
     picture, axes = figure(height=3.9)
     for name, values in entropies.items():
         axes.plot(norms, np.exp(values), **LOOKS[name])
@@ -115,9 +115,8 @@ def curve(history: list[dict[str, float]], title: str) -> Figure:
 
 @_styled
 def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str) -> Figure:
-    """One row per picture: the query patch at the middle of its grid, framed, and its weights over
-    the image under each kernel, as multiples of the weight that every patch has when attention is
-    even.
+    """One row per picture. The query patch, at the middle of the grid, is framed. Next to the
+    picture are its attention weights under each kernel, relative to uniform attention.
 
     pictures: (B, 3, height, width) uint8; maps: from measure.attention_maps.
     """
@@ -161,8 +160,8 @@ def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str)
 
 @_styled
 def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """The confusion matrix counts, (Y, Y), in per cent of each class."""
-    counts = counts.double()  # or a quotient of integers has the default dtype
+    """The confusion matrix counts, (Y, Y), in per cent of each true class."""
+    counts = counts.double()  # a quotient of integers would have the default dtype
     shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     picture, axes = figure(height=5.8)
     axes.grid(False)
@@ -182,11 +181,11 @@ def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
 def attention_stats(
     blocks: list[dict[str, Any]], beside: list[dict[str, Any]], num_keys: int | None = None
 ) -> Figure:
-    """measure.attention_stats of two models, block by block: medians, with bars over the middle
-    nine tenths of all queries.
+    """measure.attention_stats of two models, block by block: medians, with bars from the 5th to the
+    95th percentile.
 
-    blocks: of a model with NaLa in every block; beside: of one with softmax; num_keys: number of
-    keys per query, for a line at the highest possible entropy.
+    blocks: from a model with NaLa in every block; beside: from one with softmax; num_keys: number
+    of keys per query, for a line at the highest possible entropy.
     """
     wanted = {
         "query_norm": "norm of the query",
@@ -221,14 +220,14 @@ def attention_stats(
         axes.annotate(
             text, (0.55, height), **place, bbox={"color": "white", "pad": 0.5}, zorder=1.5
         )
-    panels[1].legend(*panels[0].get_legend_handles_labels(), loc="center")  # nothing else is there
+    panels[1].legend(*panels[0].get_legend_handles_labels(), loc="center")  # this spot is empty
     return picture
 
 
 @_styled
 def speed(results: dict[str, Any]) -> Figure:
     """Time and memory of a forward and a backward pass against the number of tokens, and time per
-    decoded token against the context. results: those of a card of nala_min.lab.bench."""
+    decoded token against the context. results: from a card of nala_min.lab.bench."""
     looks = {
         "softmax": LOOKS["softmax"] | {"label": "softmax, fused"},
         "nala": LOOKS["cosine"],
@@ -274,10 +273,10 @@ def speed(results: dict[str, Any]) -> Figure:
 
 @_styled
 def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Figure:
-    """Several training runs per attention. Left: a line through the mean of their curves, in a band
-    from the lowest to the highest. Right: a dot for each run's result and a stroke at the mean.
+    """Several training runs per attention. Left: the mean of their curves, in a band from lowest to
+    highest. Right: a dot per run for its result, and a stroke at the mean.
 
-    cards: run cards by the name of the feature map; result: the key to show, in their history and
+    cards: run cards by name of the feature map; result: the key to plot, in their history and
     results; label: its name and unit.
     """
     picture, (left, right) = figure(1, 2, width=9.6, height=3.8)
@@ -306,8 +305,8 @@ def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Fi
 
 @_styled
 def premise(results: dict[str, Any]) -> Figure:
-    """Entropy against the norm of the query and of the key, one point per token and
-    head, one column per attention. results: those of a card of nala_min.lab.premise."""
+    """Entropy against the norms of the query and the key, one point per token and head, one column
+    per attention. results: from a card of nala_min.lab.premise."""
     points, labels = results["points"], {"query_norm": "query", "key_norm": "key"}
     picture, grid = figure(2, len(points), width=9.6, height=5.2, sharey=True)
     picture.suptitle(
@@ -333,7 +332,7 @@ def premise(results: dict[str, Any]) -> Figure:
     return picture
 
 
-# What a study's pictures call its variants; ", same state" and the like are added.
+# Display names of a study's variants. Suffixes such as ", same state" are kept.
 NAMES = {
     "nala": "NaLa",
     "split": "NaLa, sign split",
@@ -357,12 +356,12 @@ NAMES = {
 
 
 def name_of(variant: str) -> str:
-    """The name of a study's variant in pictures; a file of yours keeps its own."""
+    """Display name of a study's variant. A user's file keeps its own name."""
     first, *rest = variant.split(", ")
     return ", ".join([NAMES.get(first, first), *rest])
 
 
-# How a study draws its variants as lines; as dots, all others are grey.
+# Line styles of a study's variants. In dot plots, all others are grey.
 VARIANTS = {
     "softmax": LOOKS["softmax"],
     "nala": LOOKS["cosine"],
@@ -375,13 +374,13 @@ VARIANTS = {
 
 @_styled
 def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
-    """Accuracy against the number of pairs, for those of VARIANTS that are in rows: a line through
-    the mean over the seeds, in a band from the lowest to the highest.
+    """Accuracy against the number of pairs, for VARIANTS and user files in rows: the mean over
+    seeds, in a band from lowest to highest.
 
     rows: the runs of a card of nala_min.lab.compare.
     """
     picture, axes = figure()
-    files = {row["variant"] for row in rows if row["variant"].endswith(".py")}  # a reader's own
+    files = {row["variant"] for row in rows if row["variant"].endswith(".py")}  # a user's own
     own = {name: {"color": "#666666", "linestyle": "-."} for name in sorted(files)}
     for name, look in (VARIANTS | own).items():
         runs = [row for row in rows if row["variant"] == name]
@@ -403,9 +402,9 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
 
 @_styled
 def study(panels: dict[str, list[dict[str, Any]]], title: str = "") -> Figure:
-    """One panel per result: for each variant a dot per run and a stroke at the mean.
+    """One panel per result: for each variant, a dot per run and a stroke at the mean.
 
-    panels: by the name of the result, the runs of a card of nala_min.lab.compare.
+    panels: the runs of a card of nala_min.lab.compare, by name of the result.
     """
     names = list(dict.fromkeys(row["variant"] for rows in panels.values() for row in rows))
     size = {"width": 2.6 + 3.4 * len(panels), "height": 1.2 + 0.27 * len(names)}

@@ -1,8 +1,8 @@
-"""Other attentions, registered by name, so that `--attention NAME` takes them like any other: the
-closest relatives of NaLa, and whatever a file of yours defines, `--attention FILE.py`.
+"""Other attentions, registered by name: the closest relatives of NaLa, for `--attention NAME`, and
+your own, for `--attention FILE.py`.
 
-Most are linear attention, Eq. (5), with other features. Where features learn, they are computed
-first, and linear_attention is given what is ready.
+Most are linear attention, Eq. (5), with other features. Features with parameters are computed first
+and then passed to linear_attention.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from nala_min.model import (
 
 
 def focused_features(x: Tensor) -> Tensor:
-    """Focused linear attention (FLatten, arXiv 2308.00442): ReLU(x) to the power of 3 per channel,
-    its norm kept. Its depthwise convolution is local(v) of Eq. (16)."""
+    """Focused linear attention (FLatten, arXiv 2308.00442): ReLU(x) cubed per channel,
+    rescaled to the norm of ReLU(x). FLatten's depthwise convolution is local(v) of Eq. (16)."""
     norm, direction = decompose(F.relu(x))  # (..., 1), (..., D)
     return norm * decompose(direction.pow(3))[1]  # (..., D)
 
 
 def clipped_query_features(q: Tensor) -> Tensor:
-    """NaLa without its cosine map: the power of Eq. (7), of what ReLU leaves."""
+    """NaLa without the cosine map: the power of Eq. (7), after ReLU."""
     norm, direction = decompose(q)  # (..., 1), (..., D)
     return clipped_power(direction, query_power(norm))
 
 
 def clipped_key_features(k: Tensor) -> Tensor:
-    """NaLa without its cosine map: the power of Eq. (8), of what ReLU leaves."""
+    """NaLa without the cosine map: the power of Eq. (8), after ReLU."""
     return clipped_power(k, 3.0)
 
 
@@ -63,15 +63,15 @@ def clipped_power(x: Tensor, power: Tensor | float) -> Tensor:
 
 
 def given(features: Tensor) -> Tensor:
-    """The identity, for what is features already."""
+    """The identity, for features that are already computed."""
     return features
 
 
 class Polar(nn.Module):
-    """Polarity-aware linear attention (PolaFormer, arXiv 2501.15061): half of the value's channels
-    by pairs of equal sign, the other half by pairs of opposite sign. Each channel's exponent is
-    learned, from 1 to 4, at first 2.5. The gate of Eq. (16) takes the place of its learned signs of
-    the two halves."""
+    """Polarity-aware linear attention (PolaFormer, arXiv 2501.15061): pairs of query and key
+    channels of equal sign weight one half of a value's channels, pairs of opposite sign the other
+    half. Each channel learns an exponent from 1 to 4, initially 2.5. The gate of Eq. (16) replaces
+    PolaFormer's learned signs of the two halves."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -96,12 +96,12 @@ class Polar(nn.Module):
 def magnitude_aware(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, state=None, return_state=False
 ) -> Tensor | tuple[Tensor, Any]:
-    """Magnitude-aware linear attention (MALA, arXiv 2507.00698): weights beta a_i - gamma with
-    a_i = phi(q) phi(k_i), S their sum, beta = 1 + 1 / S, gamma = S / n over n visible keys. They
-    sum to 1, may be negative, and get sharper as S grows with the query: the output is (1 + S)
+    """Magnitude-aware linear attention (MALA, arXiv 2507.00698): weights beta a_i - gamma over n
+    visible keys, with a_i = phi(q) phi(k_i), S = sum a_i, beta = 1 + 1 / S and gamma = S / n. They
+    sum to 1, can be negative, and get sharper as S grows with the query. The output is (1 + S)
     times Eq. (5) minus S times the mean value.
 
-    phi is elu + 1; we divide a_i by n sqrt(D), so that S does not grow with n.
+    phi is elu + 1. We divide a_i by n sqrt(D), so S does not grow with n.
     """
     linear, values, read = state or (None, 0.0, 0)  # [S z] of Eq. (14), sum of v, number of tokens
     o, after = nala_attention(
@@ -122,22 +122,22 @@ def magnitude_aware(
 
 
 def softmax_features(x: Tensor) -> Tensor:
-    """Features of Hedgehog's kind (arXiv 2402.04347): a softmax over the channels of x and -x,
-    sharper where x is longer. The matrix that it learns is in the block's projections already."""
+    """Features like Hedgehog's (arXiv 2402.04347): a softmax over the channels of x and -x, sharper
+    for longer x. The block's projections already contain the matrix that Hedgehog learns."""
     return torch.cat([x, -x], dim=-1).softmax(dim=-1)  # (..., 2D)
 
 
 def injective(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, state=None, return_state=False
 ) -> Tensor | tuple[Tensor, Any]:
-    """Injective linear attention (InLine, arXiv 2412.06590): weights a_i - mean a + 1 / n with
-    a_i = q k_i over n visible keys. They sum to 1 without a division, may be negative, and differ
-    more the longer the query is. We divide a_i by n sqrt(D), so that they do not grow with n."""
+    """Injective linear attention (InLine, arXiv 2412.06590): weights a_i - mean a + 1 / n over n
+    visible keys, with a_i = q k_i. They sum to 1 without a division, can be negative, and differ
+    more for longer queries. We divide a_i by n sqrt(D), so they do not grow with n."""
     kind = v.dtype
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     values = F.pad(v, (0, 1), value=1.0)  # (B, H, N, M + 1)
     nothing = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1)
-    sums, told, read = state or (nothing, 0.0, 0)  # k^T [v 1] and v, summed; number of tokens
+    sums, told, read = state or (nothing, 0.0, 0)  # sums of k^T [v 1] and v; number of tokens
     if causal:
         total, sums = chunked(q, k, values, sums)  # (B, H, N, M + 1), (B, H, D, M + 1)
         told = v.cumsum(dim=2) + told  # (B, H, N, M)
@@ -151,14 +151,15 @@ def injective(
 
 
 class Delta(nn.Module):
-    """DeltaNet (arXiv 2406.06484): before a key is written, a share of the state's value for it
-    is erased. S_t = S_{t-1} + share k_t^T (v_t - k_t S_{t-1}), o_t = q_t S_t, with directions of
-    SiLU(q) and SiLU(k). Each head learns one share; DeltaNet makes it from the token. In a loop
-    over the tokens, so for short texts; an image's patches are all written before one is read."""
+    """DeltaNet (arXiv 2406.06484): before a key's value is written, a share of its old value is
+    erased from the state. S_t = S_{t-1} + share k_t^T (v_t - k_t S_{t-1}), o_t = q_t S_t, with the
+    directions of SiLU(q) and SiLU(k). Each head learns one share; DeltaNet computes it from the
+    token. This loops over tokens, so use it for short texts. For images, all patches are written
+    before any is read."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.share = nn.Parameter(torch.zeros(config.num_heads))  # before a sigmoid
+        self.share = nn.Parameter(torch.zeros(config.num_heads))  # before the sigmoid
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal, state=None, return_state=False):
         kind = v.dtype
@@ -189,24 +190,25 @@ ATTENTIONS["hedgehog"] = partial(
 ATTENTIONS["injective"] = injective
 ATTENTIONS["delta"] = Delta
 
-# --- Yours ----------------------------------------------------------------------------------------
+# --- Your own -------------------------------------------------------------------------------------
 
 
 def is_file(name: str) -> bool:
-    """Whether an attention's name is that of a file."""
+    """Whether an attention's name is a file name."""
     return name.endswith(".py")
 
 
 def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
-    """Register what the file at path defines, under the name path. Returns the file's SHA-256.
+    """Register the attention that the file at path defines, under the name path. Returns the
+    file's SHA-256.
 
     The file defines query_features(q) and key_features(k), (..., D) to non-negative (..., F), for
     linear_attention; or attention(q, k, v, *, causal, state=None, return_state=False), which takes
-    and returns what nala_attention does. Its state may be anything. Both are tried on a few
-    tokens of dim channels. The file runs as any script of yours does.
+    and returns the same as nala_attention. Its state can be any object. The functions are tried on
+    a few tokens of dim channels. The file is executed like any Python script.
 
-    Raises ValueError, in one line, for a file that cannot be read or run, defines neither, or
-    whose functions do not do that.
+    Raises ValueError, with a one-line message, if the file cannot be read or run, or if its
+    functions are missing or wrong.
     """
     path = os.fspath(path)
     try:
@@ -219,7 +221,7 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
     found = [getattr(module, name, None) for name in names]
     attention = getattr(module, "attention", None)
     if (attention is None) == (found == [None, None]) or None in found != [None, None]:
-        raise ValueError(f"{path} must define query_features and key_features, or else attention")
+        raise ValueError(f"{path} must define query_features and key_features, or attention")
     try:
         with torch.random.fork_rng(devices=[]):
             if attention is None:
@@ -259,11 +261,11 @@ def _try_features(functions: dict[str, Callable], dim: int) -> None:
         phi = _called(name, function, x)
         shape = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
         if shape[:3] != (2, 3, 5) or len(shape) != 4:
-            raise ValueError(f"{name} must return (2, 3, 5, F) of {tuple(x.shape)}: {shape}")
+            raise ValueError(f"{name} must return (2, 3, 5, F) for {tuple(x.shape)}: {shape}")
         if not phi.is_floating_point():
             raise ValueError(f"{name} must return floating-point numbers: {phi.dtype}")
         if not phi.isfinite().all() or phi.min() < 0:
-            raise ValueError(f"{name} must be finite and not negative: {phi.min().item():.3g}")
+            raise ValueError(f"{name} must be finite and non-negative: {phi.min().item():.3g}")
         sizes.append(phi.shape[3])
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -295,4 +297,6 @@ def _try_attention(attention: Callable, dim: int, causal: bool) -> None:
         if not torch.allclose(head, whole[:, :, :4], rtol=1e-3, atol=1e-4):
             raise ValueError("attention sees the future: a later token changes an earlier output")
         if not torch.allclose(tail, whole[:, :, 4:], rtol=1e-3, atol=1e-4):
-            raise ValueError("attention does not continue from its state: a split text differs")
+            raise ValueError(
+                "attention does not continue from its state: splitting a text changes the output"
+            )

@@ -1,4 +1,4 @@
-"""Stand-ins for real data where there is no network: drawn digits, and the Python manual."""
+"""Stand-ins for real data without a network: drawn digits and the Python manual."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What a result calls them.
+# Their names in results.
 STAND_IN = "Python manual (stand-in)"
 DRAWN = "drawn digits (stand-in)"
 
@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def python_manual() -> str:
-    """The text that comes with Python's help()."""
+    """The topics of Python's help(), as one text."""
     return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
@@ -26,13 +26,13 @@ FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif"
     " DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmb10"
     " cmss10 cmtt10"
-).split()  # those of matplotlib that have digits
+).split()  # matplotlib's fonts that have digits
 
 
 def drawn_digits(num_train: int, num_test: int) -> tuple[Pair, Pair]:
-    """Digits in many fonts, rotated, bent and coloured, over clutter: shaped like CIFAR-10, made in
-    seconds, always the same. Light on dark as often as dark on light, so no linear classifier can
-    read them.
+    """Digits in many fonts, rotated, warped and coloured, over clutter: in the format of CIFAR-10,
+    drawn in seconds, always the same. Light on dark is as frequent as dark on light, so no linear
+    classifier can read them.
 
     Returns training and test data: images (n, 3, 32, 32) uint8, labels (n,) int64.
     """
@@ -74,12 +74,12 @@ def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[T
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, **floats)
 
-    def smooth(cells):  # noise of a few cells, as wide as the image
+    def smooth(cells):  # a coarse grid of noise, resized to the image
         coarse = torch.randn(count, 3, cells, cells, **floats)
         return F.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=True)
 
     def write(digits, shift, scale, turn):
-        """Ink (count, 1, 32, 32) of digits in random fonts, moved, scaled, turned and bent."""
+        """Ink (count, 1, 32, 32) of digits in random fonts, shifted, scaled, rotated and warped."""
         fonts = torch.randint(len(glyphs), (count,), **here)
         angle, size = uniform(-turn, turn), uniform(*scale)
         cos, sin = angle.cos() / size, angle.sin() / size
@@ -90,12 +90,12 @@ def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[T
 
     labels = torch.randint(10, (count,), **here)
     picture = uniform(0.1, 0.9, 3, 1, 1) + 0.12 * smooth(5)
-    for _ in range(3):  # pieces of other digits, larger, off the middle, faint
+    for _ in range(3):  # clutter: faint pieces of larger, off-centre digits
         other = torch.randint(10, (count,), **here)
         ink = write(other, shift=1.6, scale=(0.6, 1.6), turn=3.1)
         picture = picture + uniform(-0.35, 0.35, 3, 1, 1) * ink
     ink = write(labels, shift=0.25, scale=(0.7, 1.1), turn=0.45)
-    sign = uniform(-1, 1, 1, 1, 1).sign()  # lighter than its ground, or darker
+    sign = uniform(-1, 1, 1, 1, 1).sign()  # lighter or darker than the background
     picture = picture + sign * uniform(0.3, 0.7, 3, 1, 1) * ink
     picture = picture + 0.03 * torch.randn(picture.shape, **floats)
     return (picture.clamp(0, 1) * 255).to(torch.uint8), labels

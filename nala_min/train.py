@@ -21,35 +21,35 @@ from nala_min.checkpoint import Run, Stop
 from nala_min.flags import UsageError, flag
 from nala_min.model import ATTENTIONS
 
-# --- What every script is told --------------------------------------------------------------------
+# --- Settings of every script ---------------------------------------------------------------------
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # rate ÷ the peak, after a share of the run
+SCHEDULES: dict[str, Callable[[float], float]] = {  # rate / peak, after a fraction of the run
     "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done),  # to a tenth
+    "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done),  # decays to a tenth
 }
 
 
 @dataclass
 class Settings:
-    """Flags that every script has; a script's subclass adds its own. A flag named in PRESETS takes
-    the value of the chosen preset unless it is given.
+    """Flags that all scripts share; each script's subclass adds its own. A flag that is not given
+    takes its value from the chosen preset, if PRESETS has one.
 
-    Raises UsageError for values that no run can have.
+    Raises UsageError for invalid values.
     """
 
-    NAME: ClassVar[str] = ""  # of the run's folder
+    NAME: ClassVar[str] = ""  # starts the name of the run's folder
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
-    CAUSAL: ClassVar[bool] = True  # whether a token sees the past only
+    CAUSAL: ClassVar[bool] = True  # whether a token sees only the past
 
     preset: str | None = flag(
         None, "model size and recipe (default: gpu on CUDA, else cpu)", choices=["cpu", "gpu"]
     )
     attention: str = flag(
-        "nala", "a name, or your own FILE.py; or one per block: nala,nala,softmax,softmax"
+        "nala", "a name or your own FILE.py, or one per block: nala,nala,softmax,softmax"
     )
     seed: int = flag(1, "seed for the weights, the data order and dropout")
     out: Path | None = flag(
-        None, "folder for this run (default: named after the flags, in runs/)", decides=False
+        None, "folder for this run (default: in runs/, named after the flags)", decides=False
     )
     device: str = flag(
         "auto", "device to train on", choices=["auto", "cpu", "cuda", "mps"], decides=False
@@ -60,11 +60,11 @@ class Settings:
     batch: int | None = flag(None, "examples per batch")
     lr: float | None = flag(None, "peak learning rate of AdamW")
     muon: float | None = flag(
-        None, "peak learning rate of Muon for the matrices; 0: AdamW for everything", zero=True
+        None, "peak learning rate of Muon, for matrices; 0: AdamW for everything", zero=True
     )
     weight_decay: float | None = flag(None, "decoupled weight decay of matrices", zero=True)
     schedule: str = flag(
-        "linear", "decay: linear to 0, or cosine to a tenth", choices=list(SCHEDULES)
+        "linear", "learning-rate decay: linear to 0, or cosine to a tenth", choices=list(SCHEDULES)
     )
     dropout: float | None = flag(None, "dropout probability", zero=True)
     layers: int | None = flag(None, "number of blocks")
@@ -80,15 +80,17 @@ class Settings:
                 setattr(self, name, default)
             value = getattr(self, name)
             if not (0 < value < 2**31 or (value == 0 and name in zero)):
-                wanted = "0 or more" if name in zero else "positive"
+                wanted = "at least 0" if name in zero else "positive"
                 given = f"--{name.replace('_', '-')} {value}"
-                raise UsageError(f"{given} is not {wanted} and below 2^31")
+                raise UsageError(f"{given} must be {wanted} and below 2^31")
         if self.batch % distributed.world_size():
             processes = distributed.world_size()
-            raise UsageError(f"--batch {self.batch} is not divisible by {processes} processes")
+            raise UsageError(
+                f"--batch {self.batch} must be divisible by the number of processes, {processes}"
+            )
         if self.dropout >= 1:
-            raise UsageError(f"--dropout {self.dropout} is not a probability in [0, 1)")
-        self.files: dict[str, str] = {}  # SHA-256 of each file that --attention names
+            raise UsageError(f"--dropout {self.dropout} must be a probability in [0, 1)")
+        self.files: dict[str, str] = {}  # SHA-256 of each file in --attention
         for name in filter(relatives.is_file, self.attention.split(",")):
             dim = max(1, self.dim // self.heads)
             try:
@@ -100,11 +102,11 @@ class Settings:
         except ValueError as error:
             raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
         if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed {self.seed} is not a number from 0 to 2^63 - 1")
-        names = self.attention.split(",")  # there may be one for each block
+            raise UsageError(f"--seed {self.seed} must be from 0 to 2^63 - 1")
+        names = self.attention.split(",")  # one, or one per block
         attention = "-".join(Path(n).stem if relatives.is_file(n) else n for n in names)
         run = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
-        for name, default in self.defaults().items():  # other flags, another folder
+        for name, default in self.defaults().items():  # add values that differ from the preset's
             if getattr(self, name) != default:
                 run += f"_{name}{getattr(self, name):g}"
         run += f"_{self.schedule}" if self.schedule != "linear" else ""
@@ -116,13 +118,13 @@ class Settings:
         return self.PRESETS[self.preset]
 
     def config(self) -> dict[str, Any]:
-        """What determines the result, ready for JSON."""
+        """Everything that determines the result, ready for JSON."""
         flags = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
-        flags |= {"compile": True} if self.compile else {}  # changes rounding
+        flags |= {"compile": True} if self.compile else {}  # compilation changes rounding
         return flags | ({"attention_sha256": self.files} if self.files else {})
 
     def recipe(self, device: torch.device) -> Recipe:
-        """The recipe: ten points on the curve; bfloat16 on a CUDA card that has it."""
+        """The recipe, with ten points on the curve, and bfloat16 on CUDA cards that support it."""
         every = max(1, self.steps // 10)
         return Recipe(
             self.steps,
@@ -137,10 +139,10 @@ class Settings:
 
 
 def load_attentions(config: dict[str, Any], settings: Settings) -> None:
-    """Register the files that define a saved run's attention, at the places that --attention names
-    now.
+    """Register the files that define a saved run's attention. If --attention now names a file with
+    the same content at another path, uses that one.
 
-    Raises UsageError for a file that is missing or has changed.
+    Raises UsageError if a file is missing or has changed.
     """
     places = {digest: name for name, digest in settings.files.items()}
     for name, digest in config.get("attention_sha256", {}).items():
@@ -149,15 +151,17 @@ def load_attentions(config: dict[str, Any], settings: Settings) -> None:
             found = relatives.register(place, dim, causal=settings.CAUSAL)
         except ValueError as error:
             raise UsageError(
-                f"the run's attention: {error}: name its file by --attention"
+                f"the run's attention: {error}: give its file with --attention"
             ) from error
         if found != digest:
-            raise UsageError(f"{name} is not what the run was trained with: it has changed since")
+            raise UsageError(
+                f"{name} has changed since the run was trained: give the original with --attention"
+            )
         ATTENTIONS[name] = ATTENTIONS[place]
 
 
 def block_options(config: dict[str, Any]) -> dict[str, Any]:
-    """The options for LMConfig and ViTConfig in a run's config."""
+    """Options for LMConfig or ViTConfig, from a run's config."""
     names = config["attention"].split(",")
     return {
         "num_layers": config["layers"],
@@ -170,9 +174,9 @@ def block_options(config: dict[str, Any]) -> dict[str, Any]:
 
 def choose_device(name: str) -> torch.device:
     """The device called name; "auto" is the first available of cuda, mps, cpu. With several
-    processes on a machine, each takes its own CUDA card.
+    processes on a machine, each gets its own CUDA card.
 
-    Raises UsageError for a device that is not available, or with fewer cards than processes.
+    Raises UsageError if the device is not available, or if there are fewer cards than processes.
     """
     several = distributed.world_size() > 1
     there = {
@@ -188,8 +192,8 @@ def choose_device(name: str) -> torch.device:
         cards, processes = torch.cuda.device_count(), distributed.local_size()
         if cards < processes:
             raise UsageError(
-                f"{processes} processes on a machine with {cards} CUDA cards: start as many as"
-                " there are cards, or use --device cpu"
+                f"{processes} processes on a machine with {cards} CUDA cards: start one process"
+                " per card, or use --device cpu"
             )
         torch.cuda.set_device(distributed.local_rank())
         return torch.device(name, distributed.local_rank())
@@ -197,7 +201,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether device is a CUDA card that computes in bfloat16; older ones only emulate it."""
+    """Whether device is a CUDA card with native bfloat16; older cards only emulate it."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -206,32 +210,32 @@ def has_bfloat16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, or Muon beside it, with linear warm-up and then a schedule's decay."""
+    """How to train: AdamW, alone or with Muon, with linear warm-up and a decay schedule."""
 
     steps: int
     learning_rate: float
-    muon: float | None = None  # learning rate of Muon, for matrices; None or 0: AdamW for all
+    muon: float | None = None  # learning rate of Muon, for matrices; None or 0: AdamW only
     warmup: int = 100
     weight_decay: float = 0.1
     schedule: str = "linear"  # a name in SCHEDULES
     beta2: float = 0.99
     clip: float = 1.0
-    eval_every: int = 500  # steps between two points of the curve, and two checkpoints
+    eval_every: int = 500  # steps between points of the curve, and between checkpoints
     bfloat16: bool = False
-    seed: int = 1  # of dropout
+    seed: int = 1  # for dropout
 
     def learning_rate_at(self, step: int, highest: float) -> float:
-        """Learning rate of step 0, 1, ..., steps - 1; its peak is highest."""
+        """Learning rate at step 0, 1, ..., steps - 1, with peak highest."""
         warm = min(1.0, (step + 1) / self.warmup)
         return highest * warm * SCHEDULES[self.schedule](step / self.steps)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal before it is added, so every direction learns at the
-    same speed (Jordan and others 2024, https://kellerjordan.github.io/posts/muon).
+    """Momentum with an orthogonalised update, so every direction learns at the same speed (Jordan
+    and others 2024, https://kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon does not take convolutions, and works in bfloat16, which is slow on a CPU
-    without such arithmetic.
+    torch.optim.Muon does not accept convolutions, and it computes in bfloat16, which is slow on a
+    CPU without native support.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float):
@@ -244,7 +248,7 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:  # not frozen, and used
                     alike.setdefault(weight.shape, []).append(weight)
-            for weights in alike.values():  # all of one shape together: a few large products
+            for weights in alike.values():  # stack matrices of one shape: a few large products
                 steps = orthogonal(torch.stack([self._ahead(weight) for weight in weights]))
                 rate = group["lr"] * max(1.0, steps.shape[1] / steps.shape[2]) ** 0.5
                 for weight, step in zip(weights, steps, strict=True):
@@ -252,7 +256,7 @@ class Muon(torch.optim.Optimizer):
                     weight.sub_(rate * step.view_as(weight))
 
     def _ahead(self, weight: nn.Parameter) -> Tensor:
-        """Nesterov's momentum, as a matrix with a row for each output."""
+        """Nesterov momentum, as a matrix with one row per output."""
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
@@ -261,17 +265,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The nearest orthogonal matrix to each of x, roughly: its singular values become about 1.
+    """Roughly the nearest orthogonal matrix to each matrix in x: singular values become about 1.
 
-    x: (..., R, S). By Newton-Schulz iteration with Jordan's coefficients: five steps of an odd
-    polynomial map singular values between 0.002 and 1 to between 0.68 and 1.21.
+    x: (..., R, S). Uses Newton-Schulz iteration with Jordan's coefficients: five steps of an odd
+    polynomial map singular values in [0.002, 1] to [0.68, 1.21].
     """
     if x.shape[-2] > x.shape[-1]:
         return orthogonal(x.mT).mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     gram = x @ x.mT  # (..., R, R): smaller than x
     factor = identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    for _ in range(5):  # the iterate is factor @ x, and gram its Gram matrix
+    for _ in range(5):  # the iterate is factor @ x, and gram is its Gram matrix
         polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         factor = polynomial @ factor
         gram = polynomial @ gram @ polynomial
@@ -279,8 +283,8 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, which decays matrices but not biases and normalisation gains. With recipe.muon, Muon
-    takes all matrices except those at the model's ends, embedding and head."""
+    """AdamW, with weight decay on matrices but not on biases and normalisation gains. With
+    recipe.muon, Muon trains all matrices except the embedding and the head."""
     ends = [getattr(model, name).weight for name in ("embed", "head") if hasattr(model, name)]
     inner = []
     if recipe.muon:
@@ -293,12 +297,12 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     adam = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
     optimizers = [adam, Muon(inner, recipe.muon, recipe.weight_decay)] if inner else [adam]
     for group in _groups(optimizers):
-        group["initial_lr"] = group["lr"]  # the highest, as PyTorch's schedulers call it
+        group["initial_lr"] = group["lr"]  # the peak; PyTorch's schedulers use this name
     return optimizers
 
 
 def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """Groups of parameters, each with its own learning rate."""
+    """All parameter groups, each with its own learning rate."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
@@ -308,7 +312,7 @@ def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
 def update(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, clip: float
 ) -> None:
-    """One step: gradients of loss, clipped to norm clip, and a step of each optimiser."""
+    """One training step: backpropagate loss, clip gradients to norm clip, step each optimiser."""
     model.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -330,27 +334,27 @@ def fit(
 ) -> tuple[list[dict[str, float]], float]:
     """Train model in place, on its device.
 
-    batch(step) gives inputs and targets and must depend on step alone; loss(model, inputs, targets)
-    gives a scalar; evaluate(model) gives numbers by name, such as validation_loss. checkpoint is
-    written at the start, before and after evaluate every recipe.eval_every steps and at the end,
-    and on Ctrl-C: model, optimisers, history and extra, a dict of plain values that must be the
-    same when the run is resumed. All randomness is a function of recipe.seed and the step, so a
-    resumed run is the same run. Afterwards each module is in its earlier mode, training or
-    evaluation. compile: train with torch.compile if there is a compiler; evaluation and checkpoints
-    stay the same.
+    batch(step) returns inputs and targets and must depend on step alone. loss(model, inputs,
+    targets) returns a scalar. evaluate(model) returns numbers by name, such as validation_loss.
+    checkpoint is written at the start, before and after evaluate (every recipe.eval_every steps and
+    at the end) and on Ctrl-C. It holds the model, the optimisers, the history and extra, a dict of
+    plain values that must be the same when the run is resumed. All randomness depends on
+    recipe.seed and the step alone, so a resumed run gives the same results. Afterwards each module
+    is back in its earlier mode, training or evaluation. compile: train with torch.compile if there
+    is a compiler; evaluation and checkpoints use the uncompiled model.
 
-    With several processes, each computes the gradient of its share of a batch; the first evaluates
+    With several processes, each computes the gradient of its share of a batch. The first evaluates
     and writes.
 
-    Returns the history, a dict per point with step, train_loss and the numbers from evaluate, and
-    the seconds spent. Raises UsageError if checkpoint cannot be written, belongs to another run, or
-    to an unfinished one and resume is not set; TypeError if extra or the numbers from evaluate are
-    not plain values. KeyboardInterrupt says how to continue.
+    Returns the history and the seconds spent. The history has a dict per point, with step,
+    train_loss and the numbers from evaluate. Raises UsageError if checkpoint cannot be written or
+    belongs to another run, or to an unfinished one and resume is not set. Raises TypeError if extra
+    or the numbers from evaluate are not plain values. KeyboardInterrupt says how to continue.
     """
     device = next(model.parameters()).device
-    is_cuda = device.type == "cuda"  # elsewhere a copy must not outlive its source
+    is_cuda = device.type == "cuda"  # elsewhere, an asynchronous copy may outlive its source
     run = Run(model, make_optimizers(model, recipe), recipe.steps, checkpoint, extra)
-    with Stop() as stop:  # first, so a run that has a checkpoint can always be stopped
+    with Stop() as stop:  # first, so a run with a checkpoint can always be stopped
         if resume:
             run.load()
         elif distributed.rank() == 0:
@@ -383,15 +387,15 @@ def fit(
                 run.losses.append(value.detach())
                 run.step += 1
                 bar.update()
-                if run.step % 20 == 1:  # reading a loss makes a GPU wait
+                if run.step % 20 == 1:  # reading a loss synchronises the GPU
                     bar.set_postfix(loss=f"{value.item():.3f}")
     return run.history, run.seconds()
 
 
 @contextmanager
 def _tensor_cores(wanted: bool) -> Iterator[None]:
-    """Products of float32 in TF32 inside the block, where they are much faster: for a run whose
-    other products are rounded to bfloat16, which is coarser."""
+    """If wanted, compute float32 matrix products in TF32 inside the block. It is much faster, and
+    more precise than bfloat16, which the run's other products use."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if wanted else before)
     try:
@@ -401,12 +405,12 @@ def _tensor_cores(wanted: bool) -> Iterator[None]:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works for device: it needs a C++ compiler, or triton on a GPU. If not,
-    says so."""
+    """Whether torch.compile works on device: it needs a C++ compiler, or Triton on a GPU. Prints a
+    notice if it does not."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
-    except Exception as error:  # of many kinds: no C++ compiler, no Triton, no Python headers
-        print(f"torch.compile does not work here ({type(error).__name__}): going on without it.")
+    except Exception as error:  # many causes: no C++ compiler, no Triton, no Python headers
+        print(f"torch.compile does not work here ({type(error).__name__}): training without it.")
         return False
     return True
 

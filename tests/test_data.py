@@ -485,7 +485,7 @@ def test_a_text_is_split_into_its_first_nine_tenths_and_its_last_tenth(length):
 
 @pytest.mark.parametrize("length", [0, 1, 8, 79, 80])
 def test_a_text_of_less_than_a_window_and_its_target_in_the_last_tenth_is_not_split(length):
-    with pytest.raises(ValueError, match="more than 80"):
+    with pytest.raises(ValueError, match="longer than 80"):
         data.split_text("a" * length, block_size=8)
 
 

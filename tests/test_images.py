@@ -220,7 +220,7 @@ def test_a_corrupt_archive_in_a_folder_is_named(corrupt, tmp_path):
 @pytest.mark.parametrize("name", ["cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"])
 def test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for(name, tmp_path):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"{name} is .* Python version: the binary") as error:
+    with pytest.raises(ValueError, match=f"{name} is .* Python version .* the binary") as error:
         data.load_images(folder=tmp_path)
     assert CIFAR10.url in str(error.value)
 
@@ -228,7 +228,7 @@ def test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for(nam
 @pytest.mark.parametrize("name", ["nowhere", CIFAR10.file])
 def test_a_folder_that_is_none_is_named(name, tmp_path):
     (tmp_path / CIFAR10.file).touch()
-    with pytest.raises(ValueError, match=f"{name} is not a folder"):
+    with pytest.raises(ValueError, match=f"{name} must be a folder"):
         data.load_images(folder=tmp_path / name)
 
 
@@ -433,7 +433,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_batch_of_more_than_all_images_is_refused(count):
-    with pytest.raises(ValueError, match=f"6 is more than the {count} images"):
+    with pytest.raises(ValueError, match=f"must be at most {count}, .*: 6"):
         chosen(count, 6, seed=1, step=0)
 
 
@@ -669,13 +669,13 @@ def test_what_is_no_png_raises_syntax_error_or_os_error(content, read):
     with suppress(AssertionError) if content in HARMLESS else nullcontext():
         with pytest.raises((SyntaxError, OSError)) as error:
             read(NO_PICTURE[content])
-        assert content != "too many pixels" or "8,192 x 8,193 pixels are more" in str(error.value)
+        assert content != "too many pixels" or "pixels, not 8,192 x 8,193:" in str(error.value)
 
 
 def test_whatever_pillow_raises_is_a_syntax_error(read, monkeypatch):
     for kind in (ValueError, KeyError, struct.error, zlib.error, RecursionError):
         monkeypatch.setattr("matplotlib.image.imread", Mock(side_effect=kind("broken")))
-        with pytest.raises(SyntaxError, match="no PNG that can be read"):
+        with pytest.raises(SyntaxError, match="not a readable PNG"):
             read(PICTURE)
     monkeypatch.setattr("matplotlib.image.imread", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):

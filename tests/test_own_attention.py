@@ -97,7 +97,7 @@ def test_a_file_that_changed_is_another_attention(folder):
     with (folder / "mine.py").open("a", encoding="utf-8") as file:
         file.write("\n# another\n")
     changed = text_run(folder, "--sample", "5", "--out", "run")
-    assert_mistake(changed, train_shakespeare, "mine.py is not what the run was trained with")
+    assert_mistake(changed, train_shakespeare, "mine.py has changed since the run was trained")
     resumed = text_run(folder, "--attention", "mine.py", "--out", "run", "--resume")
     assert_mistake(resumed, train_shakespeare, "attention_sha256")
     (folder / "mine.py").unlink()
@@ -109,8 +109,8 @@ def test_a_file_that_changed_is_another_attention(folder):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("x = 1", "mine.py must define query_features and key_features, or else attention"),
-        (EXAMPLE.replace(".softmax(dim=-1)", ""), "mine.py: query_features must be finite and not"),
+        ("x = 1", "mine.py must define query_features and key_features, or attention"),
+        (EXAMPLE.replace(".softmax(dim=-1)", ""), "mine.py: query_features must be finite and non"),
         ("def f(:", "mine.py does not run: SyntaxError"),
     ],
 )

@@ -258,29 +258,29 @@ def test_a_file_is_registered_under_its_name(write, source, causal):
 
 
 BROKEN = {  # what a file says, and what is said of it
-    "x = 1": "must define query_features and key_features, or else attention",
+    "x = 1": "must define query_features and key_features, or attention",
     "def query_features(q): return q": "must define query_features and key_features",
-    FEATURES + ATTENTION: "must define query_features and key_features, or else attention",
+    FEATURES + ATTENTION: "must define query_features and key_features, or attention",
     "def f(:": "does not run: SyntaxError",
     "import torch\nraise KeyError('k')": "does not run: KeyError",
     "import sys\nsys.exit(3)": "does not run: SystemExit",
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q"): (
-        "query_features must be finite and not negative: -"
+        "query_features must be finite and non-negative: -"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.relu()"): (
         "query_features and key_features must return the same number of features: 4 and 8"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.sum(-1)"): (
-        "query_features must return (2, 3, 5, F) of (2, 3, 5, 4): (2, 3, 5)"
+        "query_features must return (2, 3, 5, F) for (2, 3, 5, 4): (2, 3, 5)"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return 3"): (
-        "query_features must return (2, 3, 5, F) of (2, 3, 5, 4): int"
+        "query_features must return (2, 3, 5, F) for (2, 3, 5, 4): int"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q > 0"): (
         "query_features must return floating-point numbers: torch.bool"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.log()"): (
-        "query_features must be finite and not negative"
+        "query_features must be finite and non-negative"
     ),
     FEATURES.replace("[q.relu(), (-q).relu()]", "[q, q2]"): "query_features fails: NameError",
     FEATURES.replace("def query_features(q)", "def query_features()"): (

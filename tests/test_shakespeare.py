@@ -82,7 +82,7 @@ def test_a_run_writes_its_three_files_and_nothing_else(trained):
 
 def test_a_run_prints_its_text_its_loss_and_a_sample(trained):
     out, loss = trained.result.stdout, trained.card["results"]["validation_loss"]
-    assert out.startswith(f"text.txt: {len(TEXT):,} characters, {len(set(TEXT))} different.")
+    assert out.startswith(f"text.txt: {len(TEXT):,} characters, {len(set(TEXT))} distinct.")
     assert f"Validation loss {loss:.4f}" in out
     before, sample = out.split(f"run card: {Path('run')}\n")
     assert "step     3" in before

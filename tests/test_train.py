@@ -231,9 +231,9 @@ def test_settings_that_no_run_can_have_are_a_mistake_that_names_the_flag(argv):
 @pytest.mark.parametrize("name", ["dropout", "shift"])
 def test_only_what_may_be_zero_may_be_zero(name):
     assert getattr(parse_flags(Run, [f"--{name}", "0"]), name) == 0
-    with pytest.raises(UsageError, match=f"--{name} -1.* is not 0 or more and below"):
+    with pytest.raises(UsageError, match=f"--{name} -1.* must be at least 0 and below"):
         parse_flags(Run, [f"--{name}", "-1"])
-    with pytest.raises(UsageError, match="--width 0 is not positive and below"):
+    with pytest.raises(UsageError, match="--width 0 must be positive and below"):
         parse_flags(Run, ["--width", "0"])
 
 
@@ -772,4 +772,4 @@ def test_without_a_compiler_training_goes_on_and_says_so(tmp_path, monkeypatch, 
     history, _ = train_small(small_model(), tmp_path / "checkpoint.pt", compile=True)
     assert history == train_small(small_model(), tmp_path / "whole.pt")[0]
     out = capsys.readouterr().out.splitlines()
-    assert out.count("torch.compile does not work here (RuntimeError): going on without it.") == 1
+    assert out.count("torch.compile does not work here (RuntimeError): training without it.") == 1
