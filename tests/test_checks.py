@@ -251,12 +251,12 @@ MISTAKES = {
         "eps in the sum": (
             "torch.where(total > 0, total, 1.0)",
             "(total + 1e-12)",
-            "Weights times 1e-20 have another entropy",
+            "Weights times 1e-20 change the entropy",
         ),
         "clamped sum": (
             "torch.where(total > 0, total, 1.0)",
             "total.clamp(1e-300, 1e4)",
-            "Weights times 1e+06 have another entropy",
+            "Weights times 1e+06 change the entropy",
         ),
         "float32": ("(share * log)", "(share * log).float()", "dtype torch.float32"),
         "rounded": ("(share * log)", "(share * log).float().double()", "is it float32"),
@@ -282,7 +282,7 @@ MISTAKES = {
             "torch.softmax(scores.flatten(2), dim=-1).view_as(scores)",
             "not to 1 (causal=False)",
         ),
-        "queries and keys swapped": ("q @ k.mT", "k @ q.mT", "changed places"),
+        "queries and keys swapped": ("q @ k.mT", "k @ q.mT", "swapped"),
         "future scores are 0": (
             "masked_fill(future, -math.inf)",
             "masked_fill(future, 0.0)",
@@ -331,7 +331,7 @@ MISTAKES = {
     "entropy_slope": {
         "sign": ("return -c * variance", "return c * variance", "wrong sign"),
         "no c": ("return -c * variance", "return -variance", "factor c is missing"),
-        "c squared": ("return -c * variance", "return -c * c * variance", "once too often"),
+        "c squared": ("return -c * variance", "return -c * c * variance", "one factor c too many"),
         "standard deviation": (
             "return -c * variance",
             "return -c * variance.sqrt()",
@@ -447,15 +447,11 @@ MISTAKES = {
         ),
     },
     "norm_microscope": {
-        "keys as well": (
-            "(factor * q, k, v)",
-            "(factor * q, factor * k, v)",
-            "keys are changed, too",
-        ),
+        "keys as well": ("(factor * q, k, v)", "(factor * q, factor * k, v)", "keys are changed"),
         "values as well": (
             "(factor * q, k, v)",
             "(factor * q, k, factor * v)",
-            "values are changed, too",
+            "values are changed",
         ),
         "keys instead": ("(factor * q, k, v)", "(q, factor * k, v)", "keys are changed"),
         "something else": ("return torch", "return 0.1 + torch", "softmax_attention) is 0."),
@@ -509,7 +505,7 @@ MISTAKES = {
         "opposite signs as well": (
             "(torch.relu(-q) * torch.relu(-k))",
             "((q * k).abs() - torch.relu(q) * torch.relu(k))",
-            "opposite signs, too",
+            "includes channels of opposite signs",
         ),
         "share of what agrees": (
             "total = (q * k).abs()",
@@ -533,7 +529,7 @@ MISTAKES = {
             "total.masked_fill(q.sum(dim=-1) == 0, 1.0)",
             "(zero key)",
         ),
-        "eps": ("total.masked_fill(total == 0, 1.0)", "(total + 1e-12)", "no eps, no clamp"),
+        "eps": ("total.masked_fill(total == 0, 1.0)", "(total + 1e-12)", "no eps and no clamp"),
     },
     "query_magnitude": {
         "power as a factor": ("ratio.pow(power)", "ratio * power", "the norm cancels"),
@@ -591,7 +587,7 @@ MISTAKES = {
         "tau outside": (
             "lam * (tau + torch.tanh(norm))",
             "tau + lam * torch.tanh(norm)",
-            "outside of the brackets",
+            "outside the brackets",
         ),
         "no tau": ("lam * (tau + torch.tanh(norm))", "lam * torch.tanh(norm)", "tau is missing"),
         "no lam": ("lam * (tau + torch.tanh(norm))", "tau + torch.tanh(norm)", "lam is missing"),
@@ -627,7 +623,7 @@ MISTAKES = {
             "lam * (0.5 + torch.tanh(norm))",
             "not its slope",
         ),
-        "no lam": ("lam * (1 -", "(1 -", "lam is missing: in (7) it multiplies tanh, too"),
+        "no lam": ("lam * (1 -", "(1 -", "lam is missing: in (7) it also multiplies tanh"),
         "not squared": (".square()", "", "not squared"),
         "added": ("(1 - torch.tanh", "(1 + torch.tanh", "subtract the square"),
         "the square alone": (
@@ -651,11 +647,11 @@ MISTAKES = {
     "counterexample": {
         "not a direction": (" / 7\n", "\n", "norm 7, expected 1"),
         "entropy falls": ("[6.0, 3.0, 2.0]", "[2.0, 3.0, 6.0]", "entropy falls"),
-        "keys all the same": ("keys = torch", "keys = 1 + 0 * torch", "hardly moves"),
+        "keys all the same": ("keys = torch", "keys = 1 + 0 * torch", "hardly changes"),
         "the notebook's": (
             "return direction, keys",
             "return torch.tensor([0.8, 0.6]), torch.tensor([[1.0, 0.1]] * 7 + [[1.0, 3.0]])",
-            "Two channels are the notebook's example: find one with three or more.",
+            "The notebook's example has two channels: find one with three or more.",
         ),
         "the notebook's and a 0": (
             "[6.0, 3.0, 2.0]) / 7",
@@ -672,7 +668,7 @@ MISTAKES = {
             "return direction, keys * torch.tensor([1.0, 1.0, 0.0])",
             "Channel 2 is 0 in all keys",
         ),
-        "other order": ("return direction, keys", "return keys, direction", "other order"),
+        "other order": ("return direction, keys", "return keys, direction", "wrong order"),
         "direction for each key": (
             "return direction, keys",
             "return direction.expand(8, 3), keys",
@@ -682,7 +678,7 @@ MISTAKES = {
         "lists": (
             "return direction, keys",
             "return direction.tolist(), keys.tolist()",
-            "must be tensors",
+            "must be floating-point tensors",
         ),
         "a zero key": ("[1.0, 4.0, 0.1]", "[0.0, 0.0, 0.0]", "A key is zero"),
         "one key": ("return direction, keys", "return direction, keys[:1]", "fewer than two keys"),
@@ -710,7 +706,7 @@ MISTAKES = {
         "magnitude inside": (
             "alpha * direction",
             "alpha * magnitude * direction",
-            "The magnitude is in the angle, too",
+            "The magnitude is also in the angle",
         ),
         "degrees": ("(math.pi / 4) * torch", "45 * torch", "45 degrees are pi/4"),
         "sign split": (
@@ -726,7 +722,7 @@ MISTAKES = {
         "angle of alpha times the sign": (
             "alpha * direction",
             "alpha * direction.sign()",
-            "It is the sign split (11), not (9): there the size of a channel counts",
+            "It is the sign split (11), not (9): in (9), a channel's size counts",
         ),
     },
     "sign_split": {
@@ -746,7 +742,7 @@ MISTAKES = {
         "magnitude times ReLU of the direction": (
             "[magnitude * (direction > 0), magnitude * (direction < 0)]",
             "[magnitude * torch.relu(direction), magnitude * torch.relu(-direction)]",
-            "use its sign only",
+            "use only its sign",
         ),
         "ReLU of the direction in one half": (
             "(direction > 0)",
@@ -799,7 +795,7 @@ MISTAKES = {
         ),
         "forgets": ("state = state + ", "state = ", "forgets the earlier tokens"),
         "in place": ("state = state + ", "state += ", "state in place"),
-        "other order": (f"return {DIVIDED}, state", f"return state, {DIVIDED}", "other order"),
+        "other order": (f"return {DIVIDED}, state", f"return state, {DIVIDED}", "wrong order"),
         "no state": (f"return {DIVIDED}, state", f"return {DIVIDED}", "two tensors"),
         "not divided": (f"return {DIVIDED}", "return numerator", "not divided"),
         "normaliser first": (
@@ -812,7 +808,7 @@ MISTAKES = {
             "state = state + phi_k[..., :, None] * value[..., None, :]",
             "new = phi_k[..., :, None] * v[..., None, :]\n"
             "    state = state + torch.cat([new, torch.ones_like(new[..., :1])], dim=-1)",
-            "The normaliser counts tokens: it grows by phi_k",
+            "The normaliser counts tokens: it must grow by phi_k",
         ),
         "no normaliser": (
             "torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)",
@@ -860,7 +856,7 @@ MISTAKES = {
         "state read too late": (
             "totals.append(q @ state + within)\n        state = state + k.mT @ value",
             "state = state + k.mT @ value\n        totals.append(q @ state + within)",
-            "state already holds its own chunk: read it first, then add (7 tokens, chunk_size=3)",
+            "already holds the current chunk: read it first, then add (7 tokens, chunk_size=3)",
         ),
         "no state": (
             "totals.append(q @ state + within)\n        state = state + k.mT @ value",
@@ -879,7 +875,7 @@ MISTAKES = {
         "state of another dtype": (
             "torch.zeros_like(phi_k[:, :, 0, :, None] * values[:, :, 0, None])",
             "torch.zeros(*phi_k.shape[:2], phi_k.shape[3], values.shape[3])",
-            "It stops with RuntimeError in line",
+            "It raises RuntimeError in line",
         ),
         "only the last chunk": (
             "state = state + k.mT @ value",
@@ -997,11 +993,15 @@ MISTAKES = {
         "token fades": (
             "decay[..., None] * state + k[..., :, None] * v[..., None, :]",
             "decay[..., None] * (state + k[..., :, None] * v[..., None, :])",
-            "The new token fades, too",
+            "The new token also fades",
         ),
         "not written": (" + k[..., :, None] * v[..., None, :]", "", "is not written"),
         "forgotten": ("decay[..., None] * state + ", "", "The past is forgotten"),
-        "the other way": ("decay[..., None] *", "(1 - decay[..., None]) *", "fades by 1 - decay"),
+        "the other way": (
+            "decay[..., None] *",
+            "(1 - decay[..., None]) *",
+            "multiplied by 1 - decay",
+        ),
         "the key fades": (
             "decay[..., None] * state + k",
             "state + (decay * k)",
@@ -1012,11 +1012,11 @@ MISTAKES = {
             "decay.mean(-1)[..., None, None] *",
             "the same decay for every feature",
         ),
-        "one axis short": ("decay[..., None] *", "decay *", "It stops with RuntimeError"),
+        "one axis short": ("decay[..., None] *", "decay *", "It raises RuntimeError"),
         "outer product transposed": (
             "k[..., :, None] * v[..., None, :]",
             "v[..., :, None] * k[..., None, :]",
-            "It stops with RuntimeError",
+            "It raises RuntimeError",
         ),
         "in place": (
             "return decay[..., None] * state +",
@@ -1025,18 +1025,18 @@ MISTAKES = {
         ),
     },
     "delta_step": {
-        "a sum": ("share[..., None] * (v - read)", "v", "It adds, as linear attention does"),
-        "a share of v": ("(v - read)", "v", "takes out nothing"),
+        "a sum": ("share[..., None] * (v - read)", "v", "It only adds, like linear attention"),
+        "a share of v": ("(v - read)", "v", "removes nothing"),
         "no share": ("share[..., None] * (v - read)", "v - read", "share is missing"),
         "share erases only": (
             "share[..., None] * (v - read)",
             "v - share[..., None] * read",
-            "share multiplies what is taken out, but not v",
+            "share multiplies what is removed, but not v",
         ),
         "share writes only": (
             "share[..., None] * (v - read)",
             "share[..., None] * v - read",
-            "share multiplies v, but not what is taken out",
+            "share multiplies v, but not what is removed",
         ),
         "erased only": ("(v - read)", "-read", "but writes nothing"),
         "the other way": ("(v - read)", "(read - v)", "moves away from v"),
@@ -1319,14 +1319,14 @@ SOURCES = {
     "x = 1": "There is no function entropy in this file.",
     "entropy = 3": "There is no function entropy in this file. Write def entropy(...), not",
     "entropy = lambda w: w": "There is no function entropy in this file. Write def entropy(...)",
-    "def entropy(w):\n    return missing": "It stops with NameError in line 2: ",
-    "def entropy(w):\n    raise SystemExit": "It stops with SystemExit in line 2",
-    "def entropy():\n    return 1": "It stops with TypeError: entropy() takes 0",
+    "def entropy(w):\n    return missing": "It raises NameError in line 2: ",
+    "def entropy(w):\n    raise SystemExit": "It raises SystemExit in line 2",
+    "def entropy():\n    return 1": "It raises TypeError: entropy() takes 0",
     "def entropy(w):\n    raise NotImplementedError('for Half')": (
-        "It stops with NotImplementedError in line 2: for Half"
+        "It raises NotImplementedError in line 2: for Half"
     ),
-    "def entropy(w):\n    return w.to_sparse().sum(-1)": "What it returns cannot be checked: ",
-    "def entropy(w):\n    return entropy(w)": "It stops with RecursionError",
+    "def entropy(w):\n    return w.to_sparse().sum(-1)": "Its result cannot be checked: ",
+    "def entropy(w):\n    return entropy(w)": "It raises RecursionError",
 }
 
 
@@ -1338,12 +1338,12 @@ def test_a_sentence_for_any_function(source):
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="lesson=8 has no exercises"):
+    with pytest.raises(ValueError, match="lesson must be 1 to 7 or 'find_the_bug': 8"):
         checks.report(8)
     for ask in (lambda: checks.hint("norm"), lambda: checks.check(path_of)):
-        with pytest.raises(ValueError, match="is no exercise: entropy, "):
+        with pytest.raises(ValueError, match="the exercise must be one of entropy, "):
             ask()
-    with pytest.raises(ValueError, match="no function that bears the name"):
+    with pytest.raises(ValueError, match="must be named like an exercise"):
         checks.add_tests({"x": 1})
 
 
@@ -1551,7 +1551,7 @@ def test_pytest_and_report_import_a_file_as_python_does(tmp_path, capsys, monkey
     assert done.stdout.count("FAILED") == done.stdout.count("::") == 6
     assert done.stdout.count("bob.py::") == 3 and "bob was here" in done.stdout
     assert done.stdout.count("E   nala_min.course.checks.NotDone: not done yet") == 3
-    assert "E   nala_min.course.checks.Wrong: A query of an eighth of the norm" in done.stdout
+    assert "E   nala_min.course.checks.Wrong: A query with an eighth of the norm" in done.stdout
     assert len(done.stdout.splitlines()) < 80 and "raise " not in done.stdout
 
 
@@ -1567,18 +1567,18 @@ def test_a_death_costs_one_mark(tmp_path, monkeypatch, capsys):
     assert report(path, capsys) == [
         "  | entropy: right",
         "entropy: wrong - It did not end within 2 s: is there an endless loop?",
-        "softmax_weights: wrong - It ends Python, with exit code 0: remove what does that.",
+        "softmax_weights: wrong - It ends Python with exit code 0: remove the call that does so.",
         "entropy_slope: right",
     ]
 
 
 FILES = {
-    "def entropy(weights:\n    pass": "It stops with SyntaxError in line 1: ",
-    "import torch\n\n1 / 0": "It stops with ZeroDivisionError in line 3: division by zero",
-    "raise SystemExit(0)": "It stops with SystemExit in line 1: 0",
-    "raise KeyboardInterrupt": "It stops with KeyboardInterrupt in line 1: ",
-    "x = 'é'".encode("latin-1"): "It stops with SyntaxError",
-    "import os\nos._exit(0)": "It ends Python, with exit code 0",
+    "def entropy(weights:\n    pass": "It raises SyntaxError in line 1: ",
+    "import torch\n\n1 / 0": "It raises ZeroDivisionError in line 3: division by zero",
+    "raise SystemExit(0)": "It raises SystemExit in line 1: 0",
+    "raise KeyboardInterrupt": "It raises KeyboardInterrupt in line 1: ",
+    "x = 'é'".encode("latin-1"): "It raises SyntaxError",
+    "import os\nos._exit(0)": "It ends Python with exit code 0",
     "while True: pass": "It did not end within 2 s",
     "while True: print(1000 * 'x')": "It prints more than 1 MB",
 }
@@ -1614,7 +1614,7 @@ def test_a_crash_is_told_by_its_signal_and_an_error_by_its_traceback(tmp_path, m
     assert verdicts.keys() == {"softmax_weights", "entropy"}
     assert verdicts["entropy"].startswith("wrong - Python crashes (SIGKILL): ")
     sentence, *trace = verdicts["softmax_weights"].splitlines()
-    assert sentence.startswith("wrong - It stops with IndexError in line 4: index 5 is out of")
+    assert sentence.startswith("wrong - It raises IndexError in line 4: index 5 is out of")
     assert any("line 6, in softmax_weights" in line for line in trace)
     monkeypatch.setattr(marking, "mark", lambda path, names: (verdicts, ""))
     assert [line.split(":")[0] for line in report(path, capsys)] == ["softmax_weights", "entropy"]
@@ -1629,7 +1629,7 @@ def test_a_path_without_a_python_file_has_one_line(tmp_path, capsys):
 
 def test_a_process_that_does_not_start_is_no_mistake_of_the_students(tmp_path, monkeypatch):
     monkeypatch.setattr(marking, "CODE", "raise SystemExit('no torch')")
-    with pytest.raises(RuntimeError, match=r"mine\.py is not marked: .* no torch"):
+    with pytest.raises(RuntimeError, match=r"mine\.py was not marked: .* no torch"):
         marking.mark(write(tmp_path / "mine.py", "x = 1"), ["entropy"])
 
 

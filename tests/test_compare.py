@@ -504,7 +504,7 @@ def test_more_seeds_by_a_flag():
     assert card["command"] == "python -m nala_min.lab.compare --study recall --seeds 8"
     assert card["config"]["seeds"] == 8
     for count in (0, 21):
-        with pytest.raises(UsageError, match=f"--seeds {count} is not from 1 to 20"):
+        with pytest.raises(UsageError, match=f"--seeds must be from 1 to 20: {count}"):
             compare.Settings(seeds=count)
 
 
@@ -651,13 +651,13 @@ def test_a_run_of_another_recipe_or_an_unfinished_one_is_not_taken_for_a_model(t
     compare.run(task, "nala", 1, compare._place(tmp_path, "nala", 1))
     assert isinstance(compare.trained(task, "nala", 1, tmp_path), studies.Bare)
     other = replace(task, learning_rate=1.0)
-    with pytest.raises(UsageError, match="is not of a finished run of this study"):
+    with pytest.raises(UsageError, match="is not from a finished run of this study"):
         compare.trained(other, "nala", 1, tmp_path)
     with pytest.raises(UsageError, match="nala_seed2"):
         compare.trained(task, "nala", 2, tmp_path)
     path = compare._place(tmp_path, "nala", 1) / "checkpoint.pt"
     torch.save(torch.load(path, weights_only=True) | {"step": 1}, path)
-    with pytest.raises(UsageError, match="is not of a finished run of this study"):
+    with pytest.raises(UsageError, match="is not from a finished run of this study"):
         compare.trained(task, "nala", 1, tmp_path)
 
 
@@ -742,14 +742,14 @@ def test_a_checkpoint_of_another_task_is_told_before_the_work(tmp_path, monkeypa
     compare.run(replace(SMALL.task, steps=1), "elu", 1, place)
     capsys.readouterr()  # its bar
     error = refused(monkeypatch, capsys, "--out", tmp_path)
-    assert f"{place / 'checkpoint.pt'} is of another task" in error and "move it aside" in error
+    assert f"{place / 'checkpoint.pt'} is from another task" in error and "move it aside" in error
 
 
 def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["compare", "--workers", "0"])
     with pytest.raises(SystemExit, match="2"):
         run_script(compare.main)
-    assert "--workers 0 is not from 1 to 61" in capsys.readouterr().err
+    assert "--workers must be from 1 to 61: 0" in capsys.readouterr().err
     with pytest.raises(UsageError):
         compare.Settings(workers=-1)
     missing = str(tmp_path / "missing.txt")

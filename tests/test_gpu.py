@@ -195,4 +195,4 @@ time.sleep(60)
 
 def test_outside_a_checkout_it_says_so(tmp_path):
     result = run_here(gpu, tmp_path, "--device", "cpu")
-    assert result.returncode == 2 and "start this in a checkout" in result.stderr
+    assert result.returncode == 2 and "run this in a checkout" in result.stderr

@@ -1,8 +1,8 @@
-"""The course of notebooks/: what its notebooks share, and what marks its exercises.
+"""Code that the lessons in notebooks/ share, and the checkers of their exercises.
 
-notebook.py: how a notebook begins, shows a figure and shows code. checks.py: the checking engine,
-which students and teachers call. marking.py: the fresh process in which a file is marked.
-lesson_1.py to lesson_7.py and find_the_bug.py: the checkers of the file of that name in
+notebook.py sets up a notebook and shows figures and code. checks.py is the checking engine that
+students and teachers call; marking.py runs it on a file in a fresh process. lesson_1.py to
+lesson_7.py and find_the_bug.py hold the checkers for the files of the same names in
 notebooks/exercises. Importing this package registers every exercise.
 """
 

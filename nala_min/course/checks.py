@@ -1,15 +1,15 @@
-"""Checks the exercises of notebooks/exercises, and says in a sentence what is wrong.
+"""Checks the exercises in notebooks/exercises and says in one sentence what is wrong.
 
     from nala_min.course import checks
-    checks.report(1)                # every exercise of lesson 1, a line each
+    checks.report(1)                # one line per exercise of lesson 1
     checks.hint("entropy")          # the first hint; call it again for the next
-    checks.check(entropy)           # raises Wrong as long as this function is not right
+    checks.check(entropy)           # raises Wrong unless this function is right
 
-An exercise is one function, `check_<name>` in the file of its lesson, marked
-@exercise(lesson, *hints). It is given the student's function, checks for named mistakes first
-(shape, sign, mask) and compares numbers last. What is right comes from model.py. Many mistakes are
-known by the value that they make:
-agree(got, expected, what, {"What is wrong.": the value that it makes}).
+The checker of an exercise is a function `check_<name>` in the file of its lesson, decorated with
+@exercise(lesson, *hints). It takes the student's function, looks for known mistakes first (shape,
+sign, mask) and compares numbers last. The right values come from model.py. Many mistakes are
+recognised by the value that they produce:
+agree(got, expected, what, {"What is wrong.": the value that this mistake produces}).
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ class Exercise:
 
 
 EXERCISES: dict[str, Exercise] = {}
-DISEASES = {  # what students choose from in find_the_bug.py
+DISEASES = {  # the diagnoses that students choose from in find_the_bug.py
     "padding in the normaliser": "A masked key adds no value, but still counts in the normaliser.",
     "heads share a normaliser": "The normaliser sums over the heads as well.",
     "eps too large": "A constant in the denominator swallows the weights of small keys.",
-    "own token unseen": "The causal mask removes the diagonal, too.",
-    "no mask within a chunk": "Within its chunk a token sees those after it.",
-    "state read too late": "A chunk reads the state to which it has already been added.",
-    "power as a factor": "The power multiplies the channels, and cancels in the division.",
-    "layer norm on the query": "The norm of the query is taken away before it is measured.",
+    "own token unseen": "The causal mask also removes the diagonal.",
+    "no mask within a chunk": "A token sees later tokens of its chunk.",
+    "state read too late": "A chunk reads the state after adding itself to it.",
+    "power as a factor": "The power multiplies the channels, so it cancels in the division.",
+    "layer norm on the query": "The norm of the query is removed before it is measured.",
     "angles too wide": "Angles differ by more than pi/2, where the cosine is negative.",
 }
 
 
 def exercise(lesson: int | str, *hints: str) -> Callable:
-    """Make an exercise of the function below; hints go from gentle to almost telling."""
+    """Register the decorated checker as an exercise. Hints go from gentle to almost the answer."""
 
     def register(check: Callable) -> Callable:
         EXERCISES[check.__name__.removeprefix("check_")] = Exercise(lesson, check, hints)
@@ -80,30 +80,30 @@ def exercise(lesson: int | str, *hints: str) -> Callable:
     return register
 
 
-# --- What students and teachers call --------------------------------------------------------------
+# --- Functions for students and teachers ----------------------------------------------------------
 
 
 def check(function: Callable) -> None:
-    """Check the function that solves the exercise of its own name.
+    """Check a student's function against the exercise of the same name.
 
-    It runs with torch's own defaults, whatever they are outside. Raises NotDone, or Wrong with a
-    sentence; ValueError if there is no exercise of that name.
+    It runs with PyTorch's default settings, whatever the caller's are. Raises NotDone, or Wrong
+    with a sentence; ValueError if there is no exercise of that name.
     """
-    __tracebackhide__ = True  # pytest shows the sentence, and no code of this file
+    __tracebackhide__ = True  # pytest shows the sentence, not the code of this file
     _find(function.__name__)
     _check(function, torch.float32)
 
 
 def report(lesson: int | str, path: str | os.PathLike | None = None) -> None:
-    """Print a line for each exercise of a lesson, 1 to 7 or "find_the_bug".
+    """Print one line per exercise of a lesson, 1 to 7 or "find_the_bug".
 
-    path: the student's file, which runs in a fresh process; None is the one in notebooks/exercises.
-    What it prints is shown above, after a bar. Raises ValueError for a lesson without exercises,
-    and nothing for a mistake of the student's.
+    path: the student's file, which runs in a fresh process; None means the one in
+    notebooks/exercises. The file's own output is printed first, after a bar. Raises ValueError for
+    a lesson without exercises, but nothing for a student's mistake.
     """
     names = _names(lesson)
     if not names:
-        raise ValueError(f"lesson={lesson!r} has no exercises")
+        raise ValueError(f"lesson must be 1 to 7 or 'find_the_bug': {lesson!r}")
     stem = f"lesson_{lesson}" if isinstance(lesson, int) else lesson
     verdicts, printed = marking.mark(path or FOLDER / f"{stem}.py", names)
     _say(printed, bar="  | ")
@@ -125,15 +125,15 @@ def hint(name: str) -> None:
 
 
 def add_tests(namespace: dict[str, Any]) -> None:
-    """Add test_<name> for each exercise of a lesson to the student's file, for pytest to run.
+    """Add a pytest test, test_<name>, for each exercise of a lesson to the student's file.
 
-    namespace: globals() of the file. Its lesson is the one that most of its functions belong to.
-    The file runs in a fresh process, once for all its tests. Raises ValueError if no function
-    belongs to any lesson.
+    namespace: globals() of the file. The lesson is the one that most of its functions belong to.
+    The file runs in a fresh process, once for all its tests. Raises ValueError if no function has
+    the name of an exercise.
     """
     lessons = Counter(EXERCISES[name].lesson for name in namespace if name in EXERCISES)
     if not lessons:
-        raise ValueError("this file has no function that bears the name of an exercise")
+        raise ValueError("at least one function in this file must be named like an exercise")
     (lesson, _), *_ = lessons.most_common(1)
 
     @functools.cache
@@ -161,7 +161,7 @@ def add_tests(namespace: dict[str, Any]) -> None:
 
 
 def check_name(namespace: dict[str, Any], name: str, dtype: torch.dtype = torch.float32) -> None:
-    """Check the function of that name in a student's file, where dtype is the default."""
+    """Check the function called name in a student's file, with dtype as the default dtype."""
     __tracebackhide__ = True
     if getattr(namespace.get(name), "__name__", "") != name:
         mend = f" Write def {name}(...), not {name} = ..." if name in namespace else ""
@@ -175,20 +175,20 @@ def _names(lesson):
 
 def _find(name):
     if name not in EXERCISES:
-        raise ValueError(f"{name!r} is no exercise: {', '.join(EXERCISES)}")
+        raise ValueError(f"the exercise must be one of {', '.join(EXERCISES)}: {name!r}")
     return EXERCISES[name]
 
 
 def _check(function, dtype):
-    """Check function where torch has its own defaults, but for dtype. The caller's come back."""
+    """Check function with PyTorch's default settings and dtype, then restore the caller's."""
     __tracebackhide__ = True
     before, threads = torch.get_default_dtype(), torch.get_num_threads()
-    quiet = warnings.catch_warnings(action="ignore")  # pytest may be told to raise them
+    quiet = warnings.catch_warnings(action="ignore")  # pytest can be configured to raise them
     torch.set_default_dtype(dtype)
     try:
         with (
             torch.device("cpu"),
-            torch.inference_mode(False),  # enables gradients as well
+            torch.inference_mode(False),  # also enables gradients
             torch.autocast("cpu", enabled=False),
             torch.random.fork_rng(devices=[]),
             quiet,
@@ -197,35 +197,35 @@ def _check(function, dtype):
             EXERCISES[function.__name__].check(function)
     except Wrong as error:
         raise error.with_traceback(None) from error.__cause__
-    except Exception as error:  # such as from a dictionary where a number was expected
-        raise Wrong(f"What it returns cannot be checked: {describe(error, '')}") from error
+    except Exception as error:  # such as a dictionary where a number is expected
+        raise Wrong(f"Its result cannot be checked: {describe(error, '')}") from error
     finally:
         torch.set_default_dtype(before)
         torch.set_num_threads(threads)
 
 
 def _say(text, bar=""):
-    """Print lines, which may hold characters that the output cannot show."""
+    """Print lines; characters that the output cannot show are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in text.splitlines():
         print(bar + line.encode(encoding, "backslashreplace").decode(encoding))
 
 
-# --- What the checkers of several lessons share ---------------------------------------------------
+# --- Shared by the checkers of several lessons ----------------------------------------------------
 
 
 def draw(*shape: int) -> Tensor:
-    """Standard normal numbers; not contiguous, as heads are after a transposition."""
+    """Standard normal numbers; not contiguous, like heads after a transposition."""
     return torch.randn(*shape[:-2], shape[-1], shape[-2], dtype=torch.float64).mT
 
 
 def features(*shape: int) -> Tensor:
-    """Positive numbers, which ReLU returns as they are: phi(x) = x for feature_map="relu"."""
+    """Positive numbers, which ReLU leaves unchanged: phi(x) = x for feature_map="relu"."""
     return draw(*shape).abs() + 0.1
 
 
 def describe(error: BaseException, file: str) -> str:
-    """The error's type and message, and the line of the student's file where it arose."""
+    """The error's type and message, and the line of the student's file that raised it."""
     lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file and error.lineno:
         lines = [error.lineno]
@@ -234,15 +234,15 @@ def describe(error: BaseException, file: str) -> str:
 
 
 def call(student: Callable, *arguments: Any) -> Any:
-    """What the student's function returns. Its errors become sentences."""
+    """Call the student's function and return its result. Its errors become sentences."""
     before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
     try:
         result = student(*arguments)
     except (Exception, SystemExit) as error:
-        if isinstance(error, NotImplementedError) and not error.args:  # torch's have a message
+        if isinstance(error, NotImplementedError) and not error.args:  # PyTorch's have a message
             raise NotDone("not done yet") from None
         file = getattr(getattr(inspect.unwrap(student), "__code__", None), "co_filename", "")
-        sentence = f"It stops with {describe(error, file)}"
+        sentence = f"It raises {describe(error, file)}"
         theirs = error.__traceback__.tb_next  # the frames below this one
         raise Wrong(sentence) from error.with_traceback(theirs)
     for name, x, y in zip(inspect.signature(student).parameters, arguments, before, strict=False):
@@ -258,16 +258,16 @@ def valid_tensor(
     case: str = "",
     why: Callable[[Tensor], str] | None = None,
 ) -> Tensor:
-    """x, if it is a finite float64 tensor of that shape. why(bad) gives the reason in a sentence;
-    bad is true where x is not finite."""
+    """Return x if it is a finite float64 tensor of that shape, otherwise raise Wrong. why(bad)
+    returns a sentence with the reason; bad is True where x is not finite."""
     if x is None:
         raise Wrong(f"{what} is None: is a return missing?")
     if not isinstance(x, Tensor):
-        raise Wrong(f"{what} is of type {type(x).__name__}, expected a tensor.")
+        raise Wrong(f"{what} has type {type(x).__name__}, expected a tensor.")
     if x.shape != shape:
         raise Wrong(f"{what} has shape {tuple(x.shape)}, expected {tuple(shape)}{case}.")
     if x.dtype != torch.float64:
-        raise Wrong(f"{what} has dtype {x.dtype}, expected that of the arguments, torch.float64.")
+        raise Wrong(f"{what} has dtype {x.dtype}, expected the arguments' dtype, torch.float64.")
     if (bad := ~x.isfinite()).any():
         kind, reason = "NaN" if x.isnan().any() else "infinite", why(bad) if why else ""
         raise Wrong(f"{what} is {kind} at index {where_largest(bad)}{case}. {reason}".rstrip())
@@ -281,12 +281,12 @@ def output(
     case: str = "",
     why: Callable[[Tensor], str] | None = None,
 ) -> Tensor:
-    """What the student's function returns, if it is a finite float64 tensor of that shape."""
+    """The student's result, if it is a finite float64 tensor of that shape."""
     return valid_tensor(call(student, *arguments), shape, "The result", case, why)
 
 
 def where_largest(x: Tensor) -> tuple[int, ...]:
-    """Where x, a tensor, is largest."""
+    """Index of the largest entry of x."""
     return tuple(int(i) for i in torch.unravel_index(x.double().argmax(), x.shape))
 
 
@@ -297,8 +297,8 @@ def close(x: Tensor, y: Tensor, tolerance: float = TOLERANCE) -> bool:
 def agree(
     got: Tensor, expected: Tensor, what: str, mistakes: dict[str, Tensor] | None = None
 ) -> None:
-    """Raise Wrong if got differs from expected. If got is one of the wrong values of mistakes,
-    {sentence: wrong value}, the error is its sentence; else it describes the difference."""
+    """Raise Wrong if got differs from expected. mistakes: {sentence: wrong value}. If got equals a
+    wrong value, the error is its sentence; otherwise it describes the difference."""
     if close(got, expected):
         return
     for sentence, value in (mistakes or {}).items():
@@ -314,12 +314,12 @@ def agree(
     if (got - expected).abs().max() < near * expected.abs().max():
         end = ", nearly right: is it a difference quotient, is an eps added, is it float32?"
     elif alike:
-        raise Wrong(f"{what} is {factor:.4g} times as large as it should be, everywhere.")
+        raise Wrong(f"{what} is {factor:.4g} times the expected value everywhere.")
     raise Wrong(f"{what}{where} is {got[at]:.10g}, expected {expected[at]:.10g}{end}")
 
 
 def gradients(function: Callable, *arguments: Any, case: str = "") -> dict[str, Tensor]:
-    """{argument: gradient of the squared output} for all tensors, if these are finite."""
+    """{argument: gradient of the sum of squared outputs} for all tensors, if all are finite."""
     arguments = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in arguments]
     named = zip(inspect.signature(function).parameters, arguments, strict=False)
     named = {name: x for name, x in named if isinstance(x, Tensor)}
@@ -346,7 +346,7 @@ def agree_gradients(
 
 
 def one_hot_values(x: Tensor) -> Tensor:
-    """Values (B, H, N, N) for which an attention's output is its weights."""
+    """Values (B, H, N, N) for which the output of an attention is its weights."""
     return torch.eye(x.shape[2], dtype=x.dtype).expand(*x.shape[:2], -1, -1)
 
 
@@ -375,7 +375,7 @@ def check_weights(weights: Tensor, visible: Tensor, case: str = "") -> None:
 
 
 def check_independence(run: Callable, out: Tensor, *tensors: Tensor) -> None:
-    """In out = run(*tensors), examples of a batch and heads must not see one another."""
+    """In out = run(*tensors), neither examples of a batch nor heads may see one another."""
     for cut, what in ((slice(1), "Examples of a batch"), ((slice(None), slice(1)), "Heads")):
         alone = run(*(x[cut] for x in tensors), shape=out[cut].shape)
         if not close(alone, out[cut]):
@@ -388,8 +388,8 @@ def check_linear(
     *rest: int,
     late: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
-    """What (5) demands of student(phi_q, phi_k, v, *rest), in whichever form. late(phi_q, phi_k)
-    gives the weights of a state that is read too late."""
+    """Check that student(phi_q, phi_k, v, *rest) computes Eq. (5), in any form. late(phi_q, phi_k)
+    returns the weights of a state that is read too late."""
 
     def run(phi_q, phi_k, v, shape, case=""):
         return output(student, phi_q, phi_k, v, *rest, shape=shape, case=case)
@@ -406,11 +406,11 @@ def check_linear(
     visible = torch.ones(7, 7, dtype=torch.bool)
     weights = run(phi_q, phi_k, one_hot_values(v), (2, 3, 7, 7))
     if late and close(weights, late(phi_q, phi_k)):
-        raise Wrong(f"The state already holds its own chunk: read it first, then add{case}.")
+        raise Wrong(f"The state already holds the current chunk: read it first, then add{case}.")
     check_weights(weights, visible.tril() if causal else visible, case)
     agree(out, reference(phi_q, phi_k, v), f"The output{case}")
     if not close(run(phi_q / 1e6, phi_k / 1e6, v, shape), out):
-        raise Wrong("Features a million times smaller change the output: an eps is not small then.")
+        raise Wrong("Features a million times smaller change the output: an eps is too large.")
     case = " (all keys zero)"
     if run(phi_q, 0 * phi_k, v, shape, case).any():
         raise Wrong(f"The output is not 0{case}.")
@@ -425,22 +425,22 @@ def check_linear(
 
 
 def check_cost(student: Callable, *rest: int) -> None:
-    """What student(phi_q, phi_k, v, *rest) costs for N and for 2N tokens."""
+    """Check that student(phi_q, phi_k, v, *rest) has linear cost and no loop over single tokens."""
     size, tokens, costs, works = 32, 1024, [], []
     for n in (tokens, 2 * tokens):
         phi_q, phi_k, v = features(3, 1, 1, n, size)
         with FlopCounterMode(display=False) as counter, Recorder() as recorder:
             call(student, phi_q, phi_k, v, *rest)
         costs.append(recorder)
-        works.append(counter.get_total_flops())  # of products of matrices only
+        works.append(counter.get_total_flops())  # counts matrix products only
     if costs[1].operations - costs[0].operations >= tokens:
-        raise Wrong("It loops over single tokens in Python: its operations grow with N.")
+        raise Wrong("It loops over single tokens in Python: its number of operations grows with N.")
     if costs[1].peak > 2.4 * costs[0].peak:
-        raise Wrong("Its memory is quadratic: twice the tokens take far more than twice as much.")
+        raise Wrong("Its memory is quadratic: twice the tokens need far more than twice as much.")
     if costs[0].peak >= tokens * size * (size + 1) * 8:  # bytes
-        raise Wrong("It holds F x M numbers for every token at once: sum over tokens by a product.")
+        raise Wrong("It holds F x M numbers for every token at once: sum with a matrix product.")
     if works[1] > 2.4 * works[0]:
         raise Wrong(
             "Its work is quadratic: twice the tokens take far more than twice the multiplications."
-            " Sum phi_k^T [v 1] over every key once only."
+            " Add each key to the sum of phi_k^T [v 1] only once."
         )

@@ -23,12 +23,12 @@ from nala_min.course.checks import (
     output,
 )
 
-# zlib.crc32 of "<function>: <disease>", so that this file does not tell the answers.
+# zlib.crc32 of "<function>: <disease>", so this file does not show the answers.
 ANSWERS = (1037124925, 2408625119, 2049225717)
 
 
 def _check_patient(student):
-    """The symptom of a broken attention; if it has none, whether its name in DIAGNOSES is right."""
+    """Report the symptom of a broken attention; if it has none, check its name in DIAGNOSES."""
     name, remark = student.__name__, ""
     namespace = getattr(inspect.unwrap(student), "__globals__", {})
     diagnosis = namespace.get("DIAGNOSES", {}).get(name)
@@ -38,7 +38,7 @@ def _check_patient(student):
         remark = f" The diagnosis {diagnosis!r} is not in checks.DISEASES: {', '.join(DISEASES)}."
     try:
         _check_symptoms(student)
-    except Wrong as symptom:  # whether the diagnosis is right is told to those who mend it
+    except Wrong as symptom:  # the diagnosis is judged only after the fix
         raise Wrong(f"{symptom}{remark}") from symptom.__cause__
     if zlib.crc32(f"{name}: {diagnosis}".encode()) not in ANSWERS:
         remark = remark or f" The diagnosis {diagnosis!r} is wrong."
@@ -46,7 +46,7 @@ def _check_patient(student):
 
 
 def _check_symptoms(student):
-    """What a causal norm-aware attention with a mask for padding must do."""
+    """Check what a causal norm-aware attention with a mask for padding must do."""
 
     def run(q, k, v, shape, mask=None, case=""):
         mask = all_real[: len(q)] if mask is None else mask
@@ -68,7 +68,7 @@ def _check_symptoms(student):
     padded = run(q, k, one_hot, square, some_real, case)
     check_weights(padded, causal & some_real[:, None, None], case)
     if close(run(q / 8, k, one_hot, square), weights, 1e-3):
-        raise Wrong("A query of an eighth of the norm has the same weights: the norm cancels.")
+        raise Wrong("A query with an eighth of the norm has the same weights: the norm cancels.")
     check_weights(run(q, k / 1e3, one_hot, square), causal, " (small keys)")
     agree(weights, reference(q, k), "The weight")
     agree(padded, reference(q, k, some_real), f"The weight{case}")
@@ -87,17 +87,17 @@ def _check_symptoms(student):
 for name, *hints in (
     (
         "attention_a",
-        "Which tokens have the symptom, and which do not? What do they see?",
+        "Which tokens show the symptom, and which do not? What do they see?",
         "Follow key_mask to the end: where do the masked keys still count?",
     ),
     (
         "attention_b",
-        "Which tokens have the symptom? Are the two that it names in one chunk?",
-        "Write down which chunks states[:, :, c] is the sum of, for c = 0. Which should it be?",
+        "Which tokens show the symptom? Are the two in the message in the same chunk?",
+        "Write down which chunks states[:, :, c] sums, for c = 0. Which should it sum?",
     ),
     (
         "attention_c",
-        "What does (5) make of a positive factor that all features of a query share?",
+        "What happens in (5) to a positive factor that all features of a query share?",
         "Compare the magnitude with Eq. (7): which part is the base, and which is the exponent?",
     ),
 ):

@@ -22,9 +22,9 @@ from nala_min.course.checks import (
 
 @exercise(
     1,
-    "What does (3) ask of weights that do not sum to 1, and of a weight that is 0?",
+    "What does (3) do with weights that do not sum to 1, and with a weight of 0?",
     "Divide by the sum over the last axis; then sum -share * log(share) over that axis.",
-    "0 * log(0) is NaN in floating point: clamp the share, within the logarithm only, at 1e-300.",
+    "0 * log(0) is NaN in floating point: clamp the share at 1e-300, but only in the logarithm.",
 )
 def check_entropy(student):
     weights = features(2, 3, 5)
@@ -35,10 +35,10 @@ def check_entropy(student):
     in_bits = expected / math.log(2)
     agree(got, expected, "The entropy", {"It is in bits: take the natural logarithm.": in_bits})
     if not close(output(student, weights, shape=(2, 3)), got):
-        raise Wrong("Weights that do not sum to 1 give another entropy: divide by their sum first.")
+        raise Wrong("Weights that do not sum to 1 change the entropy: divide by their sum first.")
     for scale in (1e-20, 1e6):
         if not close(output(student, scale * weights, shape=(2, 3)), got):
-            raise Wrong(f"Weights times {scale:g} have another entropy: no eps, no clamped sum.")
+            raise Wrong(f"Weights times {scale:g} change the entropy: use no eps and no clamp.")
     zeros, case = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]).double(), " (weights of 0)"
     got = output(student, zeros, shape=(2,), case=case)
     agree(got, model.entropy(zeros), f"The entropy{case}")
@@ -49,7 +49,7 @@ def check_entropy(student):
     1,
     "Scores first: one matrix product gives q_t . k_i for every pair, (B, H, N, N).",
     "Divide by the square root of D. Which axis of the scores runs over keys?",
-    "If causal, put -inf into the scores above the diagonal before the softmax, not 0 after it.",
+    "If causal, set the scores above the diagonal to -inf before the softmax, not to 0 after it.",
     "exp overflows: mask with -inf first, then subtract each row's largest score, or call softmax.",
 )
 def check_softmax_weights(student):
@@ -71,7 +71,7 @@ def check_softmax_weights(student):
             "The scores are not divided by the square root of D.": reference(q * root, k),
             "The scores are divided by D, not by its square root.": reference(q / root, k),
             "The scores are divided by the square root of N, not of D.": by_n,
-            "Queries and keys have changed places.": reference(k, q),
+            "Queries and keys are swapped.": reference(k, q),
         }
         for causal in (False, True):
             for scale, large in ((1, ""), (1e4, ", large scores"), (1e10, ", huge scores")):
@@ -91,7 +91,7 @@ def check_softmax_weights(student):
 @exercise(
     1,
     "Eq. (4) is the closed form: what are p, the mean of s under p, and the variance under p?",
-    "p = softmax(c * scores). Weight by p_i both the s_i in the mean and the (s_i - mean)^2.",
+    "p = softmax(c * scores). Weight s_i in the mean by p_i, and (s_i - mean)^2 as well.",
 )
 def check_entropy_slope(student):
     def slope(p, mean):
@@ -106,7 +106,7 @@ def check_entropy_slope(student):
         mean = (other * s).sum(dim=-1, keepdim=True)
         mistakes = {
             "The factor c is missing.": expected / c,
-            "The factor c comes in once too often.": c * expected,
+            "There is one factor c too many.": c * expected,
             "It takes the variance of c * scores, not of the scores.": c**2 * expected,
             "It takes the standard deviation, not the variance.": -c * (-expected / c).sqrt(),
             "The mean is not subtracted from the scores before they are squared.": slope(p, 0),

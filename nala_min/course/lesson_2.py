@@ -21,9 +21,9 @@ from nala_min.course.checks import (
 
 @exercise(
     2,
-    "In (5) the query does not depend on i: what may be summed over the keys before it comes in?",
+    "In (5), the query does not depend on i: what can be summed over the keys without it?",
     "Keys meet values first: phi_k^T v is (B, H, F, M). The normaliser needs the sum of phi_k.",
-    "A row without mass: replace the 0 in the denominator before you divide, not after.",
+    "For a row without mass, replace the 0 in the denominator before you divide, not after.",
 )
 def check_linear_attention(student):
     check_linear(student, False)
@@ -48,7 +48,7 @@ def check_norm_microscope(student):
             got = valid_tensor(got, (), "The result")
         for i, (what, x) in enumerate((("keys", k), ("values", v)), start=1):
             if not all(close(given[i], x) for given in calls):
-                raise Wrong(f"The {what} are changed, too: rescale the queries only.")
+                raise Wrong(f"The {what} are changed: rescale only the queries.")
         for factor in (1.0, ratio):
             if not any(close(given[0], factor * q) for given in calls):
                 raise Wrong(f"The attention is never called with {factor:g} * q{case}.")
@@ -62,7 +62,7 @@ def check_norm_microscope(student):
             "It is divided by the norm of the changed output.": norm(change) / norm(changed),
             "It is the square of the relative change.": expected**2,
             "Take the norm of the difference, not the difference of norms.": growth,
-            "It is the mean over tokens: take norms of the whole output.": ratios.mean(),
+            "It is a mean over tokens: take norms of the whole output.": ratios.mean(),
             "It sums absolute values: take the root of the sum of squares.": sums[0] / sums[1],
         }
         got = torch.as_tensor(got, dtype=torch.float64)
@@ -82,7 +82,7 @@ def check_dropped_share(student):
     agreeing = positive + negative
     mistakes = {
         "It is the share that ReLU keeps: both channels positive.": positive / total,
-        "It counts channels of opposite signs, too: they do not agree.": 1 - positive / total,
+        "It includes channels of opposite signs: they do not agree.": 1 - positive / total,
         "Divide by the sum of all |q_j k_j|, not of those that agree.": negative / agreeing,
         "It counts channels: weight each by |q_j k_j|.": both.double().mean(dim=-1),
         "It is not divided by the sum of all |q_j k_j|.": negative,
@@ -90,7 +90,9 @@ def check_dropped_share(student):
     }
     agree(output(student, q, k, shape=(3, 5)), negative / total, "The share", mistakes)
     if not close(output(student, q / 1e6, k / 1e6, shape=(3, 5)), negative / total):
-        raise Wrong("Queries and keys a million times smaller change the share: no eps, no clamp.")
+        raise Wrong(
+            "Queries and keys a million times smaller change the share: use no eps and no clamp."
+        )
     for case, pair in ((" (zero query)", (0 * q, k)), (" (zero key)", (q, 0 * k))):
         got = output(student, *pair, shape=(3, 5), case=case)
         agree(got, 0 * got, f"The share{case}")

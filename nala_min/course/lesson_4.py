@@ -9,8 +9,8 @@ from nala_min.course.checks import TOLERANCE, Wrong, agree, close, draw, exercis
 
 
 def _name_map(student, mistakes, *alpha):
-    """Raise Wrong with the sentence of mistakes, {sentence: wrong map}, whose map student's is, but
-    for the order of the features or a turn of all: norms and inner products tell."""
+    """Raise Wrong if student's map is one of mistakes, {sentence: wrong map}. Maps are compared by
+    norms and inner products, so the order of the features or a rotation does not matter."""
     magnitude, direction = features(2, 6, 4), model.decompose(draw(2, 6, 4))[1]
     pairs = list(zip(magnitude, direction, strict=True))
     phi = torch.cat([output(student, *pair, *alpha, shape=(6, 8)) for pair in pairs])
@@ -21,19 +21,19 @@ def _name_map(student, mistakes, *alpha):
 
 
 def _check_map(student, reference, *alpha):
-    """What both maps must do; of their features only norms and inner products count."""
+    """Check what both maps must do. Only norms and inner products of their features count."""
     one, case = torch.ones(1, 1).double(), f" (alpha={alpha[0]:g})" if alpha else ""
     magnitude, direction = features(2, 6, 4), model.decompose(draw(2, 6, 4))[1]
-    pairs = zip(magnitude, direction, strict=True)  # two calls: query and key know no other
+    pairs = zip(magnitude, direction, strict=True)  # a call each: a query must not see its key
     phi_q, phi_k = (output(student, *pair, *alpha, shape=(6, 8)) for pair in pairs)
     if not close(torch.stack([phi_q, phi_k]).norm(dim=-1), magnitude.norm(dim=-1)):
-        raise Wrong(f"The norm of the features is not that of the magnitude{case}.")
+        raise Wrong(f"The norm of the features differs from that of the magnitude{case}.")
     plus, minus = (output(student, one, sign * one, *alpha, shape=(1, 2)) for sign in (1, -1))
     product = (plus * minus).sum().item()
     if product < -TOLERANCE:
-        raise Wrong(f"Opposite signs have a negative product, {product:.3g}{case}.")
+        raise Wrong(f"Opposite signs give a negative product, {product:.3g}{case}.")
     if product > 0.01:
-        raise Wrong(f"Opposite signs have the product {product:.3g}, expected almost 0{case}.")
+        raise Wrong(f"Opposite signs give the product {product:.3g}, expected almost 0{case}.")
     right_q, right_k = reference(magnitude, direction, *alpha)
     agree(phi_q @ phi_k.mT, right_q @ right_k.mT, f"The inner product of query and key{case}")
 
@@ -51,9 +51,9 @@ def check_cosine_features(student):
     one = torch.ones(1, 1).double()
     few, many = (output(student, one, one / 9, alpha, shape=(1, 2)) for alpha in (4.0, 20.0))
     mistakes = {
-        "It is the sign split (11), not (9): there the size of a channel counts.": model.sign_split,
-        "The angle runs to 45 radians: 45 degrees are pi/4.": in_radians,
-        "The magnitude is in the angle, too: that is of the direction alone.": (
+        "It is the sign split (11), not (9): in (9), a channel's size counts.": model.sign_split,
+        "The angle goes up to 45 radians: 45 degrees are pi/4.": in_radians,
+        "The magnitude is also in the angle: use only the direction there.": (
             lambda a, d: model.cosine_map(a, a * d)
         ),
     }
@@ -78,16 +78,16 @@ def check_sign_split(student):
         "Both halves hold the negative channels.": lambda a, d: halves(a, d < 0, d < 0),
         "The negative channels are lost.": lambda a, d: halves(a, d > 0, 0),
         "The positive channels are lost.": lambda a, d: halves(a, d < 0, 0),
-        "The magnitude is missing: it holds 1 for a channel, not its magnitude.": (
+        "The magnitude is missing: each channel holds 1 instead.": (
             lambda a, d: halves(a / a, d > 0, d < 0)
         ),
-        "It splits the direction: split the magnitude, by the direction's sign.": (
+        "It splits the direction: split the magnitude by the direction's sign.": (
             lambda a, d: halves(a / a, d.relu(), (-d).relu())
         ),
-        "The size of the direction is used as well: use its sign only.": (
+        "It also uses the size of the direction: use only its sign.": (
             lambda a, d: halves(a, d.relu(), (-d).relu())
         ),
-        "It is the cosine map (9), not (11): no angle, only signs.": model.cosine_map,
+        "It is the cosine map (9), not (11): use no angle, only signs.": model.cosine_map,
     }
     _name_map(student, mistakes)
     _check_map(student, model.sign_split)

@@ -23,8 +23,8 @@ from nala_min.course.checks import (
 
 @exercise(
     5,
-    "Which comes first in (14): is the new token added to the state, or is the state read?",
-    "[v 1] has M + 1 channels; the outer product of phi_k with it is what the state grows by.",
+    "Which comes first in (14): adding the new token to the state, or reading the state?",
+    "[v 1] has M + 1 channels; the state grows by the outer product of phi_k with it.",
     "One product phi_q S gives M + 1 numbers: the last is the normaliser of the others.",
 )
 def check_recurrent_step(student):
@@ -38,7 +38,7 @@ def check_recurrent_step(student):
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise Wrong("It must return two tensors, the output and the new state.")
         if isinstance(result[0], Tensor) and result[0].shape == state.shape:
-            raise Wrong("The two are in the other order: first the output, then the state.")
+            raise Wrong("The two are in the wrong order: return the output first, then the state.")
         out = valid_tensor(result[0], (2, 3, 6), "The output", case)
         return out, valid_tensor(result[1], (2, 3, 5, 7), "The state", case)
 
@@ -55,13 +55,13 @@ def check_recurrent_step(student):
             "The new token is not added to the state.": state,
             "The normaliser, the last column of the state, does not grow.": stale,
             "The normaliser is in the first column of the state.": expected.roll(1, dims=-1),
-            "The normaliser counts tokens: it grows by phi_k, not by 1.": counted,
+            "The normaliser counts tokens: it must grow by phi_k, not by 1.": counted,
         }
         agree(after, expected, f"The state{case}", mistakes)
         unseen, _ = reference(state, q, 0 * k, value)
         numerator = torch.einsum("bhf,bhfm->bhm", q, expected[..., :-1])
         mistakes = {
-            "The token does not see itself: add it before the state is read.": unseen,
+            "The token does not see itself: add it before you read the state.": unseen,
             "The output is not divided by the normaliser.": numerator,
         }
         agree(out, expected_out, f"The output{case}", mistakes)
@@ -88,9 +88,9 @@ def check_recurrent_step(student):
 
 @exercise(
     5,
-    "A chunk needs the sum of phi_k^T [v 1] over the chunks before it, and a tril of its own.",
-    "Carry that sum from chunk to chunk: read it (inter), then add the chunk to it.",
-    "The last chunk may be shorter, which slicing does by itself. Divide once, at the end.",
+    "A chunk needs the sum of phi_k^T [v 1] over the chunks before it, and a tril within itself.",
+    "Carry that sum from chunk to chunk: first read it, then add the chunk to it.",
+    "The last chunk may be shorter: slicing takes care of it. Divide once, at the end.",
 )
 def check_chunked_attention(student):
     for chunk_size in (3, 1, 7, 9):

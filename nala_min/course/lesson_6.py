@@ -43,17 +43,15 @@ def check_interference(student):
     over_heads = phi_k.sum(dim=(1, 2), keepdim=True)
     own, total = phi_k.square().sum(dim=-1), (phi_k * z).sum(dim=-1)
     mistakes = {
-        "That is the share of the key itself: the others have the rest.": own / total,
-        "It is not a share: divide by all that the key gets.": total - own,
-        "It divides by the key's own weight: divide by all that the key gets.": (
-            (total - own) / own
-        ),
-        "z runs over the heads as well.": 1 - own / (phi_k * over_heads).sum(dim=-1),
+        "It is the share of the key itself: the others have the rest.": own / total,
+        "It is not a share: divide by the total weight.": total - own,
+        "It divides by the key's own weight: divide by the total weight.": (total - own) / own,
+        "z also sums over the heads.": 1 - own / (phi_k * over_heads).sum(dim=-1),
         "The key's own weight is phi_i . phi_i, a sum of squares.": 1 - phi_k.sum(-1) / total,
     }
     agree(out, expected, "The share", mistakes)
     apart = torch.eye(4, dtype=torch.float64)[None, None]
-    agree(run(apart, (1, 1, 4), " (keys apart)"), torch.zeros(1, 1, 4).double(), "The share")
+    agree(run(apart, (1, 1, 4), " (orthogonal keys)"), torch.zeros(1, 1, 4).double(), "The share")
     phi_k[:, :, 2], case = 0.0, " (a key without features)"
     agree(run(phi_k, shape, case), _reference(phi_k), f"The share{case}")
     agree_gradients(student, _reference, phi_k, case=case)
@@ -62,7 +60,7 @@ def check_interference(student):
 
 @exercise(
     6,
-    "A product of two keys is small only where no feature is large in both.",
+    "The product of two keys is small only if no feature is large in both.",
     "Keep positive and negative channels apart, as the sign split does: that gives 2D features.",
     "Now make a key's largest channels count most. What did the power do in (7) and (8)?",
 )
@@ -70,12 +68,12 @@ def check_own_features(student):
     x = draw(2, 3, 7, 5)
     phi = output(student, x, shape=(2, 3, 7, 10))
     if (phi < 0).any():
-        raise Wrong(f"A feature is negative, {phi.min().item():.3g}: so weights can be negative.")
+        raise Wrong(f"A feature is negative, {phi.min().item():.3g}, so weights can be negative.")
     if not (phi.sum(dim=-1) > 0).all():
-        raise Wrong("All features of some x are 0: it could not be stored.")
+        raise Wrong("All features of some x are 0: such a key cannot be stored.")
     alone = output(student, x[:1, :1, 3:4], shape=(1, 1, 1, 10))
     if not close(alone, phi[:1, :1, 3:4]):
-        raise Wrong("A token has other features when it is alone: it must not see the others.")
+        raise Wrong("A token has different features when it is alone: it must not see the others.")
     gradients(student, x)
     k, v = draw(200, 1, 16, 16), draw(200, 1, 16, 16)
     phi = output(student, k, shape=(200, 1, 16, 32))
@@ -83,4 +81,4 @@ def check_own_features(student):
     read = weights @ v / weights.sum(dim=-1, keepdim=True)
     error = (read - v).square().mean().item()
     if not error < 0.6:
-        raise Wrong(f"16 pairs are read with a squared error of {error:.2f}, not below 0.6.")
+        raise Wrong(f"16 pairs are read with a squared error of {error:.2f}: it must be below 0.6.")

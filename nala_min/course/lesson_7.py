@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from nala_min.course.checks import agree, agree_gradients, draw, exercise, features, output
 
-SHAPE = (2, 3, 5, 6)  # of a state: (B, H, F, M)
+SHAPE = (2, 3, 5, 6)  # shape of a state, (B, H, F, M)
 
 
 def _outer(k, v):
@@ -16,8 +16,8 @@ def _outer(k, v):
 
 @exercise(
     7,
-    "Two things happen, in this order: the state is multiplied, then the token is added.",
-    "decay has one number per feature, that is, per row of the state: add a last axis to it.",
+    "There are two steps, in this order: multiply the state, then add the token.",
+    "decay has one number per feature, so per row of the state: add a last axis to it.",
 )
 def check_decay_step(student):
     def reference(state, k, v, decay):
@@ -28,14 +28,14 @@ def check_decay_step(student):
     out = output(student, state, k, v, decay, shape=SHAPE)
     mistakes = {
         "The past does not fade.": state + _outer(k, v),
-        "The new token fades, too: write it after the decay.": (
+        "The new token also fades: write it after the decay.": (
             decay[..., None] * (state + _outer(k, v))
         ),
         "The new token is not written.": decay[..., None] * state,
         "The past is forgotten.": _outer(k, v),
-        "The past fades by 1 - decay.": (1 - decay[..., None]) * state + _outer(k, v),
+        "The past is multiplied by 1 - decay.": (1 - decay[..., None]) * state + _outer(k, v),
         "The key fades, not the past.": state + _outer(decay * k, v),
-        "It is the same decay for every feature.": (
+        "It uses the same decay for every feature.": (
             decay.mean(dim=-1)[..., None, None] * state + _outer(k, v)
         ),
     }
@@ -45,9 +45,9 @@ def check_decay_step(student):
 
 @exercise(
     7,
-    "What does the key read before the token is written? k S, one number for each channel of v.",
-    "The state grows by the outer product of k with what is missing, v minus that.",
-    "share multiplies all of what is missing: with 1, the key reads v afterwards.",
+    "What does the key read before the token is written? k S, one number per channel of v.",
+    "The state grows by the outer product of k with the error: v minus what k reads.",
+    "share multiplies the whole error: with share = 1, the key reads v afterwards.",
 )
 def check_delta_step(student):
     def read(state, k):
@@ -62,23 +62,23 @@ def check_delta_step(student):
     out = output(student, state, k, v, share, shape=SHAPE)
     part = share[..., None]
     mistakes = {
-        "It adds, as linear attention does: take out what the key reads.": state + _outer(k, v),
-        "It adds a share of v, and takes out nothing.": state + _outer(k, part * v),
-        "share is missing: it replaces all of what the key reads.": (
+        "It only adds, like linear attention: subtract what the key reads.": state + _outer(k, v),
+        "It adds a share of v, but removes nothing.": state + _outer(k, part * v),
+        "share is missing: it replaces everything that the key reads.": (
             state + _outer(k, v - read(state, k))
         ),
-        "share multiplies what is taken out, but not v.": (
+        "share multiplies what is removed, but not v.": (
             state + _outer(k, v - part * read(state, k))
         ),
-        "share multiplies v, but not what is taken out.": (
+        "share multiplies v, but not what is removed.": (
             state + _outer(k, part * v - read(state, k))
         ),
-        "It takes out, but writes nothing.": state - _outer(k, part * read(state, k)),
-        "It moves away from v: the difference is the other way round.": (
+        "It removes, but writes nothing.": state - _outer(k, part * read(state, k)),
+        "It moves away from v: the difference has the wrong sign.": (
             state - _outer(k, part * (v - read(state, k)))
         ),
     }
     agree(out, reference(state, k, v, share), "The state", mistakes)
     agree_gradients(student, reference, state, k, v, share)
     after = output(student, state, k, v, torch.ones_like(share), shape=SHAPE, case=" (share=1)")
-    agree(read(after, k), v, "What the key reads afterwards (share=1)")
+    agree(read(after, k), v, "The value that the key reads afterwards (share=1)")

@@ -1,9 +1,9 @@
 """Marks one file of exercises in a fresh process, so no mark depends on what ran before it.
 
-mark() starts the process, which runs main(): it imports the file as Python imports a module, and
-checks the exercises. Verdicts are lines of one file; what the student's code prints goes to
-another. An exercise that crashes the process, or does not end, costs its own mark only: another
-process checks the rest.
+mark() starts the process, which runs main(): it imports the file like any module and checks the
+exercises. Each verdict is a line in one file; the output of the student's code goes to another. An
+exercise that crashes the process, or does not end, loses only its own mark: another process checks
+the rest.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = str(Path(torch.__file__).parents[1])  # maybe only on PYTHONPATH, which ENVIRONMENT drops
 CODE = """import sys; sys.path.append(sys.argv[1])
 from nala_min.course import marking; marking.main(*sys.argv[2:])"""
-# As it was before a student's file ran, without what changes how Python runs.
+# The variables as they were before any file ran, without those that change how Python runs.
 ENVIRONMENT = {
     name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))
 } | {"PYTHONHASHSEED": "0"}
 
-_is_marking = False  # True in the fresh process: a file may itself call checks.report
+_is_marking = False  # True in the fresh process, where a file may call checks.report
 
 
 def mark(path: str | os.PathLike, names: list[str]) -> tuple[dict[str, str], str]:
-    """Check the exercises of these names in a file. No mistake in the file raises an error.
+    """Check the named exercises in a file. No mistake in the file raises an error.
 
-    Returns the verdict on each, "right", "not done yet" or "wrong - ..." (a traceback may follow in
-    the next lines), and what the file printed. A file that cannot be imported gets one of its own.
+    Returns a verdict for each exercise and the output of the file. A verdict is "right", "not done
+    yet" or "wrong - ..."; its next lines may hold a traceback. A file that cannot be imported gets
+    a verdict under its own name.
     """
     path = os.path.abspath(os.path.expanduser(os.fsdecode(path)))
     file, verdicts, printed = os.path.basename(path), {}, ""
@@ -64,7 +65,7 @@ def mark(path: str | os.PathLike, names: list[str]) -> tuple[dict[str, str], str
 
 
 def _run(path, steps):
-    """One process, which gives a verdict on the import and, if that is right, on an exercise."""
+    """Run one process. Returns its verdicts on the import and on the exercises, and its output."""
     with tempfile.TemporaryDirectory(prefix="nala_min_", ignore_cleanup_errors=True) as folder:
         told, printed = Path(folder, "told"), Path(folder, "printed")
         told.touch()
@@ -73,17 +74,17 @@ def _run(path, steps):
                 [sys.executable, "-u", "-Xutf8", "-c", CODE, PACKAGES, folder, path, *steps],
                 cwd=ROOT,
                 env=ENVIRONMENT,
-                stdin=subprocess.PIPE,  # closes with the caller
+                stdin=subprocess.PIPE,  # closes when the caller ends
                 stdout=stdout,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches the caller only
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # so on Windows
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # the same on Windows
             )
         with process:
             try:
                 death = _wait(process, told, printed)
             finally:
-                with suppress(OSError):  # it and all that it started have ended
+                with suppress(OSError):  # the process and its children have ended
                     if os.name == "posix":
                         os.killpg(process.pid, signal.SIGKILL)
                     else:
@@ -92,7 +93,7 @@ def _run(path, steps):
         with printed.open("rb") as file:
             text = file.read(10_000).decode(errors="replace")
     if not lines:  # not the student's fault
-        raise RuntimeError(f"{path} is not marked: its process does not start. {text[-500:]}")
+        raise RuntimeError(f"{path} was not marked: its process did not start. {text[-500:]}")
     found = dict(zip(steps, map(json.loads, lines[1:]), strict=False))
     if len(found) < len(steps) and found.get(steps[0], "right") == "right":
         found[steps[len(found)]] = f"wrong - {death}"
@@ -100,7 +101,7 @@ def _run(path, steps):
 
 
 def _wait(process, told, printed):
-    """Wait until the process ends, or has to be ended. Returns what its last step did wrong."""
+    """Wait until the process ends or exceeds a limit. Returns what its last step did wrong."""
     size, since = 0, time.monotonic()
     while process.poll() is None:
         if told.stat().st_size > size:
@@ -111,13 +112,13 @@ def _wait(process, told, printed):
             return f"It prints more than {PRINT_LIMIT} MB: is there an endless loop?"
         time.sleep(0.02)
     if 0 <= (code := process.returncode) < 256:
-        return f"It ends Python, with exit code {code}: remove what does that."
+        return f"It ends Python with exit code {code}: remove the call that does so."
     name = next((x.name for x in signal.Signals if x == -code), f"code {code}")
-    return f"Python crashes ({name}): does it recurse without end, or fill the memory?"
+    return f"Python crashes ({name}): does it recurse endlessly, or fill the memory?"
 
 
 def main(folder: str, path: str, file: str, *names: str) -> None:
-    """What the fresh process does. After each step it adds a line to the file told in folder."""
+    """Run in the fresh process: each step appends its verdict to the file "told" in folder."""
     from nala_min.course import checks
 
     def tell(verdict):
@@ -149,7 +150,7 @@ def main(folder: str, path: str, file: str, *names: str) -> None:
         try:
             if step == file:
                 spec.loader.exec_module(module)
-                dtype = torch.get_default_dtype()  # the file may choose its own
+                dtype = torch.get_default_dtype()  # the file may set its own
             else:
                 checks.check_name(vars(module), step, dtype)
         except checks.NotDone as error:
@@ -158,8 +159,8 @@ def main(folder: str, path: str, file: str, *names: str) -> None:
             trace = traceback.format_exception(error.__cause__) if error.__cause__ else []
             verdict = "\n".join([f"wrong - {error}", *trace])
         except BaseException as error:
-            verdict = f"wrong - It stops with {checks.describe(error, path)}"
+            verdict = f"wrong - It raises {checks.describe(error, path)}"
         tell(verdict)
         if step == file and verdict != "right":
             break
-    os._exit(0)  # whatever threads the file has left behind
+    os._exit(0)  # even if the file has left threads behind

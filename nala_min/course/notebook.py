@@ -1,4 +1,4 @@
-"""What the notebooks share: how they begin, and how they show a figure and the project's code."""
+"""Functions for the notebooks: set one up, show figures and the project's code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nala_min import plots
 
 
 def begin(seed: int = 0) -> None:
-    """The same random numbers, the same style and the same few decimals in every notebook."""
+    """Set the seed, the plot style and the number of decimals, the same in every notebook."""
     torch.manual_seed(seed)
     torch.set_printoptions(precision=3, sci_mode=False, linewidth=96)
     matplotlib.rcParams.update(plots.STYLE)
@@ -30,7 +30,7 @@ def show(figure: Figure, text: str) -> None:
     """Show figure and, folded below it, text: a description for readers who cannot see it."""
     display(
         {"image/png": base64.b64encode(_png(figure)).decode(), "text/plain": text},
-        metadata={"image/png": {"alt": text, "width": _width(figure)}},  # not every page reads alt
+        metadata={"image/png": {"alt": text, "width": _width(figure)}},  # some viewers ignore alt
         raw=True,
     )
     _show_markdown(f"<details><summary>In words</summary>\n\n{text}\n\n</details>", text)
@@ -46,14 +46,14 @@ def _png(figure: Figure) -> bytes:
 
 
 def _width(figure: Figure) -> int:
-    """In pixels of the page; the picture is sharper."""
+    """Width in pixels of the page; the picture itself has more pixels."""
     return round(96 * figure.get_figwidth())
 
 
 def source(*objects: Any, fold: str = "") -> None:
-    """Show the code of functions and classes as it runs, docstrings and all.
+    """Show the code of functions and classes exactly as it runs, with docstrings.
 
-    fold: a line to show instead, with the code below it, to unfold.
+    fold: a line to show instead; a click on it unfolds the code.
     """
     code = "\n\n\n".join(textwrap.dedent(inspect.getsource(each)).rstrip() for each in objects)
     fence = f"```python\n{code}\n```"
@@ -68,7 +68,7 @@ def _show_markdown(markdown: str, plain: str) -> None:
 
 
 def slider(draw: Callable[[float], Figure], low: float, high: float, start: float) -> None:
-    """A slider from low to high that shows draw(its position), in a notebook that is running."""
+    """Show a slider from low to high and the figure draw(position) while the notebook runs."""
     knob = ipywidgets.FloatSlider(start, min=low, max=high, step=(high - low) / 100)
     knob.description = next(iter(inspect.signature(draw).parameters))
     figure = draw(start)

@@ -1,2 +1,2 @@
-"""Programs that measure the rest: speed (bench), fair comparisons (compare) and what they compare
-(studies), norms in the models that they train (premise), and all GPU measurements (gpu)."""
+"""Programs that measure the rest of the package: speed (bench), fair comparisons (compare) of the
+attentions in studies, norms in trained models (premise), and everything on a GPU (gpu)."""

@@ -1,6 +1,6 @@
-"""Speed and memory: `python -m nala_min.lab.bench` measures attention against the number of tokens,
-decoding against the context, and whole training steps, for NaLa and the fused softmax. HOW explains
-the method. Prints tables and writes a run card and a picture."""
+"""Speed and memory. `python -m nala_min.lab.bench` measures attention over more and more tokens,
+decoding after longer and longer contexts, and whole training steps, for NaLa and the fused softmax.
+It prints tables and writes a run card and a picture. HOW describes the method."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from nala_min.measure import Recorder, next_token_loss
 Call = Callable[[], Any]
 Row = dict[str, Any]
 BATCH, HEADS, DIM = 1, 4, 64
-STEPS = {64: 12, 128: 8, 256: 8}  # characters in a window: windows in a batch
-LONG_STEPS = {128: 8, 1024: 1, 4096: 1, 16384: 1}  # the same, of --long
-LONG = 70_000  # tokens of --long
-LONGEST = {"quadratic": 2**11}  # tokens; N x N numbers, whose memory would slow down the others
+STEPS = {64: 12, 128: 8, 256: 8}  # window length in characters: batch size
+LONG_STEPS = {128: 8, 1024: 1, 4096: 1, 16384: 1}  # the same for --long
+LONG = 70_000  # tokens for --long
+LONGEST = {"quadratic": 2**11}  # tokens; larger N x N weights would slow down the others
 BURST = 128  # tokens to decode in a row
 HOW = """\
-All forms take turns in one run, so a slow minute slows each of them. Only the call is timed,
-including its backward pass where stated; its inputs already exist, in the memory layout of a model.
-In each turn a call runs twice and the second run is timed, so memory and caches are as that call
-left them, not another one; on a GPU the caches are flushed."""
+All forms take turns in one run, so a slow minute slows all of them. Only the call is timed, with
+its backward pass where stated; its inputs are allocated beforehand, in the memory layout of a
+model. In each turn a call runs twice and only the second run is timed, so memory and caches are as
+the first run left them. On a GPU, the caches are flushed before the timed run."""
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Settings:
     """Measure the speed and memory of attention, decoding and training steps."""
 
     quick: bool = flag(False, "up to 4,096 tokens, and fewer repetitions: under a minute")
-    peers: bool = flag(False, "instead, compare with other libraries that are installed")
-    long: bool = flag(False, "instead, training steps with long windows, and 70,000 tokens")
+    peers: bool = flag(False, "compare with other installed libraries instead")
+    long: bool = flag(False, "measure training steps on long windows, and 70,000 tokens, instead")
     device: str = flag("auto", "device to measure", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = flag(
         "float32", "dtype of q, k and v", choices=["float32", "bfloat16", "float16", "float64"]
@@ -61,19 +61,19 @@ class Settings:
     out: Path = flag(Path("runs/speed"), "folder for the run card and the picture")
 
 
-# --- Clock and scales -----------------------------------------------------------------------------
+# --- Time and memory ------------------------------------------------------------------------------
 
 
 def finish(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until a GPU has finished its queued work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Wall time of one call, launches included; a CUDA card's caches are flushed before it."""
+    """Wall time of one call, including launches. On a CUDA card the caches are flushed first."""
     if device.type == "cuda":
-        torch.empty(2**28, dtype=torch.int8, device=device).zero_()  # more than any cache holds
+        torch.empty(2**28, dtype=torch.int8, device=device).zero_()  # larger than any cache
     finish(device)
     start = time.perf_counter()
     call()
@@ -82,8 +82,8 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def peak_of(call: Call, device: torch.device, compiled: bool) -> int | None:
-    """Most bytes held at one time by tensors made in call; None where they cannot be seen, inside
-    code compiled for a CPU."""
+    """Peak bytes of the tensors that call makes; None for code compiled for a CPU, where tensors
+    cannot be counted."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -100,16 +100,16 @@ def peak_of(call: Call, device: torch.device, compiled: bool) -> int | None:
 def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> dict[Any, Row]:
     """Time calls in turn until budget seconds have passed: at least 3 and at most 50 times each.
 
-    Returns for each call the median, lowest and highest seconds, the number of runs, and the peak
-    memory of one more run, the first, which is not timed. A call that alone would use up the budget
-    is timed in that run only: what it leaves in memory matters little then.
+    Returns for each call the median, lowest and highest seconds, the number of timed runs, and the
+    peak memory of a first run that is not timed. A call whose first run exceeds the budget is timed
+    in that run only: for such a long call, the state of the caches matters little.
     """
     found: dict[Any, list[float]] = {name: [] for name in calls}
     peaks = {}
     for name, call in calls.items():
         compiled = "compiled" in name
         if compiled or device.type == "cuda":
-            call()  # compiles; a GPU's libraries take their workspace
+            call()  # compiles; GPU libraries allocate their workspace
         finish(device)
         start = time.perf_counter()
         peaks[name] = peak_of(call, device, compiled)
@@ -139,14 +139,14 @@ def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> d
 
 
 def forms(causal: bool, compiled: bool) -> dict[str, Callable[..., Tensor]]:
-    """The forms to compare, each a function of q, k and v. "product" takes features for q and k:
-    the cost of attention without its feature map."""
+    """The forms to compare, each a function of q, k and v. "product" takes features instead of q
+    and k: it shows the cost of attention without its feature map."""
     attention = partial(nala_attention, causal=causal)
     found = {
         "softmax": partial(softmax_attention, causal=causal),
         "nala": attention,
         "split": partial(attention, feature_map="split"),
-        "product": partial(attention, feature_map="relu"),  # of features: leaves them as they are
+        "product": partial(attention, feature_map="relu"),  # leaves features unchanged
     }
     if causal:
         found["readable"] = partial(attention, mode="chunked")
@@ -154,13 +154,13 @@ def forms(causal: bool, compiled: bool) -> dict[str, Callable[..., Tensor]]:
     else:
         found["readable"] = partial(attention, mode="parallel")
     if compiled:
-        torch._dynamo.reset()  # each length has a kernel of its own
+        torch._dynamo.reset()  # one kernel per length
         found["compiled"] = torch.compile(attention, fullgraph=True, dynamic=False)
     return found
 
 
 def passes(form: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Call]:
-    """The two calls to time: the forward pass alone, and with the backward pass."""
+    """The two calls to time: the forward pass alone, and both passes."""
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -175,14 +175,14 @@ def passes(form: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Call]
 
 
 def heads(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random (B, H, N, D), in the memory layout of a model: all heads of one token side by side."""
+    """Random (B, H, N, D) in the memory layout of a model: all heads of a token side by side."""
     return torch.randn(BATCH, length, HEADS, DIM, device=device, dtype=dtype).transpose(1, 2)
 
 
 def attention_rows(
     lengths: list[int], device: torch.device, dtype: torch.dtype, budget: float, compiled: bool
 ) -> Iterator[list[Row]]:
-    """For each length and direction, the rows of all forms and both passes."""
+    """Yield the rows of all forms and both passes, for each length and direction."""
     for length in lengths:
         inputs = [heads(length, device, dtype).requires_grad_() for _ in range(3)]
         q, k, v = inputs
@@ -205,7 +205,7 @@ def attention_rows(
 
 def long_rows(device: torch.device, dtype: torch.dtype, budget: float) -> list[Row]:
     """Forward and backward pass of bidirectional attention over LONG tokens. "written out" is
-    softmax with its N x N weights, whose memory is counted without computing anything."""
+    softmax with its N x N weights: their memory is counted, but nothing is computed."""
     inputs = [heads(LONG, device, dtype).requires_grad_() for _ in range(3)]
     calls = {
         name: passes(attention, inputs)["forward + backward"]
@@ -221,7 +221,7 @@ def long_rows(device: torch.device, dtype: torch.dtype, budget: float) -> list[R
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, Eq. (1), as it is written."""
+    """Softmax attention with its N x N weights, exactly as in Eq. (1)."""
     return (q @ k.mT / q.shape[3] ** 0.5).softmax(dim=-1) @ v
 
 
@@ -240,7 +240,7 @@ def crossover(rows: list[Row], form: str = "nala", **which: Any) -> int | None:
 
 
 def select(rows: list[Row], **which: Any) -> list[Row]:
-    """The rows with these values."""
+    """The rows that have these values."""
     return [row for row in rows if all(row[name] == value for name, value in which.items())]
 
 
@@ -250,9 +250,9 @@ def select(rows: list[Row], **which: Any) -> list[Row]:
 def decode_rows(
     contexts: list[int], device: torch.device, dtype: torch.dtype, budget: float
 ) -> list[Row]:
-    """Time per token after a context, as the mean over BURST tokens. "nala" has its state;
-    "softmax_grown" is softmax as our model decodes, appending to its keys and values; "softmax" has
-    a preallocated cache, so nothing is copied."""
+    """Time per token after a context, averaged over BURST tokens. "nala" carries its state.
+    "softmax_grown" appends to its keys and values, as our model does. "softmax" has a preallocated
+    cache, so nothing is copied."""
     token = [heads(1, device, dtype) for _ in range(3)]
     options = {"causal": True, "return_state": True}
 
@@ -290,7 +290,7 @@ def decode_rows(
 
 def step_rows(windows: dict[int, int], device: torch.device, budget: float) -> list[Row]:
     """A training step of NaLaLM at its default sizes, with AdamW in float32, for each attention.
-    windows: the batch size for each window length."""
+    windows: {window length: batch size}."""
     found = []
     for block, batch in windows.items():
         tokens = torch.randint(65, (batch, block + 1), device=device)
@@ -301,7 +301,7 @@ def step_rows(windows: dict[int, int], device: torch.device, budget: float) -> l
 
 
 def training_step(attention: str, tokens: Tensor, device: torch.device) -> Call:
-    """One step of a model of the default size, including its optimiser. tokens: (B, N + 1)."""
+    """A call that trains a model of the default size for one step. tokens: (B, N + 1)."""
     torch.manual_seed(0)
     model = NaLaLM(LMConfig(vocab_size=65, attention=attention)).to(device)
     recipe = train.Recipe(steps=1000, learning_rate=1e-3)
@@ -318,9 +318,8 @@ def training_step(attention: str, tokens: Tensor, device: torch.device) -> Call:
 
 
 def peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """Causal linear attention in the installed libraries, as functions of features phi_q, phi_k and
-    of v, with a normaliser; and ours of the same. The kernels of fla, flash-linear-attention, are
-    for CUDA."""
+    """Causal linear attention, normalised, from this package and from each installed library, as
+    functions of phi_q, phi_k and v. The kernels of flash-linear-attention (fla) need CUDA."""
     found = {"nala": partial(nala_attention, causal=True, feature_map="relu")}
     if find_spec("fla"):
         from fla.ops.linear_attn import chunk_linear_attn
@@ -328,7 +327,7 @@ def peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
 
         def fla(attention: Callable, *inputs: Tensor) -> Tensor:  # tokens before heads
             out = attention(*(x.transpose(1, 2) for x in inputs), 1, normalize=True)
-            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # maybe a state
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # or with a state
 
         if device.type == "cuda":
             found["fla_chunk"] = partial(fla, chunk_linear_attn)
@@ -349,8 +348,8 @@ def peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
 
 
 def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterator[list[Row]]:
-    """For each length, the rows of all libraries, in float32; their outputs must agree with ours.
-    Heads come first in memory."""
+    """Yield the rows of all libraries for each length, in float32, with heads first in memory.
+    Raises AssertionError if an output differs from ours."""
     apart = 1e-2 if device.type == "cuda" else 1e-3  # fla's kernels multiply in TF32
     for length in lengths:
         q, k, v = (heads(length, device, torch.float32).contiguous() for _ in range(3))
@@ -373,7 +372,7 @@ def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterat
 
 
 def table(rows: list[Row], beside: str = "softmax") -> str:
-    """One line per row: what was measured, milliseconds, the ratio to beside, and memory."""
+    """One line per row: the case, milliseconds, speed relative to beside, and peak memory."""
     (along,) = (name for name in ("length", "context", "block") if name in rows[0])
     lines = []
     for row in rows:
@@ -389,12 +388,12 @@ def table(rows: list[Row], beside: str = "softmax") -> str:
 
 
 def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """The results of a run card, printed as they arrive."""
+    """Measure what settings select and print it as it arrives. Returns the run card's results."""
     dtype, budget = getattr(torch, settings.dtype), 0.5 if settings.quick else 4.0
     lengths = [2**i for i in range(6, 13 if settings.quick else 17)]
     rows: list[Row] = []
     if settings.peers:
-        print("Linear attention with given features; the reference is ours")
+        print("Linear attention on the same features; the reference is ours")
         for some in peer_rows(lengths[4:-2], device, budget):
             rows += some
             print(table(some, beside="nala"))
@@ -408,7 +407,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
         )
         results["long"] = long_rows(device, dtype, budget)
         print("\nBidirectional attention", table(results["long"][:2]), sep="\n")
-        print(f"Softmax written out would hold {results['long'][2]['peak'] / 2**30:.1f} GiB")
+        print(f"Softmax written out would need {results['long'][2]['peak'] / 2**30:.1f} GiB")
         return results
     compiled = not settings.quick and train.can_compile(device)
     for some in attention_rows(lengths, device, dtype, budget, compiled):
@@ -420,7 +419,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     for direction, causal in (("causal", True), ("bidirectional", False)):
         for name in ("forward", "forward + backward"):
             places[f"{direction}, {name}"] = crossover(rows, causal=causal, **{"pass": name})
-    print("\nNaLa is never slower from this many tokens on:")
+    print("\nNumber of tokens from which NaLa is never slower:")
     for name, length in places.items():
         print(f"  {name}: {length}")
     results = {"attention": rows, "crossover": places}
@@ -437,14 +436,14 @@ def main() -> None:
     torch.manual_seed(1)
     instead = "peers" if settings.peers else "long" if settings.long else None
     if instead and settings.dtype != "float32":
-        raise UsageError(f"--{instead} compares in float32: leave --dtype out")
+        raise UsageError(f"--dtype must be float32 with --{instead}: {settings.dtype}")
     name = f"speed_{device.type}_{instead or settings.dtype}"
     runcard.prove_writable(settings.out / f"{name}.json", settings.out / f"{name}.png")
     config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
     print(f"q, k, v: ({BATCH}, {HEADS}, N, {DIM}), {settings.dtype}")
     print(HOW)
-    print("N, what, median (lowest to highest), times as fast as the reference, peak memory\n")
+    print("N, case, median (lowest to highest), speed relative to the reference, peak memory\n")
     results = measure(settings, device)
     data = {"name": "standard normal queries, keys and values"}
     card = runcard.run_card(config, data, device, time.perf_counter() - start, results)

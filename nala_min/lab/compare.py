@@ -1,12 +1,12 @@
 """Does norm-awareness help, and when? `python -m nala_min.lab.compare` trains each variant of a
-study several times and writes one run card for all of them.
+study with several seeds and writes one run card per study.
 
-A study is a task and the attentions compared on it: the same block, data in the same order, steps,
-schedule and seeds, and parameters as equal as possible. Each run has one CPU thread, so its numbers
-do not depend on how many run at the same time. A finished run is not repeated unless the code that
-trains has changed; an interrupted run continues. Says first how long it will take, then prints a
-table: mean, lowest and highest over the seeds, and the paired difference from NaLa with its 95 %
-interval.
+A study compares attentions on one task. They share the block, the data and its order, the steps,
+the schedule and the seeds, and their numbers of parameters are nearly equal. Each run uses one CPU
+thread, so its result does not depend on how many runs share the machine. A finished run is repeated
+only if the code that trains has changed; an interrupted run resumes. The program first estimates
+the time that is left. At the end it prints a table: mean, lowest and highest over the seeds, and
+the paired difference from NaLa with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from nala_min.lab.studies import STUDIES, Study, Task, Variant, variant_of
 
 
 def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """Train one variant, or continue its run, in folder. Returns its row of the study's card."""
-    extra = _extra(task, name, seed)  # registers a file of yours
+    """Train one variant in folder, or resume its run. Returns its row of the study's card."""
+    extra = _extra(task, name, seed)  # also registers your FILE.py
     model, recipe = _prepared(task, name, seed, device)
     history, seconds = train.fit(
         model,
@@ -73,7 +73,7 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
 def _prepared(
     task: Task, name: str, seed: int, device: str = "cpu"
 ) -> tuple[nn.Module, train.Recipe]:
-    """The model of a run before its first step, and how it is trained."""
+    """The initial model of a run, and its training recipe."""
     variant = variant_of(name)
     torch.manual_seed(seed)
     model = task.build(variant)
@@ -93,14 +93,14 @@ def _prepared(
 
 
 def trained(task: Task, name: str, seed: int, folder: Path) -> nn.Module:
-    """The model of a finished run of a study in folder, whatever has changed in the code since.
+    """The trained model of a finished run in folder, even if the code has changed since then.
     Raises UsageError if there is none."""
     model, _ = _prepared(task, name, seed)
     path = _place(folder, name, seed) / "checkpoint.pt"
     saved = load_checkpoint(path)
     found, wanted = (x | {"code_sha256": 0} for x in (saved["extra"], _extra(task, name, seed)))
     if found != wanted or saved["step"] != task.steps:
-        raise UsageError(f"{path} is not of a finished run of this study: run it first")
+        raise UsageError(f"{path} is not from a finished run of this study: run the study")
     model.load_state_dict(saved["model"])
     return model
 
@@ -115,12 +115,12 @@ def seconds_of_a_step(task: Task, name: str, device: str = "cpu") -> float:
         inputs, targets = (x.to(device) for x in task.batch(1, step))
         loss = task.loss(model, inputs, targets)
         train.update(model, optimizers, loss, recipe.clip)
-        loss.item()  # a GPU has finished
+        loss.item()  # waits for the GPU
     return (time.perf_counter() - start) / 3
 
 
 def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
-    """Do a run silently, in a process of its own."""
+    """Do one run silently. Called in its own process."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
@@ -130,13 +130,13 @@ def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[s
     return row
 
 
-# What decides a run's numbers, beside this file.
+# The code that, together with this file, determines a run's numbers.
 CODE = (model, fast, relatives, train, data, synthetic, measure, studies)
 
 
 def _identity(task: Task, name: str) -> dict[str, Any]:
-    """What a finished run must have been trained on and by, including the content of a file of
-    yours, which is registered here."""
+    """The task, data and code that a finished run must have been trained with, and the content of
+    your FILE.py, which this registers."""
     files = [__file__, *(module.__file__ for module in CODE)]
     code = b"".join(Path(file).read_bytes() for file in files)
     identity = {"task": repr(task), "data": task.data_info()}
@@ -147,12 +147,12 @@ def _identity(task: Task, name: str) -> dict[str, Any]:
 
 
 def _extra(task: Task, name: str, seed: int) -> dict[str, Any]:
-    """What a run's checkpoint says about it."""
+    """The description of a run in its checkpoint."""
     return runcard.plain({"variant": name, "seed": seed} | _identity(task, name))
 
 
 def finished(study: Study, folder: Path) -> dict[tuple[str, int], dict[str, Any] | None]:
-    """The row of each run of study, by variant and seed; None for a run still to do."""
+    """The row of each run of study, by variant and seed; None for an unfinished run."""
     rows = {}
     for seed in range(1, study.seeds + 1):
         for name in study.variants:
@@ -170,31 +170,31 @@ def _place(folder: Path, name: str, seed: int) -> Path:
 
 
 def prove_runs(study: Study, folder: Path) -> None:
-    """Raise UsageError if a run still to do cannot be written to its folder, or finds another run's
-    checkpoint there."""
+    """Raise UsageError if the folder of an unfinished run cannot be written or holds the checkpoint
+    of another run."""
     for (name, seed), row in finished(study, folder).items():
         if row is None:
             path = _place(folder, name, seed) / "checkpoint.pt"
             runcard.prove_writable(path, path.with_name("row.json"))
             if path.exists() and load_checkpoint(path)["extra"] != _extra(study.task, name, seed):
                 raise UsageError(
-                    f"{path} is of another task, data or code: move it aside, or name another"
-                    " folder with --out"
+                    f"{path} is from another task, other data or other code: move it aside, or"
+                    " name another folder with --out"
                 )
 
 
 def _start_worker(parent: Connection) -> None:
-    """Make this worker end with its parent. It ignores the terminal's signals: the parent receives
-    them as well, and tells its workers."""
+    """Make this worker end when its parent ends. It ignores the terminal's signals, because the
+    parent also receives them and then stops its workers."""
     if hasattr(signal, "SIGHUP"):  # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    tqdm.set_lock(threading.RLock())  # its own would outlive this process, were it killed
+    tqdm.set_lock(threading.RLock())  # a semaphore, the default, would outlive a killed process
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: Connection) -> None:
-    """Wait until the other end of parent closes, as it does when its process ends for any reason.
-    Then train.fit saves the current run; between two runs the process ends."""
+    """Wait until the other end of parent closes, as it does however the parent process ends. Then
+    raise SIGTERM: train.fit saves the current run, and between two runs this process ends."""
     with suppress(EOFError):
         parent.recv()
     while True:
@@ -204,7 +204,7 @@ def _end_with(parent: Connection) -> None:
 
 @contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C: in this process inside the block, in processes started there for good."""
+    """Ignore Ctrl-C in this process inside the block, and for good in processes started there."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -213,8 +213,7 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 
 def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[str, Any]]:
-    """Do all runs of study that are not in folder yet, several at the same time. Returns all
-    rows."""
+    """Do all runs of study that folder lacks, several in parallel. Returns all rows."""
     rows = finished(study, folder)
     left = [key for key, row in rows.items() if row is None]
     context = multiprocessing.get_context("spawn")
@@ -239,16 +238,16 @@ def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[
                 raise KeyboardInterrupt("interrupted: run the same command to continue") from error
             if isinstance(error, BrokenProcessPool):
                 raise ChildProcessError(
-                    "a worker was killed, perhaps for lack of memory: run the same command again to"
-                    " continue, with fewer --workers to use less"
+                    "a worker was killed, perhaps because memory ran out: run the same command to"
+                    " continue, with fewer --workers to use less memory"
                 ) from error
             raise
     return list(rows.values())
 
 
-# --- What came out --------------------------------------------------------------------------------
+# --- Statistics -----------------------------------------------------------------------------------
 
-# Student's t, 97.5 %, for 2, 3, ... pairs.
+# 97.5 % quantiles of Student's t for 2, 3, ... pairs.
 STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179),
     *(2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
@@ -256,13 +255,13 @@ STUDENT = (
 
 
 def values(rows: list[dict[str, Any]], variant: str, result: str) -> list[float]:
-    """A result of each run of variant, by seed."""
+    """One result of all runs of variant, in the order of their seeds."""
     found = sorted((row["seed"], row[result]) for row in rows if row["variant"] == variant)
     return [value for _, value in found]
 
 
 def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """Mean of ours - theirs, paired by seed, and half its 95 % interval, by Student's t."""
+    """Mean of ours - theirs, paired by seed, and half of its 95 % interval (Student's t)."""
     pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(pairs) < 2:
         return mean(pairs), math.inf
@@ -271,7 +270,7 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 def p_value(t: float, pairs: int) -> float:
     """Two-sided p-value of a paired t-test: the probability, if there is no effect, that the mean
-    of so many differences is |t| standard errors or more from 0."""
+    of this many differences is at least |t| standard errors from 0."""
     freedom, steps = pairs - 1, 100_000
     x = (np.arange(steps) + 0.5) / steps * abs(t)
     middle = float(((1 + x * x / freedom) ** (-pairs / 2)).mean()) * abs(t)
@@ -292,17 +291,17 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 class Answer(NamedTuple):
-    """How far apart two variants are."""
+    """The difference between two variants."""
 
     variant: str
     than: str
     away: float  # mean difference of their results
-    half: float  # of its 95 % interval, not corrected
+    half: float  # half of its 95 % interval, not corrected
     p: float  # p-value, corrected for the number of questions
 
 
 def answers(rows: list[dict[str, Any]], study: Study) -> list[Answer]:
-    """The answers to a study's questions, with tests corrected for their number."""
+    """Test each of a study's questions; p-values are corrected for their number (Holm)."""
     found, p_values = [], []
     for pair in study.questions:
         ours, theirs = (values(rows, name, study.task.result) for name in pair)
@@ -327,13 +326,13 @@ def table(rows: list[dict[str, Any]], result: str) -> str:
     return "\n".join(lines)
 
 
-MOST = 61  # workers: as many as Windows can wait for
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container's processor time, on Linux
+MOST = 61  # workers: Windows cannot wait for more
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's CPU quota, on Linux
 
 
 def processors() -> int:
-    """Number of processors available to this process, by its affinity and its container; at most
-    MOST."""
+    """Number of processors that this process may use, by its affinity and its container's quota; at
+    most MOST."""
     if hasattr(os, "process_cpu_count"):  # Python 3.13
         count = os.process_cpu_count() or 1
     elif hasattr(os, "sched_getaffinity"):  # Linux
@@ -346,7 +345,7 @@ def processors() -> int:
     return min(count, MOST)
 
 
-# Without --study: what two cores do in two hours, without a download of images.
+# Without --study: two hours on two cores, and no download of images.
 DEFAULT = ("recall", "sharpness", "text")
 
 
@@ -355,38 +354,38 @@ class Settings:
     """Compare attentions on the same task, under the same conditions. By default: recall,
     sharpness and text, one study after another."""
 
-    study: str | None = flag(None, "which study (default: several)", choices=list(STUDIES))
+    study: str | None = flag(None, "study to run (default: several)", choices=list(STUDIES))
     quick: bool = flag(False, "few steps and one seed: a trial of a few minutes")
     seeds: int | None = flag(None, "seeds per attention (default: 3 to 20, by study)")
     workers: int | None = flag(
-        None, f"runs at the same time (default: {processors()}, one per core; 1 on a GPU)"
+        None, f"parallel runs (default: {processors()}, one per core; 1 on a GPU)"
     )
     device: str = flag("cpu", "device to train on", choices=["cpu", "cuda", "mps"])
     data: Path | None = flag(None, "text for the text studies (default: Tiny Shakespeare)")
     data_dir: Path | None = flag(None, "folder with CIFAR-10, as for train_cifar.py")
-    attention: str | None = flag(None, "a FILE.py with your own attention, to compare as well")
+    attention: str | None = flag(None, "your own attention, a FILE.py, to compare as well")
     out: Path = flag(Path("runs/compare"), "folder for the runs and the studies' cards")
 
     def __post_init__(self) -> None:
         if self.workers is None:
             self.workers = processors() if self.device == "cpu" else 1
         if not 1 <= self.workers <= MOST:
-            raise UsageError(f"--workers {self.workers} is not from 1 to {MOST}")
+            raise UsageError(f"--workers must be from 1 to {MOST}: {self.workers}")
         most = len(STUDENT) + 1
         if self.seeds is not None and not 1 <= self.seeds <= most:
-            raise UsageError(f"--seeds {self.seeds} is not from 1 to {most}")
+            raise UsageError(f"--seeds must be from 1 to {most}: {self.seeds}")
         if self.attention is not None and not relatives.is_file(self.attention):
-            raise UsageError(f"--attention {self.attention} is not the name of a file, FILE.py")
+            raise UsageError(f"--attention must be a file, FILE.py: {self.attention}")
 
 
 def with_data(task: Task, file: Path | None, folder: Path | None) -> Task:
-    """task on another text, or on images in a folder, if it reads such."""
+    """A copy of task that reads file or folder, if it is a task on text or images."""
     own = {"file": file, "folder": folder}
     return replace(task, **{key: value for key, value in own.items() if hasattr(task, key)})
 
 
 def chosen(settings: Settings, name: str) -> Study:
-    """The study called name, as the flags change it."""
+    """The study called name, as changed by the flags."""
     study = STUDIES[name]
     task = with_data(study.task, settings.data, settings.data_dir)
     task = replace(task, **(study.quick if settings.quick else {}))
@@ -396,8 +395,8 @@ def chosen(settings: Settings, name: str) -> Study:
 
 
 def prove(study: Study, folder: Path, attention: str | None) -> None:
-    """Raise UsageError for anything that would stop the study later: its data, your file or its
-    folders."""
+    """Raise UsageError for anything that would stop the study later: data, folders or your
+    FILE.py."""
     try:
         study.task.data_info()
     except (OSError, ValueError) as error:
@@ -412,7 +411,7 @@ def prove(study: Study, folder: Path, attention: str | None) -> None:
 
 
 def minutes_left(study: Study, folder: Path, settings: Settings) -> float:
-    """Estimated time of the runs still to do, from a few steps of each variant on one thread."""
+    """Estimated time of the unfinished runs, from a few steps of each variant on one thread."""
     left = [name for (name, _), row in finished(study, folder).items() if row is None]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -441,7 +440,7 @@ def study_card(
     seconds, device = sum(row["seconds"] for row in rows), torch.device(settings.device)
     card = runcard.run_card(config, study.task.data_info(), device, seconds, {"runs": rows})
     card["command"] = shlex.join(command)
-    card["hardware"]["threads"] = 1  # of each run
+    card["hardware"]["threads"] = 1  # per run
     return card
 
 
@@ -451,7 +450,7 @@ def main() -> None:
     names = [settings.study] if settings.study else [name for name in STUDIES if name in DEFAULT]
     studies = {name: chosen(settings, name) for name in names}
     folders = {name: settings.out / (name + "-quick" * settings.quick) for name in names}
-    for name, study in studies.items():  # every mistake is found before the first hour of work
+    for name, study in studies.items():  # find every mistake before the first hour of work
         prove(study, folders[name], settings.attention)
     for name, study in studies.items():
         folder = folders[name]
@@ -469,7 +468,7 @@ def main() -> None:
                 f"{answer.variant} - {answer.than}: {answer.away:+.4f} ± {answer.half:.4f},"
                 f" p = {answer.p:.3f} (Holm, {len(study.questions)} tests)"
             )
-        print(f"{card['seconds']:.0f} s of training in all. Written: {folder}.json and .png\n")
+        print(f"{card['seconds']:.0f} s of training in total. Written: {folder}.json and .png\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""All GPU measurements for the page of results: `python -m nala_min.lab.gpu`, in a checkout.
+"""All GPU measurements for the results page: run `python -m nala_min.lab.gpu` in a checkout.
 
-Runs the programs below one after another. Repeat the command after an interruption: it skips each
+It runs the programs below one after another. After an interruption, run it again: it skips each
 program that has written its run card, and resumes training from its checkpoint.
 """
 
@@ -25,7 +25,7 @@ class Settings:
 
 
 def programs(settings: Settings) -> dict[Path, list[str]]:
-    """What to run, as python's arguments, by the run card that it writes."""
+    """The programs to run: {run card that it writes: its arguments for python}."""
     out, device = settings.out, settings.device
     quick, shared = ["--quick"] * settings.quick, ["--device", device, "--out"]
     bench = ["-m", "nala_min.lab.bench", *quick, *shared, str(out)]
@@ -48,7 +48,7 @@ def main() -> None:
     settings = parse_flags(Settings)
     train.choose_device(settings.device)
     if not Path("train_shakespeare.py").exists():
-        raise UsageError("the scripts are not here: start this in a checkout of nala_min")
+        raise UsageError("train_shakespeare.py is not here: run this in a checkout of nala_min")
     failed = []
     for card, command in programs(settings).items():
         shown = " ".join(["python", *command])
@@ -61,8 +61,8 @@ def main() -> None:
 
 
 def run(command: list[str], resume: bool) -> int:
-    """Run a program to its end and return its exit code. If this process is told to end, the
-    program is, too, and saves what it has."""
+    """Run a program to its end and return its exit code. On Ctrl-C, terminate the program, which
+    saves its state, and raise KeyboardInterrupt."""
     with subprocess.Popen([sys.executable, *command, *["--resume"] * resume]) as process:
         try:
             return process.wait()

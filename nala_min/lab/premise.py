@@ -1,6 +1,6 @@
-"""Does the premise hold in models that were trained? `python -m nala_min.lab.premise` reads the
-models that `compare --study text` (or images) left, and asks of every head: is attention sharper
-where the query is longer, and where the key is? Writes a run card and a picture: in a checkout to
+"""Does the premise hold in trained models? `python -m nala_min.lab.premise` reads the models that
+`compare --study text` (or images) has trained. For every head it measures whether attention is
+sharper where the query, or the key, is longer. It writes a run card and a picture, in a checkout to
 notebooks/results, otherwise to runs.
 """
 
@@ -18,18 +18,18 @@ from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.lab import compare
 from nala_min.lab.studies import SIMPLE, STUDIES
 
-INPUTS = {"text": 1024, "images": 128}  # windows of 128 characters, or pictures, that are read
-POINTS = 100  # of each head in the picture
+INPUTS = {"text": 1024, "images": 128}  # number of windows of 128 characters, or of images
+POINTS = 100  # per head, in the picture
 NORMS = ("query_norm", "key_norm")
 
 
 @dataclass
 class Settings:
-    """Look at entropy against the norms of queries and keys in trained models."""
+    """Correlate entropy with the norms of queries and keys in trained models."""
 
-    study: str = flag("text", "whose models", choices=list(INPUTS))
-    runs: Path = flag(Path("runs/compare"), "folder where compare has left them")
-    data: Path | None = flag(None, "their text (default: Tiny Shakespeare)")
+    study: str = flag("text", "study that trained the models", choices=list(INPUTS))
+    runs: Path = flag(Path("runs/compare"), "folder of the runs of compare")
+    data: Path | None = flag(None, "text of the study (default: Tiny Shakespeare)")
     data_dir: Path | None = flag(None, "folder with CIFAR-10, as for train_cifar.py")
     out: Path = flag(measure.Settings.out, "folder for the run card and the picture")
 
@@ -53,7 +53,7 @@ def main() -> None:
                 found = {x: measure.rank_correlation(block[x], block["entropy"]) for x in NORMS}
                 found = {x: round(mean(heads.tolist()), 4) for x, heads in found.items()}
                 rows.append({"variant": name, "seed": seed, "block": number} | found)
-            if seed == 1:  # the picture shows its last block
+            if seed == 1:  # the picture shows the last block of seed 1
                 points[name] = {x: _few(block[x]) for x in (*NORMS, "entropy")}
     results = {"correlations": rows, "points": points}
     config = {"study": settings.study, "seeds": study.seeds, "inputs": len(inputs)}
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _few(heads: torch.Tensor) -> list[list[float]]:
-    """POINTS numbers of each head, as far apart as they come, from (H, n)."""
+    """At most POINTS numbers per head, evenly spaced, from (H, n)."""
     step = max(1, heads.shape[1] // POINTS)
     return [[round(x, 4) for x in head] for head in heads[:, ::step][:, :POINTS].tolist()]
 

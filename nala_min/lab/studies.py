@@ -28,7 +28,7 @@ from nala_min.model import (
     softmax_attention,
 )
 
-UNSEEN = 10**6  # a seed for tests, with which nothing is trained
+UNSEEN = 10**6  # seed for test data: no run trains with it
 
 # --- Attentions -----------------------------------------------------------------------------------
 
@@ -39,13 +39,13 @@ class Variant:
 
     attention: str = "nala"  # as in BlockConfig
     norm_scale: float | None = 1.0  # as in BlockConfig
-    heads: float = 1.0  # times the task's; half makes a state as large as NaLa's of 2D features
+    heads: float = 1.0  # times the task's; with 0.5, D features have NaLa's state size
     change: Callable[[GatedAttention], None] = lambda layer: None
     rates: float = 1.0  # times the task's learning rates
 
 
 class _Open(nn.Module):
-    """The projection of a block whose gate is always open: SiLU of it is 1."""
+    """The projection of a block whose gate is always open: SiLU(1.2784645) = 1."""
 
     def __init__(self, project: nn.Linear):
         super().__init__()
@@ -77,8 +77,8 @@ def _large(layer: GatedAttention) -> None:
 
 
 class OneNorm(nn.Module):
-    """Softmax attention whose queries all have one norm, learned by each head, from sqrt(D): what
-    is left of softmax where the query norm can tell nothing."""
+    """Softmax attention without the information in the query norm: all queries of a head share one
+    learned norm, initially sqrt(D)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -93,13 +93,13 @@ class OneNorm(nn.Module):
 def lam_apart(
     q: Tensor, k: Tensor, v: Tensor, *, queries=3.0, keys=3.0, **options
 ) -> Tensor | tuple[Tensor, Tensor | None]:
-    """NaLa with a λ for queries and one for keys."""
+    """NaLa with separate λ for queries and keys."""
     maps = partial(query_features, lam=queries), partial(key_features, lam=keys)
     return linear_attention(q, k, v, *maps, **options)
 
 
 class LamLearned(nn.Module):
-    """NaLa whose heads each learn a λ for queries and one for keys, from 3."""
+    """NaLa with two learned λ per head, one for queries and one for keys, both initially 3."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -112,7 +112,7 @@ class LamLearned(nn.Module):
         return lam_apart(q, k, v, queries=queries, keys=keys, **options)
 
 
-# NaLa with one number changed. tanh(norm / 1e-9) is 1 whatever the norm is.
+# NaLa with one number changed. tanh(norm / 1e-9) is 1 for any norm in practice.
 CHANGED = {
     **{f"lam {lam:g}": {"lam": lam} for lam in (1.0, 2.0, 4.0)},
     **{f"tau {tau:g}": {"tau": tau} for tau in (0.0, 1.0)},
@@ -125,7 +125,7 @@ ATTENTIONS["lam 1 of keys"] = partial(lam_apart, keys=1.0)
 ATTENTIONS["lam learned"] = LamLearned
 ATTENTIONS["one norm"] = OneNorm
 
-SIMPLE = ("nala", "softmax", "elu", "relu")  # the attentions of the scripts' tables
+SIMPLE = ("nala", "softmax", "elu", "relu")  # the attentions in the scripts' tables of results
 
 VARIANTS: dict[str, Variant] = {
     "nala": Variant(),
@@ -136,7 +136,7 @@ VARIANTS: dict[str, Variant] = {
     "elu, same state": Variant("elu", heads=0.5),
     "relu": Variant("relu"),
     "relu, same state": Variant("relu", heads=0.5),
-    # The closest relatives.
+    # NaLa's closest relatives.
     "focused": Variant("focused"),
     "focused, same state": Variant("focused", heads=0.5),
     "polar": Variant("polar"),
@@ -153,7 +153,7 @@ VARIANTS: dict[str, Variant] = {
     "no cosine map": Variant("clipped"),
     "no cosine map, same state": Variant("clipped", heads=0.5),
     "tanh(norm/s)": Variant(norm_scale=None),
-    "q and k 5 times as large": Variant(change=_large),  # at first
+    "q and k 5 times as large": Variant(change=_large),  # at initialisation
     "no gate": Variant(change=_no_gate),
     "softmax, no gate": Variant("softmax", change=_no_gate),
     "no convolution": Variant(change=_no_convolution),
@@ -161,7 +161,7 @@ VARIANTS: dict[str, Variant] = {
         f"{name}, no convolution": Variant(name, change=_no_convolution)
         for name in ("softmax", "elu", "relu", "split", "lam 1", "no query norm")
     },
-    # Recall with other heads than its two of 16 channels.
+    # Recall with heads of D channels instead of its two of 16.
     **{
         f"{name}, D = {channels}": Variant(name, heads=16 / channels)
         for name in ("nala", "no query norm", "softmax")
@@ -174,7 +174,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant_of(name: str) -> Variant:
-    """The variant called name; for a file of yours, its attention."""
+    """The variant called name, or one with the attention called name, such as your FILE.py."""
     return VARIANTS.get(name) or Variant(name)
 
 
@@ -183,15 +183,15 @@ def variant_of(name: str) -> Variant:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a model is trained on and how it is tested. A batch depends on seed and step alone."""
+    """How a model is trained and tested. A batch depends only on the seed and the step."""
 
     steps: int
     learning_rate: float
     muon: float | None = None
     weight_decay: float = 0.1
     schedule: str = "cosine"
-    result: ClassVar[str]  # the number that the table shows
-    CAUSAL: ClassVar[bool] = True  # whether a token sees the past only
+    result: ClassVar[str]  # name of the result that the table shows
+    CAUSAL: ClassVar[bool] = True  # whether tokens see only the past
     sizes: ClassVar[tuple[int, int, int]]  # layers, heads, dim
 
     @property
@@ -201,7 +201,7 @@ class Task(ABC):
 
     @abstractmethod
     def build(self, variant: Variant) -> nn.Module:
-        """A new model, initialised from PyTorch's own generator."""
+        """A new model, initialised from PyTorch's global generator."""
 
     def layers(self, model: nn.Module) -> list[GatedAttention]:
         return [block.attention for block in model.blocks]
@@ -226,7 +226,7 @@ class Task(ABC):
         return {"name": "generated"}
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
-        """A picture of a study's rows."""
+        """Plot a study's rows."""
         return plots.study({self.result: rows})
 
 
@@ -241,8 +241,8 @@ def _blocks(variant: Variant, layers: int, heads: int, dim: int) -> dict[str, An
 
 
 class PairEmbedding(nn.Module):
-    """Embeds tokens that hold a key and a value, as the sum of two vectors. token = key (symbols +
-    1) + value, with value = symbols if it is not given."""
+    """Embeds a token as the sum of two vectors, one for its key and one for its value.
+    token = key (symbols + 1) + value, where value = symbols means that no value is given."""
 
     def __init__(self, symbols: int, dim: int):
         super().__init__()
@@ -257,17 +257,17 @@ class PairEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class Recall(Task):
-    """Multi-query associative recall: pairs of a key and a value, one token per pair, then every
-    key again in another order; the answer is its value. Easy for softmax, which looks a key up;
-    hard for a state of fixed size that must hold all pairs (Arora and others 2023, arXiv
-    2312.04927)."""
+    """Multi-query associative recall (Arora and others 2023, arXiv 2312.04927). The model reads
+    key-value pairs, one token each, then every key again in another order, and must answer with its
+    value. Easy for softmax, which looks keys up; hard for a state of fixed size, which must hold
+    all pairs."""
 
-    pairs: tuple[int, ...] = (4, 8, 16, 32, 64)  # drawn anew each step
-    symbols: int = 64  # different keys, and as many values
-    tokens: int = 2048  # in a batch, about
+    pairs: tuple[int, ...] = (4, 8, 16, 32, 64)  # one of them is drawn for each step
+    symbols: int = 64  # number of keys, and of values
+    tokens: int = 2048  # per batch, approximately
     sizes: tuple[int, int, int] = (1, 2, 32)  # layers, heads, dim
     result = "accuracy at 64 pairs"
-    TESTED: ClassVar[int] = 2048  # values
+    TESTED: ClassVar[int] = 2048  # values, for each number of pairs
 
     def build(self, variant: Variant) -> NaLaLM:
         vocabulary, dim = self.symbols * (self.symbols + 1), self.sizes[2]
@@ -282,8 +282,8 @@ class Recall(Task):
         return self.examples(pairs, max(8, self.tokens // (2 * pairs)), seed, step)
 
     def examples(self, pairs: int, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens (count, 2 pairs), first the pairs, then their keys; and what is asked for, (count,
-        pairs)."""
+        """Tokens (count, 2 pairs): first the pairs, then their keys; and the values of these keys,
+        (count, pairs)."""
         random = np.random.default_rng([seed, step, pairs])
         keys = random.random((count, self.symbols)).argsort(axis=1)[:, :pairs]
         values = random.integers(self.symbols, size=(count, pairs))
@@ -323,8 +323,8 @@ class Recall(Task):
 
 
 class Bare(GatedAttention):
-    """A single attention: one head, one matrix each for queries and keys, no gate, no convolution,
-    no normalisation. The scale of the question is therefore the scale of the query."""
+    """A single attention layer: one head, one matrix each for queries and keys, no gate, no
+    convolution, no normalisation. So scaling an input scales its query."""
 
     def __init__(self, size: int, dim: int, variant: Variant):
         nn.Module.__init__(self)
@@ -343,20 +343,20 @@ class Bare(GatedAttention):
 
 @dataclass(frozen=True)
 class Sharpness(Task):
-    """Made to test the claim: a long vector asks for one item, a short one in the same direction
-    for the mean of many.
+    """A test of the claim: a long query asks for one item, a short one in the same direction for
+    the mean of many.
 
-    There are 16 items in 4 groups of 4. Each has a code, which tells its group and itself, and a
-    random value. A query is an item's code times 4, which asks for its value, or times 1/4, which
-    asks for the mean of its group, or of all items. A kernel that ignores the norm gives both the
-    same answer. The error is squared, in units of the target's variance: knowing nothing gives 1.
+    There are 16 items in 4 groups of 4. Each has a random value and a code that identifies the item
+    and its group. A query is an item's code times 4, which asks for its value, or times 1/4, which
+    asks for the mean of its group or of all items. A kernel that ignores the norm answers both
+    alike. The error is the squared error divided by the target's variance: answering 0 gives 1.
     """
 
-    of: int = 4  # how many items a short query asks for the mean of: its group, or all 16
+    of: int = 4  # number of items that a short query averages: its group, or all 16
     result = "error"
     GROUPS: ClassVar[int] = 4
     ITEMS: ClassVar[int] = 16
-    CHANNELS: ClassVar[int] = 8  # of a value
+    CHANNELS: ClassVar[int] = 8  # per value
     CAUSAL: ClassVar[bool] = False
     sizes: ClassVar[tuple[int, int, int]] = (1, 1, 16)
 
@@ -431,7 +431,7 @@ class Text(Task):
 
     sizes: tuple[int, int, int] = (4, 4, 96)  # layers, heads, dim
     block: int = 128
-    windows: int = 8  # in a batch
+    windows: int = 8  # per batch
     dropout: float = 0.0
     every: int = 1  # validate on every n-th window of the last tenth
     held_out: bool = False  # validate on the last tenth of the training text
@@ -439,7 +439,7 @@ class Text(Task):
     result = "validation loss"
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """The tokens for training and those for validation."""
+        """The training and the validation tokens."""
         *_, training, validation = _text(self.file, self.block)
         cut = len(training) * 9 // 10
         return (training[:cut], training[cut:]) if self.held_out else (training, validation)
@@ -480,10 +480,10 @@ class Pictures(Task):
 
     sizes: tuple[int, int, int] = (3, 4, 64)  # layers, heads, dim
     patch: int = 4
-    images: int = 32  # in a batch
+    images: int = 32  # per batch
     shift: int = 0
-    tested: int | None = None  # on how many images; None: all
-    held_out: int = 0  # test on so many of the training images, the last
+    tested: int | None = None  # number of test images; None: all
+    held_out: int = 0  # test on this many of the training images, the last ones
     folder: Path | None = None  # None: download
     result = "test accuracy"
     CAUSAL: ClassVar[bool] = False
@@ -528,12 +528,12 @@ class Pictures(Task):
 # --- Studies --------------------------------------------------------------------------------------
 
 KERNELS = ("nala", "lam 1", "split", "softmax", "elu", "relu")
-LEARNING = ("polar", "delta", "delta, same state", "lam learned")  # not for a single layer
+LEARNING = ("polar", "delta", "delta, same state", "lam learned")  # classes: not for Bare
 SAME_STATE = tuple(x for x in VARIANTS if x.endswith(", same state") and x not in LEARNING)
 RELATIVES = ("focused", "magnitude-aware", "hedgehog", "injective")
 APART = ("lam 1 of queries", "lam 1 of keys")
 CHANGES = (*APART, "lam 2", "lam 4", "tau 0", "tau 1", "alpha 2", "tanh(norm/s)")
-CLAIMS = ("no query norm", "no cosine map")  # NaLa without what the paper claims to help
+CLAIMS = ("no query norm", "no cosine map")  # NaLa without one part that the paper claims to help
 RATES = tuple(
     f"{name}{rates}" for name in SIMPLE for rates in ("", ", half rates", ", double rates")
 )
@@ -552,7 +552,7 @@ QUESTIONS = (
     ("softmax, one norm", "softmax"),
 )
 ASKED = ("nala", *(name for name, _ in QUESTIONS))
-# Asked afterwards: is it the power that holds NaLa back on text?
+# Added later: is it the power that holds NaLa back on text?
 POWERS = ("lam 1", "lam 2", *APART)
 LONG = ("softmax", "elu", "lam 1")
 BARE = tuple(name for name in VARIANTS if name.endswith(", no convolution"))
@@ -563,10 +563,10 @@ class Study:
     """A task, the variants compared on it, and the number of seeds."""
 
     task: Task
-    quick: dict[str, Any]  # of the task, for --quick
+    quick: dict[str, Any]  # changes to the task for --quick
     variants: tuple[str, ...]
     seeds: int = 3
-    questions: tuple[tuple[str, str], ...] = ()  # pairs of variants, tested as a family
+    questions: tuple[tuple[str, str], ...] = ()  # pairs of variants: one family of tests
 
 
 def _beside(
@@ -577,7 +577,7 @@ def _beside(
 
 
 RECALL = Recall(steps=500, learning_rate=5e-3, muon=0.02)
-# The scripts' recipes, shorter.
+# The scripts' recipes with fewer steps.
 TEXT = Text(1000, 4e-3, 0.02, 0.02, "linear")
 PICTURES = Pictures(500, 2e-3, 0.02, 0.02, "linear")
 QUICK_TEXT, QUICK_PICTURES = {"steps": 40, "every": 16}, {"steps": 40, "tested": 1000}
@@ -609,13 +609,13 @@ STUDIES: dict[str, Study] = {
     "text-powers": _beside("nala", POWERS, TEXT, QUICK_TEXT, seeds=8),
     "recall-powers": _beside("nala", ("lam 2",), RECALL, {"steps": 60}, seeds=20),
     "images-powers": _beside("nala", ("lam 1", "lam 2"), PICTURES, QUICK_PICTURES, seeds=5),
-    # The same number of tokens in a step, in one window: sharpness should matter more.
+    # The same number of tokens per step, but in one window: sharpness should matter more.
     "text-long": _beside("nala", LONG, replace(TEXT, block=1024, windows=1), QUICK_TEXT, seeds=8),
     # Does the convolution, which shows each token its neighbours, hide a difference? All pairs
     # but softmax's were added after its result was known.
     "text-convolution": _beside("no convolution", BARE, TEXT, QUICK_TEXT, seeds=8),
     "text-gate": _beside("no gate", ("softmax, no gate",), TEXT, QUICK_TEXT, seeds=8),
-    # Is one learning rate fair to all? On held-out training data.
+    # Is one learning rate fair to all? Tested on held-out training data.
     "text-rates": Study(replace(TEXT, steps=1200, held_out=True), QUICK_TEXT, RATES),
     "images-rates": Study(replace(PICTURES, steps=900, held_out=5000), QUICK_PICTURES, RATES),
     # nanoGPT's recipe, for a CUDA card.

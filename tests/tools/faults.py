@@ -1,9 +1,10 @@
-"""Break the training scripts and compare in every way that happens to people: what is lost?
+"""Break the training scripts and compare in every way that happens in practice: what is lost?
 
-`python tests/tools/faults.py` does all of it (half an hour on two cores) and writes the run card of
-the README's table, notebooks/results/faults.json; `--times 2` is quick; `--out` names another
-folder. Moments are random; `--seed` fixes them as far as a clock can. test_faults.py calls the same
-functions. "Lost" is what of a run that was broken and resumed differs from one that was not.
+`python tests/tools/faults.py` tries every fault (half an hour on two cores) and writes the run card
+for the table on the results page, notebooks/results/faults.json. `--times 2` is quick; `--out`
+names another folder. Faults come at random moments, which `--seed` fixes as far as timing allows.
+test_faults.py calls the same functions. "Lost" is every difference between a run that was broken
+and resumed and a run that was not.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from nala_min.flags import UsageError, run_script  # noqa: E402
 
 SCRIPTS = ("train_shakespeare", "train_cifar")
 PHASES = ("training", "evaluation", "writing")
-COUNT = 200  # images in a file, in place of 10,000
+COUNT = 200  # images in a file, instead of 10,000
 SIZES = "--preset cpu --device cpu --layers 1 --heads 2 --dim 32 --steps 60 --dropout 0.1".split()
 FLAGS = {
     "train_shakespeare": [*SIZES, *"--batch 4 --block 32 --data text.txt".split()],
@@ -40,15 +41,15 @@ FLAGS = {
 }
 COMPARED = ("nala", "elu")  # one seed each
 COMPARE_STEPS = 1000
-# What ends compare: a signal to it, or kill -9 of one of its workers.
+# How to end compare: with a signal, or with kill -9 of one of its workers.
 ENDS = ("SIGKILL", "a worker", "SIGINT", "SIGTERM", "SIGHUP")
 
 
-# --- What a script is run on, and how -------------------------------------------------------------
+# --- Inputs and jobs ------------------------------------------------------------------------------
 
 
 def prepare(folder):
-    """Write a text, and images of noise, for the scripts to train on."""
+    """Write a text and noise images for the scripts to train on."""
     text = synthetic.python_manual()[:100_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
     (folder / "images").mkdir()
@@ -60,8 +61,8 @@ def prepare(folder):
 
 
 def child(script, phase, flags):
-    """Run script in this process; the byte in the file phase says what it is doing just now."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # although nohup may have started faults.py
+    """Run script in this process; the byte in the file phase says what it is doing."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if nohup started faults.py
     if script == "compare":
         module = importlib.import_module("nala_min.lab.compare")
         study = module.STUDIES["sharpness"]
@@ -94,8 +95,8 @@ def child(script, phase, flags):
 
 
 class Job:
-    """A script that trains in folder, in one process or, by torchrun, in several. output: where it
-    prints to, in place of a file that wait reads."""
+    """A script that trains in folder, in one process or, with torchrun, in several. output: where
+    it prints, instead of into a file that wait reads."""
 
     def __init__(self, script, folder, *flags, processes=1, output=None):
         self.folder, self.script = folder, script
@@ -117,12 +118,12 @@ class Job:
         )
 
     def phase(self):
-        """One of PHASES, or None before, between and after."""
+        """The current one of PHASES, or None outside of them."""
         letter = self.phase_file.read_bytes()[:1].decode() if self.phase_file.exists() else ""
         return next((name for name in PHASES if letter and name.startswith(letter)), None)
 
     def wait(self):
-        """Its exit code, and all it printed."""
+        """Wait for the end of the job. Returns its exit code and its output."""
         code = self.process.wait(timeout=600)
         self.log.seek(0)
         text = self.log.read()
@@ -141,7 +142,7 @@ class Job:
 
 
 def run(script, folder, *flags, processes=1):
-    """Exit code and output of a run to its end."""
+    """Run script to its end. Returns its exit code and its output."""
     return Job(script, folder, *flags, processes=processes).wait()
 
 
@@ -157,7 +158,7 @@ def resume_flag(folder, name):
 
 
 def tensors_of(value, name=""):
-    """Every tensor in nested dicts and lists, by the path to it."""
+    """Every tensor in nested dicts and lists, by its path."""
     if isinstance(value, torch.Tensor):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -170,8 +171,8 @@ def tensors_of(value, name=""):
 
 
 def differences(folder, one, other):
-    """What of two finished runs is not the same to the last bit: model, optimisers, history, the
-    results on the card. Time is not compared."""
+    """What differs in any bit between two finished runs: model, optimisers, history, the results on
+    the card. Time is not compared."""
     saved = [checkpoint.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
     found = [name for name in saved[0] if name != "seconds" and name not in saved[1]]
     first, second = (tensors_of(each) for each in saved)
@@ -184,7 +185,7 @@ def differences(folder, one, other):
 
 
 def furthest(folder, one, other):
-    """The largest difference between two curves of finished runs."""
+    """The largest difference between the curves of two finished runs."""
     curves = [runcard.read_json(folder / name / "card.json")["results"] for name in (one, other)]
     points = zip(*(curve["history"] for curve in curves), strict=True)
     return max(abs(a[key] - b[key]) for a, b in points for key in a)
@@ -194,7 +195,7 @@ def furthest(folder, one, other):
 
 
 def kills(script, folder, times, dice):
-    """kill -9 at random moments, each followed by --resume, and every few kills a run to its end.
+    """kill -9 at random moments, then --resume; after a few kills, let the run finish.
 
     Returns how often each phase was hit, and what the finished runs lost.
     """
@@ -224,7 +225,7 @@ def kills(script, folder, times, dice):
             job.wait()
             if running and phase:
                 hit[phase] += 1
-            if not running:  # it was faster
+            if not running:  # it finished first
                 break
         code, text = run(script, folder, "--out", name, *resume_flag(folder, name))
         lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
@@ -234,7 +235,7 @@ def kills(script, folder, times, dice):
 
 
 def stops(script, folder, times, dice, signals=("SIGINT", "SIGTERM")):
-    """Signals at random moments of training, in turn. Returns how often, and what was lost."""
+    """Send signals in turn, at random moments of training. Returns how often, and what was lost."""
     lost, tried, started = [], 0, 0
     if not (folder / "whole").exists():
         run(script, folder, "--out", "whole")
@@ -249,12 +250,12 @@ def stops(script, folder, times, dice, signals=("SIGINT", "SIGTERM")):
         if stopped := job.phase() is not None:
             job.process.send_signal(getattr(signal, sent))
         code, text = job.wait()
-        if not stopped:  # it was faster
+        if not stopped:  # it finished first
             continue
         tried += 1
         last = text.rstrip().rsplit("\n", 1)[-1]
         if code != 130 or not last.split(": ")[-1].startswith("--resume continues from"):
-            lost.append(f"no word on how to go on: {last[-200:]}")
+            lost.append(f"no hint on how to continue: {last[-200:]}")
         if (steps := re.findall(r" step (\d+)", last)) and len(set(steps)) > 1:
             lost.append(f"steps: {last[-200:]}")
         code, text = run(script, folder, "--out", name, "--resume")
@@ -263,12 +264,12 @@ def stops(script, folder, times, dice, signals=("SIGINT", "SIGTERM")):
 
 
 def hang_ups(script, folder, times, dice):
-    """The terminal is closed at random moments of training. Returns as stops."""
+    """Close the terminal at random moments of training. Returns the same as stops."""
     return stops(script, folder, times, dice, ["SIGHUP"])
 
 
 def broken_pipes(script, folder, times, dice):
-    """Nobody reads any more what is printed, after a few lines: `| head -1`. Returns as stops."""
+    """Stop reading the output after a few lines, like `| head -1`. Returns the same as stops."""
     lost = []
     for i in range(times):
         read, write = os.pipe()
@@ -283,7 +284,7 @@ def broken_pipes(script, folder, times, dice):
 
 
 def full_disk(script, folder, times, dice):
-    """No room for a checkpoint, from the device that is always full: the first or a later one."""
+    """Write the first or a later checkpoint to /dev/full, a device that is always full."""
     lost, tried = [], 0
     for i in range(times):
         name = f"full{i}"
@@ -298,7 +299,7 @@ def full_disk(script, folder, times, dice):
             part.parent.mkdir()
             part.symlink_to("/dev/full")
             code, text = run(script, folder, "--out", name)
-        if code == 0:  # the link came between a checkpoint's opening and its renaming
+        if code == 0:  # the link came while a checkpoint was being written
             continue
         tried += 1
         lost += [] if one_line(code, text, "No space left on device") else [text[-300:]]
@@ -308,7 +309,7 @@ def full_disk(script, folder, times, dice):
 
 
 def one_line(code, text, words):
-    """Whether a run failed with one line that has words in it, and no traceback."""
+    """Whether a run failed with exit code 2, no traceback, and words in its last line."""
     return code == 2 and "Traceback" not in text and words in text.rstrip().rsplit("\n", 1)[-1]
 
 
@@ -328,14 +329,14 @@ DAMAGES = {
 
 
 def flipped(content):
-    """One bit is another in the middle of a tensor: the archive's checksum is wrong."""
+    """Flip one bit in the middle of a tensor, so the archive's checksum is wrong."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def bad_checkpoints(script, folder, times, dice):
-    """A checkpoint that is damaged, of another version or of other flags. Returns how many kinds,
-    and which were not refused in one line, or were overwritten."""
+    """Try checkpoints that are damaged, of another version or from other flags. Returns how many
+    kinds, and which were not refused in one line or were overwritten."""
     lost = []
     for name, damage in DAMAGES.items():
         shutil.copytree(folder / "whole", folder / name)
@@ -354,13 +355,13 @@ def bad_checkpoints(script, folder, times, dice):
 
 
 def unwritable(script, folder, times, dice):
-    """A folder that cannot be made."""
+    """Write to a folder that cannot be created."""
     code, text = run(script, folder, "--out", "/dev/null/run")
     return 1, [] if one_line(code, text, "cannot be written") else [text[-300:]]
 
 
 def processes(script, folder, times, dice):
-    """The curve of two processes against one, no dropout. Returns the largest difference."""
+    """The largest difference between the curves of two processes and of one, without dropout."""
     same = ["--dropout", 0]
     run(script, folder, "--out", "one", *same)
     code, text = run(script, folder, "--out", "two", *same, processes=2)
@@ -368,9 +369,9 @@ def processes(script, folder, times, dice):
 
 
 def killed_workers(script, folder, times, dice):
-    """kill -9 of one of two processes, then --resume with 2 processes or another number.
+    """kill -9 of one of two processes, then --resume with 2, 1 or 4 processes.
 
-    Returns how often one was killed, what was lost, and the largest difference of two curves.
+    Returns how often one was killed, what was lost, and the largest difference between curves.
     """
     lost, far, tried, started, same = [], [], 0, 0, ["--dropout", 0]
     while tried < times:
@@ -383,7 +384,7 @@ def killed_workers(script, folder, times, dice):
             if len(workers) == 2:
                 os.kill(workers[dice.randrange(2)], signal.SIGKILL)
         code, text = job.wait()
-        if code == 0:  # it was faster
+        if code == 0:  # it finished first
             continue
         tried += 1
         if "SIGKILL" not in text:
@@ -401,20 +402,20 @@ def killed_workers(script, folder, times, dice):
 
 
 def children(pid):
-    """Process numbers of pid's children, on Linux."""
+    """Process IDs of the children of pid, on Linux."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     return [int(number) for number in listed.split()]
 
 
 def workers_of(pid):
-    """Those of pid's children that run a study's models."""
+    """The children of pid that train a study's models."""
     commands = {each: Path(f"/proc/{each}/cmdline").read_bytes() for each in children(pid)}
     return [each for each, command in commands.items() if b"spawn_main" in command]
 
 
 def end_study(folder, name, end, dice):
-    """Start compare, and end it by one of ENDS when it trains. Returns whether it was still
-    training, what was lost, and how many times a process was left after it: at most once."""
+    """Start compare and end it with one of ENDS while it trains. Returns whether it was still
+    training, what was lost, and whether it left a process behind, 0 or 1."""
     job = Job("compare", folder, "--out", name, output=subprocess.PIPE)
     job.log.close()
     runs = [folder / name / "sharpness" / f"{v}_seed1" / "checkpoint.pt" for v in COMPARED]
@@ -438,16 +439,16 @@ def end_study(folder, name, end, dice):
     words = {"SIGKILL": "", "a worker": "error: a worker was killed"}.get(end, "interrupted")
     code = {"SIGKILL": -9, "a worker": 1}.get(end, 130)
     if job.process.returncode != code or words not in text or "Traceback" in text:
-        lost.append(f"no word on how to go on: {text[-300:]}")
+        lost.append(f"no hint on how to continue: {text[-300:]}")
     steps = [checkpoint.load_checkpoint(path)["step"] for path in runs]
-    if steps.count(0) > (end == "a worker"):  # that one could save nothing
+    if steps.count(0) > (end == "a worker"):  # the killed worker saved nothing
         lost.append(f"steps: saved {steps}")
     return True, lost, left
 
 
 def ended_studies(folder, times, dice):
-    """Each of ENDS in turn, at random moments of training; then the same command again. Returns
-    how often, what was lost, and how many times a process was left."""
+    """Try each of ENDS in turn, at random moments of training; then run the same command again.
+    Returns how often, what was lost, and how often a process was left behind."""
     lost, tried, started, left = [], 0, 0, 0
     run("compare", folder, "--out", "whole")
     whole = rows_of(folder, "whole")
@@ -455,7 +456,7 @@ def ended_studies(folder, times, dice):
         name, end = f"study{started}", ENDS[tried % len(ENDS)]
         started += 1
         training, unsaved, leaves = end_study(folder, name, end, dice)
-        if not training:  # it was faster
+        if not training:  # it finished first
             continue
         tried, lost, left = tried + 1, lost + unsaved, left + leaves
         code, text = run("compare", folder, "--out", name)
@@ -472,29 +473,32 @@ def rows_of(folder, name):
     return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
 
 
-ROWS = {  # what the README calls a fault, and how it says that it was tried
+ROWS = {  # each fault on the results page, and how it was tried
     "kill -9": ("`kill -9`", "at random moments of {phases}; then `--resume`"),
-    "stop": ("Ctrl-C, or SIGTERM", "at random moments; then `--resume`"),
+    "stop": ("Ctrl-C or SIGTERM", "at random moments; then `--resume`"),
     "closed terminal": ("a closed terminal (SIGHUP)", "at random moments; then `--resume`"),
-    "broken pipe": ("output that nobody reads on (`head -1`)", "the run goes on to its end"),
-    "full disk": ("a full disk", "the first or a later checkpoint goes to `/dev/full`; `--resume`"),
+    "broken pipe": ("a closed output pipe (`head -1`)", "the run continues to its end"),
+    "full disk": (
+        "a full disk",
+        "the first or a later checkpoint goes to `/dev/full`; then `--resume`",
+    ),
     "bad checkpoint": ("a bad checkpoint", "{damages}, other flags: refused in one line"),
-    "unwritable folder": ("a folder that cannot be made", "refused in one line before training"),
-    "two processes": ("two processes instead of one", "same batches: curves {far} apart at most"),
+    "unwritable folder": ("a folder that cannot be created", "refused in one line before training"),
+    "two processes": ("two processes instead of one", "same batches: curves at most {far} apart"),
     "killed worker": (
         "one of two processes killed",
-        "then `--resume` with 2, 1 or 4: the same bits with 2, else curves {far} apart at most",
+        "then `--resume` with 2, 1 or 4: the same bits with 2, else curves at most {far} apart",
     ),
     "ended study": (
         "`compare` ended",
-        "by `kill -9` of it or of a worker, Ctrl-C, SIGTERM or SIGHUP: {left} of these left a"
-        " process behind; then the same command",
+        "with `kill -9` of it or of a worker, Ctrl-C, SIGTERM or SIGHUP: {left} of these left a"
+        " process behind; then the same command again",
     ),
 }
 
 
 def table(results):
-    """The rows of the README's table: fault, how it was tried, how often, what was lost."""
+    """The rows of the results page's table: fault, how it was tried, how often, what was lost."""
     rows = []
     for name, (fault, how) in ROWS.items():
         parts = [found[name] for found in results.values() if name in found]
@@ -513,7 +517,7 @@ def table(results):
 
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--times", type=int, default=24, help="of each script and fault")
+    parser.add_argument("--times", type=int, default=24, help="tries per script and fault")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=runcard.RESULTS)
     settings = parser.parse_args()

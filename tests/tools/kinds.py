@@ -1,4 +1,4 @@
-"""Kinds of faults that bug reports of other projects found in ours, and what tries them now.
+"""Kinds of faults that other projects' bug reports led us to, and the tests that cover them now.
 `python tests/tools/kinds.py` writes the table in tests/README.md."""
 
 from collections import Counter
@@ -7,19 +7,19 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 README = TESTS / "README.md"
 
-KINDS = {  # kind: its tests, of which a name may be a beginning
+KINDS = {  # kind: its tests; a name may be a prefix
     "A derivative is silently zero": """
         test_fast.py::test_a_second_derivative_is_right
         test_fast.py::test_whatever_asks_for_a_derivative_gets_the_right_one
         test_distributed.py::test_processes_agree_and_a_sum_over_them_has_a_second_derivative""",
-    "Saved, but never to be read again": """
+    "A saved file cannot be loaded": """
         test_checkpoint.py::test_whatever_extra_holds_is_read_again_as_plain_values
         test_checkpoint.py::test_what_no_checkpoint_holds_is_refused_before_any_training
         test_checkpoint.py::test_a_state_that_cannot_be_read_again_is_refused_before_any_training
         test_checkpoint.py::test_a_number_of_evaluate_is_a_plain_number
         test_checkpoint.py::test_weights_that_are_not_finite_are_not_saved
         test_checkpoint.py::test_what_may_be_the_only_copy_is_to_be_moved_aside""",
-    "A mark depends on the machine, or on the file marked before": """
+    "A mark depends on the machine, or on the previously marked file": """
         test_checks.py::test_check_works_under_any_defaults_and_gives_them_back
         test_checks.py::test_all_ways_of_marking_agree
         test_checks.py::test_no_file_changes_the_mark_of_the_next
@@ -29,7 +29,7 @@ KINDS = {  # kind: its tests, of which a name may be a beginning
     "One call has two meanings": """
         test_model.py::test_fewer_queries_than_keys_are_the_last_ones
         test_model.py::test_a_mode_runs_its_own_form""",
-    "Long work learns at its end that it cannot write": """
+    "A long run finds at its end that it cannot write its result": """
         test_runcard.py::test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag
         test_bench.py::test_what_cannot_be_written_is_told_before_the_work
         test_measure.py::test_what_cannot_be_written_is_told_before_the_work
@@ -37,34 +37,34 @@ KINDS = {  # kind: its tests, of which a name may be a beginning
         test_compare.py::test_data_and_file_of_the_last_study_are_looked_at_before_the_first
         test_compare.py::test_a_checkpoint_of_another_task_is_told_before_the_work
         test_checkpoint.py::test_a_folder_that_is_a_file_is_one_line_before_any_training""",
-    "Compiled training at changing sizes": """
+    "Compiled training fails at changing sizes": """
         test_fast.py::test_a_compiled_model_trains_at_changing_sizes
         test_fast.py::test_the_compiler_meets_no_break_and_few_new_graphs""",
-    "Standard streams are foreign, closed, broken or None": """
+    "Standard streams are replaced, closed, broken or None": """
         test_flags.py::test_a_stream_that_is_not_python_s_own_is_written_to
         test_flags.py::test_a_stream_that_is_broken_closed_or_none_ends_nothing
         test_flags.py::test_what_a_console_cannot_show_is_a_question_mark
         test_flags.py::test_a_run_whose_reader_goes_away_is_finished
         test_flags.py::test_a_run_without_streams_is_finished_and_no_file_takes_their_place
         test_flags.py::test_a_script_runs_in_a_notebook""",
-    "A library raises what nobody thought of": """
+    "A library raises an unexpected exception": """
         test_images.py::test_what_is_no_png_raises_syntax_error_or_os_error
         test_images.py::test_whatever_pillow_raises_is_a_syntax_error
         test_images.py::test_what_is_no_archive_raises_value_error_or_os_error
         test_data.py::test_without_a_home_the_cache_is_a_temporary_folder
         test_platforms.py::test_a_user_without_a_home_and_a_name_can_train""",
-    "A default that its own rule refuses": """
+    "A default fails its own check": """
         test_compare.py::test_as_many_workers_as_processors_that_may_be_used
         test_compare.py::test_where_no_system_tells_of_affinity_all_processors_count""",
-    "Data known by name instead of content": """
+    "Data is identified by name instead of content": """
         test_checkpoint.py::test_data_and_attention_that_were_renamed_go_on
         test_checkpoint.py::test_other_content_of_the_same_name_does_not_go_on
         test_own_attention.py::test_a_file_that_changed_is_another_attention""",
-    "Training or evaluation mode is not given back": """
+    "Training or evaluation mode is not restored": """
         test_model.py::test_generate_gives_every_module_its_mode_back
         test_measure.py::test_what_reads_a_model_gives_every_module_its_mode_back
         test_train.py::test_every_module_has_its_mode_back_after_training""",
-    "PyTorch's defaults of the session leak in": """
+    "The session's PyTorch defaults leak in": """
         test_model.py::test_the_default_dtype_changes_no_angle
         test_data.py::test_windows_do_not_depend_on_torch_s_defaults
         test_distributed.py::test_what_processes_say_does_not_depend_on_torch_s_defaults
@@ -75,9 +75,9 @@ KINDS = {  # kind: its tests, of which a name may be a beginning
         test_train.py::test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back""",
     "An optimiser needs every gradient": """
         test_train.py::test_frozen_and_unused_parameters_stay_as_they_are""",
-    "A wrong keyword is swallowed": """
+    "An unknown keyword is silently ignored": """
         test_model.py::test_a_keyword_that_nobody_takes_is_refused""",
-    "Values are looked at that are not there": """
+    "Values are read from tensors that have none": """
         test_model.py::test_shapes_go_through_without_values
         test_model.py::test_an_exported_model_is_saved_and_does_the_same
         test_model.py::test_what_cannot_be_followed_says_so""",
@@ -103,7 +103,7 @@ KINDS = {  # kind: its tests, of which a name may be a beginning
         test_checkpoint.py::test_nohup_goes_on_when_the_terminal_is_closed
         test_checkpoint.py::test_a_compiled_model_is_saved_under_plain_names_and_goes_on_as_any
         test_faults.py::""",
-    "The work is done, then the measuring of it is killed": """
+    "The work is done, then its evaluation fails": """
         test_checkpoint.py::test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for
         test_measure.py::test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of
         test_measure.py::test_the_weights_of_some_queries_are_those_among_all
@@ -113,8 +113,8 @@ BEGIN, END = "<!-- by tools/kinds.py -->\n", "<!-- end -->\n"
 
 
 def table():
-    """What tries each kind of fault: files, and how many tests of each."""
-    lines = ["| kind | tests that try it |", "|---|---|"]
+    """A row per kind of fault: its test files, and the number of tests in each."""
+    lines = ["| kind | tests |", "|---|---|"]
     for kind, names in KINDS.items():
         files = Counter(name.split("::")[0] for name in names.split())
         tried = ", ".join(f"[`{file}`]({file}): {count}" for file, count in files.items())

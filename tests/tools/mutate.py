@@ -1,17 +1,16 @@
-"""Mutation testing: do the tests notice every small fault in nala_min/model.py?
+"""Mutation testing: do the tests catch every small fault in nala_min/model.py?
 
 `python tests/tools/mutate.py` makes mutants of model.py, copies with one change each, and runs the
-tests against each. A mutant is caught if a test fails, or is kept busy for too long. One that
-passes them all shows behaviour that no test pins down, unless it is equivalent: EQUIVALENT says
-why. Results go to runs/mutation, from where an interrupted run goes on, until model.py or the tests
-change.
+tests on each. A mutant is caught if a test fails or takes too long. A mutant that passes all tests
+shows behaviour that no test pins down, unless it is equivalent to model.py; EQUIVALENT gives the
+reason. Results go to runs/mutation. An interrupted run resumes from there, unless the package or
+the tests have changed.
 
-A mutant has to be caught by what it does. So test_bug_zoo.py, test_course_notebook.py,
-test_ledger.py, test_shape_comments.py and the notebooks' tests do not take part: they read
-model.py's text, or what was computed with it. Left as they are: docstrings, annotations, the
-words of errors, matrix products and returned values. Tests that are slow and caught nothing more in
-samples of mutants take no part either: test_fast.py, test_bench.py, test_plots.py and those of
-the two scripts.
+A mutant must be caught by what it does. Tests that read model.py's text, or results computed with
+it, are therefore left out: test_bug_zoo.py, test_course_notebook.py, test_ledger.py,
+test_shape_comments.py and the notebooks' tests. So are slow tests that caught nothing more in
+samples of mutants: test_fast.py, test_bench.py, test_plots.py and those of the two scripts.
+Docstrings, annotations, error messages, matrix products and returned values are not mutated.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 MODEL = "nala_min/model.py"
-# What catches most and soonest comes first: pytest stops at the first failure.
+# Those that catch most come first, because pytest stops at the first failure.
 TESTS = [
     f"tests/test_{name}.py" for name in ("model", "arguments", "measure", "train", "checkpoint")
 ]
-SECONDS = 60  # for one test: several times what the slowest takes
-MEMORY = 4 * 2**30  # bytes: a loop without end may also collect without end
+SECONDS = 60  # for one test: several times the slowest
+MEMORY = 4 * 2**30  # bytes: an endless loop can also allocate endlessly
 LAST = "last_test.txt"
 
-# What turns into what. An operator is replaced by one that binds as tightly, or nearly.
+# Replacements. An operator becomes another of the same precedence, or nearly the same.
 OPERATORS = dict(["+-", "-+", "*/", "/*", "&|", "|&"])
 OPERATORS |= {"//": "*", "%": "//", "**": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 OPERATORS |= {"==": "!=", "!=": "==", "is": "is not", "is not": "is", "and": "or", "or": "and"}
@@ -61,29 +60,29 @@ PAIRS = """tril triu  cos sin  clamp_min clamp_max  min max  amin amax  argmin a
 NAMES = dict(zip(PAIRS.split()[::2], PAIRS.split()[1::2], strict=True))
 NAMES |= {new: old for old, new in NAMES.items()}
 
-# Mutants that do what model.py does: the key of each, as printed for a survivor, and the reason.
+# Mutants that behave like model.py: {key, as printed for a survivor: reason}.
 EQUIVALENT: dict[str, str] = {
     "sign_split: `direction < 0` -> `direction <= 0`": "a channel of 0 has magnitude 0",
     "decompose: `1.0` -> `2.0`": "0 divided by any number is 0",
     **dict.fromkeys(
         (f'{name}: `"cosine"` -> `"XXcosine"`' for name in ("query_features", "key_features")),
-        "what has no other name is the cosine map; arguments.py refuses other names",
+        "every unknown name selects the cosine map; arguments.py refuses unknown names",
     ),
-    'nala_attention: `"cosine"` -> `"XXcosine"`': "the same",
+    'nala_attention: `"cosine"` -> `"XXcosine"`': "as above",
     "chunked: `64` -> `65`": "chunks of any size give the same numbers",
     "linear_attention.sums_of: `64` -> `65`": "chunks of any size give the same numbers",
-    "NaLaLM.generate: `dim=-1` -> `dim=1`": "there are two dimensions",
+    "NaLaLM.generate: `dim=-1` -> `dim=1`": "the tensor has two dimensions",
 }
 
 
 class Mutant(NamedTuple):
     key: str  # "function: `old` -> `new`"
     line: int
-    text: str  # of the whole file
+    text: str  # the whole file
 
 
 class Edit(NamedTuple):
-    """Put new in the place of the bytes from start to end."""
+    """Replace the bytes from start to end by new."""
 
     start: int
     end: int
@@ -91,12 +90,12 @@ class Edit(NamedTuple):
 
 
 class Source:
-    """A module's text and its syntax tree, and every edit that makes a mutant."""
+    """A module's text, its syntax tree, and every edit that makes a mutant."""
 
     def __init__(self, text: str) -> None:
         self.bytes = text.encode("utf-8")  # ast counts columns in bytes
         self.tree = ast.parse(text)
-        self.lines = [0]  # where each begins
+        self.lines = [0]  # the byte where each begins
         for line in self.bytes.splitlines(keepends=True):
             self.lines.append(self.lines[-1] + len(line))
         imports = [x for x in ast.walk(self.tree) if isinstance(x, ast.Import | ast.ImportFrom)]
@@ -116,14 +115,14 @@ class Source:
         return Edit(self.start(node), self.end(node), new)
 
     def walk(self, *nodes: ast.AST) -> Iterator[tuple[ast.AST, ...]]:
-        """Every node that acts, as the chain of nodes that lead to it from the module."""
+        """Yield every node that has an effect, as the chain of nodes from the module to it."""
         yield nodes
         if isinstance(nodes[-1], ast.Raise | ast.JoinedStr):
             return
         for field, value in ast.iter_fields(nodes[-1]):
             children = value if isinstance(value, list) else [value]
             if children and isinstance(children[-1], ast.Raise):
-                children = children[-1:]  # what comes before it makes its words
+                children = children[-1:]  # the statements before it make its message
             for child in children:
                 is_docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
                 acts = field not in ("annotation", "returns") and not is_docstring
@@ -131,7 +130,7 @@ class Source:
                     yield from self.walk(*nodes, child)
 
     def edits(self, node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[Edit]:
-        """The changes to node, which stands in the nodes above."""
+        """Yield the changes to node. above: the nodes that contain it."""
         match node:
             case ast.BinOp(left=left, right=right) | ast.AugAssign(target=left, value=right):
                 yield from self.operator(left, right)
@@ -163,7 +162,7 @@ class Source:
             yield self.replace(node, "pass")
 
     def operator(self, left: ast.AST, right: ast.AST) -> Iterator[Edit]:
-        """Another operator between two operands, which may stand in brackets."""
+        """Change the operator between two operands, which may be in brackets."""
         start = self.end(left)
         between = re.sub(
             r"#.*", lambda x: " " * len(x[0].encode()), self.text(start, self.start(right))
@@ -175,7 +174,7 @@ class Source:
             yield Edit(start, start + len(old), OPERATORS[old])
 
     def negation(self, test: ast.AST) -> Iterator[Edit]:
-        """The condition turned round, unless a change of its operator does just that."""
+        """Negate a condition, unless a change of its operator does the same."""
         exact = ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn
         match test:
             case ast.UnaryOp(op=ast.Not()):
@@ -185,7 +184,7 @@ class Source:
         yield self.replace(test, f"(not ({self.text(self.start(test), self.end(test))}))")
 
     def call(self, node: ast.Call, is_statement: bool) -> Iterator[Edit]:
-        """A call of another function, of none, or with a keyword less."""
+        """Call another function, or none, or drop a keyword."""
         function, arguments = node.func, [*node.args, *node.keywords]
         name = getattr(function, "attr", getattr(function, "id", ""))
         if name in NAMES:
@@ -209,7 +208,7 @@ class Source:
                 yield Edit(start, end, "")
 
     def may_go(self, node: ast.stmt, above: tuple[ast.AST, ...]) -> bool:
-        """Whether node can be deleted and leave no name undefined."""
+        """Whether node can be deleted without leaving a name undefined."""
         functions = [x for x in above if isinstance(x, ast.FunctionDef)]
         if not functions or not isinstance(node, ast.Raise | ast.Expr | ast.Assign | ast.AugAssign):
             return False
@@ -222,7 +221,7 @@ class Source:
         return {x.id for x in sets} <= seen
 
     def stays_python(self, outermost: ast.stmt, edit: Edit) -> bool:
-        """Whether a statement of the module can still be parsed: far faster than the whole."""
+        """Whether the edited statement still parses: far faster than to parse the whole module."""
         first = min(x.lineno for x in [outermost, *getattr(outermost, "decorator_list", [])])
         before = self.text(self.lines[first - 1], edit.start)
         try:
@@ -232,7 +231,7 @@ class Source:
         return True
 
     def key(self, nodes: tuple[ast.AST, ...], edit: Edit) -> str:
-        """What edit does to the smallest piece of code that its function has only once."""
+        """Describe edit by the smallest piece of code around it that is unique in its function."""
         scopes = [x for x in nodes if isinstance(x, ast.FunctionDef | ast.ClassDef)]
         scope = self.text(self.start(scopes[-1]), self.end(scopes[-1])) if scopes else ""
         start, end = edit.start, edit.end
@@ -250,7 +249,7 @@ class Source:
 
 
 def make_mutants(text: str) -> list[Mutant]:
-    """Every mutant of a module's text, in the order of its lines."""
+    """Every mutant of a module's text, in line order."""
     source, found, times = Source(text), {}, Counter()
     for nodes in source.walk(source.tree):
         for edit in source.edits(nodes[-1], nodes[:-1]):
@@ -267,8 +266,8 @@ def make_mutants(text: str) -> list[Mutant]:
 
 
 class Order:
-    """A plugin of pytest: what caught other mutants comes first, then one case of each test, then a
-    second case of each, and so on. Notes in a file which test has been started last."""
+    """A pytest plugin. Tests that caught other mutants come first, then one case of each test, then
+    a second case of each, and so on. The name of the last test that was started goes to a file."""
 
     def __init__(self, first: list[str]) -> None:
         self.rank = {test: i for i, test in enumerate(first)}
@@ -285,12 +284,12 @@ class Order:
 
 
 def run_tests(folder: Path, first: list[str]) -> None:
-    """Run pytest on the copy of the repository in folder, in a process made for it."""
+    """Run pytest on the copy of the repository in folder. Called in its own process."""
     import resource
 
     import pytest
 
-    os.setsid()  # what the tests start can be ended with them
+    os.setsid()  # so the tests can be ended with all they started
     os.chdir(folder)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -303,9 +302,9 @@ def run_tests(folder: Path, first: list[str]) -> None:
 
 
 class Runner:
-    """A copy of the repository in which one process at a time tests one mutant."""
+    """A copy of the repository that tests one mutant at a time, in a process."""
 
-    context = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
+    context = multiprocessing.get_context("forkserver")  # imports torch only once
     context.set_forkserver_preload(["torch", "pytest"])
 
     def __init__(self, folder: Path) -> None:
@@ -316,25 +315,25 @@ class Runner:
     def start(self, text: str, first: list[str]) -> None:
         (self.folder / MODEL).write_text(text, encoding="utf-8")
         for stale in (self.folder / MODEL).parent.glob("__pycache__/model.*"):
-            stale.unlink()  # Python tells old from new by size and second: too coarse here
+            stale.unlink()  # Python compares only size and second: too coarse here
         (self.folder / LAST).write_text("import", encoding="utf-8")
         self.process = self.context.Process(target=run_tests, args=(self.folder, first))
         self.process.start()
 
     def finish(self) -> str | None:
-        """Wait for the end. Returns the test that caught the mutant, None if all tests passed."""
+        """Wait for the end. Returns the test that caught the mutant, or None."""
         self.process.join()
         self.stop()
         return (self.folder / LAST).read_text(encoding="utf-8") if self.process.exitcode else None
 
     def stop(self) -> None:
-        """End the process, and whatever it has started."""
+        """Kill the process and everything that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def run(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str | None]]:
-    """Each mutant and what caught it, as soon as it is known."""
+    """Yield each mutant and the test that caught it, or None, as results arrive."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         idle = [Runner(Path(folder, str(i))) for i in range(jobs)]
         waiting, busy, first = mutants[::-1], {}, []
@@ -347,7 +346,7 @@ def run(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str | None]]
                 for sentinel in wait(busy):
                     runner, mutant = busy.pop(sentinel)
                     caught = runner.finish()
-                    if caught is not None:  # it may well catch the neighbours
+                    if caught is not None:  # it will probably catch similar mutants
                         first = [caught, *(test for test in first if test != caught)]
                     idle.append(runner)
                     yield mutant, caught
@@ -358,7 +357,7 @@ def run(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str | None]]
 
 
 def fingerprint(text: str) -> str:
-    """What a result depends on: the mutated module, the rest of the package, and the tests."""
+    """A hash of what a result depends on: the module, the rest of the package, and the tests."""
     digest = hashlib.sha256(text.encode("utf-8"))
     for path in [*sorted(ROOT.glob("nala_min/**/*.py")), *(ROOT / name for name in TESTS)]:
         digest.update(path.read_bytes())
@@ -372,7 +371,7 @@ def diff(old: str, new: str) -> str:
 
 
 def main() -> None:
-    # A mutant's process must not find this package: it is imported here, and its place forgotten.
+    # A mutant's process must not find this package, so its path is removed after the import.
     sys.path.insert(0, str(ROOT))
     from nala_min import runcard
     from nala_min.flags import UsageError
@@ -380,13 +379,13 @@ def main() -> None:
 
     sys.path.remove(str(ROOT))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--every", type=int, default=1, metavar="K", help="each K-th mutant only")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="only every K-th mutant")
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants with TEXT in their key")
-    parser.add_argument("--jobs", type=int, default=processors(), help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=processors(), help="parallel processes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a run card")
     flags = parser.parse_args()
     if min(flags.every, flags.jobs) < 1:
-        parser.error("--every and --jobs are 1 or more")
+        parser.error("--every and --jobs must be 1 or more")
     if flags.out is not None:
         try:
             runcard.prove_writable(flags.out)
@@ -398,7 +397,7 @@ def main() -> None:
     text = (ROOT / MODEL).read_text(encoding="utf-8")
     every = make_mutants(text)
     if unknown := EQUIVALENT.keys() - {mutant.key for mutant in every}:
-        sys.exit("EQUIVALENT has no such mutant any more:\n" + "\n".join(sorted(unknown)))
+        sys.exit("EQUIVALENT lists mutants that no longer exist:\n" + "\n".join(sorted(unknown)))
     chosen = [mutant for mutant in every[:: flags.every] if flags.only in mutant.key]
 
     log = ROOT / "runs" / "mutation" / f"{fingerprint(text)}.jsonl"
@@ -407,10 +406,10 @@ def main() -> None:
     known = dict(map(json.loads, lines))
     if not known:
         original, broken = Mutant("original", 0, text), Mutant("broken", 0, "1 / 0")
-        print("The tests of model.py as it is, and of one that cannot be imported ...")
+        print("Testing the original model.py, and one that cannot be imported ...")
         for mutant, caught in run([original, broken], flags.jobs):
             if (caught is None) != (mutant is original):
-                sys.exit(f"{mutant.key} model.py should not end so: {caught or 'all tests passed'}")
+                sys.exit(f"unexpected for {mutant.key} model.py: {caught or 'all tests passed'}")
         known[original.key] = None
 
     todo = [x for x in chosen if x.key not in known and (flags.only or x.key not in EQUIVALENT)]
@@ -441,7 +440,7 @@ def report(text: str, mutants: list[Mutant], known: dict[str, str | None]) -> di
     caught = len(mutants) - explained - len(survivors)
     share = caught / max(len(mutants) - explained, 1)
     print(f"\n{len(mutants)} mutants: {caught} caught, {explained} equivalent,", end=" ")
-    print(f"{len(survivors)} survivors; caught of those not equivalent: {share:.1%}")
+    print(f"{len(survivors)} survivors; {share:.1%} of those not equivalent were caught")
     return {
         "mutants": len(mutants),
         "caught": caught,

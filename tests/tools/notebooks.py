@@ -1,5 +1,5 @@
-"""Run the notebooks in fresh kernels. `python tests/tools/notebooks.py [NAME ...]` runs those whose
-name begins with one of NAMES, or all, and writes what they show into their files."""
+"""Run the notebooks in fresh kernels. `python tests/tools/notebooks.py [PREFIX ...]` runs those
+whose names begin with a PREFIX, or all, and writes the outputs into their files."""
 
 import os
 import subprocess
@@ -17,15 +17,15 @@ LIVE = "application/vnd.jupyter.widget-view+json"  # a widget: dead without its 
 
 
 def read(path):
-    """The notebook at path, checked to be a valid one."""
+    """Read and validate the notebook at path."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     return notebook
 
 
 def slide_type(cell):
-    """Where a cell stands in the deck that `jupyter nbconvert --to slides` makes: a heading begins
-    a slide, and other texts and pictures one below it."""
+    """The place of a cell in the slides of `jupyter nbconvert --to slides`: a heading begins a
+    slide; other text and pictures begin a slide below it."""
     if cell.id in ("setup", "imports", "check"):
         return "skip"
     if cell.cell_type == "markdown":
@@ -34,7 +34,7 @@ def slide_type(cell):
 
 
 def run(path, folder):
-    """The notebook at path after a run from top to bottom, from folder, in a kernel of its own."""
+    """Run the notebook at path from top to bottom, in folder and in a fresh kernel. Returns it."""
     notebook = read(path)
     client = NotebookClient(
         notebook,
@@ -45,7 +45,7 @@ def run(path, folder):
         coalesce_streams=True,
     )
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the cores may be busy
-    client.execute(env=one_thread, stderr=subprocess.DEVNULL)  # the kernel's own, not a cell's
+    client.execute(env=one_thread, stderr=subprocess.DEVNULL)  # the kernel's, not a cell's
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
