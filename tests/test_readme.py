@@ -53,8 +53,8 @@ def test_its_verse_is_of_the_default_run():
 
 def test_its_conclusions_are_the_run_cards():
     """Further ones are proved in test_results.py, where the page of results has them as well."""
-    level = "Level: no significant difference over five seeds."
-    assert f"3. {small_tasks()} {level} {shorter_runs()}" in PROSE
+    level = "no significant difference over five seeds."
+    assert f"3. {small_tasks()[:-1]}: {level} {shorter_runs()}" in PROSE
     for task in ("shakespeare", "cifar"):  # the norm is silent
         blocks = test_results.cards(task, "nala")[0]["results"]["attention_stats"]
         assert min(min(block["power"]) for block in blocks) > 4.4  # of at most 4.5

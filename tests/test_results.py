@@ -251,7 +251,7 @@ def p_of(answer):
 def answers_table():
     """The page's table of what text and images were asked, with corrected p-values."""
     lines = [
-        "| attention | beside | text, loss | p | images, accuracy | p |",
+        "| attention | minus | text, loss | p | images, accuracy | p |",
         "|---|---|---|---|---|---|",
     ]
     for text, images in zip(*map(answered, ANSWERED), strict=True):
@@ -325,7 +325,7 @@ def answers_verdict():
         clear = [called(x.variant) for x in answered(study) if x.p < 0.05]
         clear = [re.sub(", (same state)", r" (\1)", name) for name in clear]
         parts.append(f"on {study} {', '.join(clear) or 'none'}")
-    return f"Significantly different, as a family: {'; '.join(parts)}."
+    return f"Significant after correction: {'; '.join(parts)}."
 
 
 def shorter_runs():
@@ -337,8 +337,9 @@ def shorter_runs():
     bare = [bare[name] for name in LABELS]
     return (
         "In runs a third as long, with eight seeds, it is"
-        f" {min(plain):.3f} to {max(plain):.3f} nats behind them on text; with λ = 1 instead of 3,"
-        f" level. Without the block's convolution, it is {min(bare):.2f} to {max(bare):.2f} behind."
+        f" {min(plain):.3f} to {max(plain):.3f} nats behind them on text, but level with λ = 1"
+        f" instead of 3. Without the block's convolution, it is {min(bare):.2f} to {max(bare):.2f}"
+        " behind."
     )
 
 
@@ -410,10 +411,11 @@ def rates_verdict():
         if abs(away(study, name)[0]) > away(study, name)[1]
     ]
     return (
-        f"Significantly better than as used: {', '.join(better) or 'none'}. The best of the three"
-        f" means is never more than {most['text-rates']:.3f} nats or"
-        f" {100 * most['images-rates']:.1f} points better than the one as used. Significantly"
-        f" different from NaLa as used, in these short runs: {', '.join(ahead) or 'none'}."
+        f"Significantly better with other rates: {', '.join(better) or 'none'}. The best of the"
+        f" three means is never more than {most['text-rates']:.3f} nats or"
+        f" {100 * most['images-rates']:.1f} points better than with the rates as used."
+        " Significantly different from NaLa as used, in these short runs:"
+        f" {', '.join(ahead) or 'none'}."
     )
 
 
@@ -749,8 +751,8 @@ def test_the_times_of_other_libraries_are_the_run_card():
     share = ratio(SPEED["attention"], *pair, length=4096, causal=True, **BOTH)
     assert f"alone takes {share:.0%} at 4,096 tokens" in PROSE
     pair, alone = ({"form": "fast_transformers"}, {"form": "nala"}), {"pass": "forward"}
-    said = f"alone takes {ratio(PEERS, *pair, length=16384, **alone):.3f} of our time at 16,384"
-    assert said in PROSE
+    said = f"alone takes {ratio(PEERS, *pair, length=16384, **alone):.3f} times as long as ours"
+    assert f"{said} at 16,384 tokens" in PROSE
 
 
 def test_the_aims_that_are_missed_and_what_another_machine_takes():
@@ -770,7 +772,7 @@ def test_the_aims_that_are_missed_and_what_another_machine_takes():
         )
         ratios = [a / b for a, b in zip(here, there, strict=True)]
         said.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
-    assert "softmax takes {} of its time there, NaLa {}.".format(*said) in PROSE
+    assert "softmax takes {} times as long as on the EPYC, NaLa {}.".format(*said) in PROSE
 
 
 def speed_in_short():
@@ -823,8 +825,8 @@ def test_what_mutants_showed_is_the_run_card():
     share = found["caught"] / (found["caught"] + survivors)
     assert share >= 0.95 and card["config"]["every"] == 2
     said = (
-        f"Of {found['mutants']} mutants of `model.py`, every second one that"
-        f" `tests/tools/mutate.py` makes, {equivalent} appear equivalent to it; of the others the"
-        f" tests caught {found['caught']}, {share:.1%}"
+        f"Of {found['mutants']} mutants, every second one that it makes, {equivalent} appear"
+        f" equivalent to the original; the tests caught {found['caught']} of the others,"
+        f" {share:.1%}"
     )
     assert said in PROSE
