@@ -14,6 +14,11 @@ LEDGER = Path(__file__).parents[1] / "notebooks" / "README.md"
 QUICK = ("test_relatives", "test_ledger", "test_readme", "test_results")
 
 
+def pytest_configure():
+    """One thread: the models are small, and another process runs the notebooks."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     """Marks what `-m quick` runs: the ledger's proofs of the equations, and some whole files."""
     proofs = set(re.findall(r"`(test_\w+)`", LEDGER.read_text(encoding="utf-8")))
@@ -67,12 +72,3 @@ def loopback_only(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For models too small to share among cores, which may be busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

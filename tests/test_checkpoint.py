@@ -19,9 +19,6 @@ from nala_min import checkpoint
 from nala_min.flags import UsageError, run_script
 from nala_min.train import Recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- Files ---------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ CONFIG = SIZES | {"preset": "cpu", "attention": "nala", "seed": 1, "schedule": "
 SHORT = [*FLAGS, "--data-dir", "images", "--steps", "3"]
 FROM_FOLDER = "CIFAR-10 (files in a folder)"
 
-pytestmark = pytest.mark.usefixtures("one_thread", "small_files")
+pytestmark = pytest.mark.usefixtures("small_files")
 
 
 @pytest.fixture(scope="module")

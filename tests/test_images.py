@@ -22,7 +22,7 @@ from nala_min import data
 from nala_min.data import BATCHES, CIFAR10, RECORD
 from nala_min.synthetic import DRAWN
 
-pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
+pytestmark = pytest.mark.usefixtures("tiny")
 
 COUNT = 4  # images in a file, here
 

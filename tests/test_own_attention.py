@@ -27,8 +27,6 @@ def attention(q, k, v, *, causal, state=None, return_state=False):
     return softmax_attention(q, k, 2 * v, causal=causal, state=state, return_state=return_state)
 """
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(params=["features", "attention"])
 def folder(request, tmp_path):

@@ -19,8 +19,6 @@ FLAGS = flags_of(SIZES)
 RECIPE = {"lr": 4e-3, "muon": 0.02, "weight_decay": 0.02, "schedule": "linear"}
 CONFIG = SIZES | RECIPE | {"preset": "cpu", "attention": "nala", "seed": 1}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run(tmp_path):
@@ -177,9 +175,8 @@ def test_longer_windows_are_fewer_and_so_are_steps(given, batch, steps):
     assert set(settings.out.name.split("_")[4:]) == named
 
 
-def test_without_network_and_data_the_stand_in_is_announced_and_named(tmp_path):
-    sizes = ["--block", 64, "--steps", 2]
-    result = run_process(train_shakespeare, tmp_path, *FLAGS, *sizes, "--out", "run")
+def test_without_network_and_data_the_stand_in_is_announced_and_named(run, tmp_path):
+    result = run(*FLAGS, "--block", 64, "--steps", 2, "--out", "run")
     assert result.returncode == 0, result.stderr
     assert "NO SHAKESPEARE" in result.stdout
     assert "Warning" not in result.stderr

@@ -7,8 +7,6 @@ from scripts import assert_ambient_has_no_say
 
 from nala_min import data, synthetic
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def digits():

@@ -14,9 +14,6 @@ from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, distributed, measure,
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.train import Recipe, fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- Flags ---------------------------------------------------------------------------------------
 
 

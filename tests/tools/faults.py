@@ -375,10 +375,11 @@ def killed_workers(script, folder, times, dice):
     """
     lost, far, tried, started, same = [], [], 0, 0, ["--dropout", 0]
     while tried < times:
-        name, several = f"worker{started}", (2, 1, 4)[tried % 3]
+        name, several = f"worker{started}", (1, 2, 4)[tried % 3]
         started += 1
         job = Job(script, folder, "--out", name, *same, processes=2)
-        if job.until(lambda name=name: has_checkpoint(folder, name)):
+        path = folder / name / "checkpoint.pt"
+        if job.until(lambda path=path: path.exists() and checkpoint.load_checkpoint(path)["step"]):
             time.sleep(dice.uniform(0, 0.5))
             workers = children(job.process.pid)
             if len(workers) == 2:
