@@ -31,7 +31,6 @@ from nala_min.lab.studies import (
 )
 from nala_min.model import key_features, linear_attention, query_features
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
 
 
