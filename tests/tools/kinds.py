@@ -11,7 +11,7 @@ KINDS = {  # kind: its tests; a name may be a prefix
     "A derivative is silently zero": """
         test_fast.py::test_a_second_derivative_is_right
         test_fast.py::test_whatever_asks_for_a_derivative_gets_the_right_one
-        test_distributed.py::test_processes_agree_and_a_sum_over_them_has_a_second_derivative""",
+        test_distributed.py::test_a_sequence_in_pieces_is_the_whole_sequence""",
     "A saved file cannot be loaded": """
         test_checkpoint.py::test_whatever_extra_holds_is_read_again_as_plain_values
         test_checkpoint.py::test_what_no_checkpoint_holds_is_refused_before_any_training
@@ -23,7 +23,7 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_checks.py::test_check_works_under_any_defaults_and_gives_them_back
         test_checks.py::test_all_ways_of_marking_agree
         test_checks.py::test_no_file_changes_the_mark_of_the_next
-        test_checks.py::test_pytest_and_report_import_a_file_as_python_does
+        test_checks.py::test_pytest_imports_a_file_as_python_does
         test_checks.py::test_a_death_costs_one_mark
         test_checks.py::test_no_process_outlives_its_caller""",
     "One call has two meanings": """
