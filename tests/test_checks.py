@@ -1394,7 +1394,10 @@ def test_check_works_under_any_defaults_and_gives_them_back():
 # --- A fresh process for each file ----------------------------------------------------------------
 
 SOME = [  # marking knows nothing of a lesson but its number
-    path for path in (path_of("find_the_bug"), path_of(1), path_of(1, SOLUTIONS)) if path.exists()
+    path_of(lesson, folder)
+    for folder in (checks.FOLDER, SOLUTIONS)
+    if folder.exists()
+    for lesson in (LESSONS[0], LESSONS[-1])
 ]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals are different on Windows")
 
@@ -1528,22 +1531,27 @@ class Point:
 
 
 @solved
-def test_pytest_imports_a_file_as_python_does(tmp_path, monkeypatch):
+def test_pytest_and_report_import_a_file_as_python_does(tmp_path, capsys, monkeypatch):
     """A byte order mark, a module beside the file, a dataclass that looks up its module."""
     source = ODD + path_of(1, SOLUTIONS).read_text(encoding="utf-8")
     write(tmp_path / "helper.py", "answer = 42.0")
+    path = write(tmp_path / "Lösung 1 (2).py", source)
+    assert report(path, capsys) == [f"{name}: right" for name in names_of(1)]
+    assert {each.name for each in tmp_path.iterdir()} == {"helper.py", path.name}
     bob = 'print("bob was here")\n' + path_of(1).read_text(encoding="utf-8")
-    before, after = bob.split("def entropy(")
-    bob = f"{before}def entropy(" + after.replace("raise NotImplementedError", "return weights", 1)
-    files = [write(tmp_path / "Lösung 1 (2).py", source), write(tmp_path / "bob.py", bob)]
+    files = [
+        write(tmp_path / "alice.py", source),
+        write(tmp_path / "bob.py", bob),
+        write(tmp_path / "find_the_bug.py", path_of("find_the_bug").read_bytes()),
+    ]
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # it would add to what is printed
     done = run("-m", "pytest", *map(str, files))
-    assert done.returncode == 1 and "3 failed, 3 passed" in done.stdout
-    assert done.stdout.count("FAILED") == done.stdout.count("bob.py::") == 3
-    assert "bob was here" in done.stdout
-    assert done.stdout.count("E   nala_min.course.checks.NotDone: not done yet") == 2
-    assert "E   nala_min.course.checks.Wrong: The result has shape" in done.stdout
-    assert len(done.stdout.splitlines()) < 60 and "raise " not in done.stdout
+    assert done.returncode == 1 and "6 failed, 3 passed" in done.stdout
+    assert done.stdout.count("FAILED") == done.stdout.count("::") == 6
+    assert done.stdout.count("bob.py::") == 3 and "bob was here" in done.stdout
+    assert done.stdout.count("E   nala_min.course.checks.NotDone: not done yet") == 3
+    assert "E   nala_min.course.checks.Wrong: A query with an eighth of the norm" in done.stdout
+    assert len(done.stdout.splitlines()) < 80 and "raise " not in done.stdout
 
 
 @solved
@@ -1565,7 +1573,10 @@ def test_a_death_costs_one_mark(tmp_path, monkeypatch, capsys):
 
 FILES = {
     "def entropy(weights:\n    pass": "It raises SyntaxError in line 1: ",
+    "import torch\n\n1 / 0": "It raises ZeroDivisionError in line 3: division by zero",
+    "raise SystemExit(0)": "It raises SystemExit in line 1: 0",
     "raise KeyboardInterrupt": "It raises KeyboardInterrupt in line 1: ",
+    "x = 'é'".encode("latin-1"): "It raises SyntaxError",
     "import os\nos._exit(0)": "It ends Python with exit code 0",
     "while True: pass": "It did not end within 2 s",
     "while True: print(1000 * 'x')": "It prints more than 1 MB",
@@ -1669,6 +1680,6 @@ def run(*arguments):
 
 def test_checks_need_neither_pytest_nor_jupyter():
     code = "import sys; from nala_min.course import checks; print(checks and sorted(sys.modules))"
-    done = run("-c", code)
+    done = run("-O", "-c", code)
     assert done.returncode == 0
     assert not {"'pytest'", "'IPython'", "'ipykernel'"} & set(done.stdout.strip("[]\n").split(", "))

@@ -511,7 +511,7 @@ def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(compare.STUDIES, "sharpness", SMALL)
-    argv = ["compare", "--study", "sharpness", "--workers", "1", "--out", str(tmp_path)]
+    argv = ["compare", "--study", "sharpness", "--workers", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", argv)
     run_script(compare.main)
     printed = capsys.readouterr()

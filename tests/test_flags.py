@@ -209,15 +209,23 @@ def assert_finished(folder):
     }
 
 
-def test_a_run_whose_reader_goes_away_is_finished(folder):
-    """As with `2>&1 | head -1`: stderr breaks at its first byte; stdout, buffered, at its last."""
+@pytest.mark.parametrize(
+    ("streams", "unbuffered"), [(["stdout"], ""), (["stdout", "stderr"], "1")], ids=str
+)
+def test_a_run_whose_reader_goes_away_is_finished(streams, unbuffered, folder):
+    """As with `| head -1`: the pipe breaks at the first byte, or is found broken at the last."""
     read, write = os.pipe()
     os.close(read)
+    given = {name: subprocess.DEVNULL for name in ("stdout", "stderr")} | dict.fromkeys(
+        streams, write
+    )
     command = [sys.executable, train_shakespeare.__file__, *TRAIN]
-    env = os.environ | environment(folder) | {"PYTHONUNBUFFERED": ""}
-    done = subprocess.run(command, cwd=folder, env=env, stdout=write, stderr=write, timeout=300)
+    more = environment(folder) | {"PYTHONUNBUFFERED": unbuffered}
+    code = subprocess.run(
+        command, cwd=folder, env=os.environ | more, timeout=300, **given
+    ).returncode
     os.close(write)
-    assert done.returncode == 0
+    assert code == 0
     assert_finished(folder)
 
 

@@ -375,7 +375,7 @@ def killed_workers(script, folder, times, dice):
     """
     lost, far, tried, started, same = [], [], 0, 0, ["--dropout", 0]
     while tried < times:
-        name, several = f"worker{started}", (1, 2, 4)[tried % 3]
+        name, several = f"worker{started}", (2, 1, 4)[tried % 3]
         started += 1
         job = Job(script, folder, "--out", name, *same, processes=2)
         path = folder / name / "checkpoint.pt"

@@ -23,7 +23,7 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_checks.py::test_check_works_under_any_defaults_and_gives_them_back
         test_checks.py::test_all_ways_of_marking_agree
         test_checks.py::test_no_file_changes_the_mark_of_the_next
-        test_checks.py::test_pytest_imports_a_file_as_python_does
+        test_checks.py::test_pytest_and_report_import_a_file_as_python_does
         test_checks.py::test_a_death_costs_one_mark
         test_checks.py::test_no_process_outlives_its_caller""",
     "One call has two meanings": """
