@@ -1,30 +1,30 @@
 """Norm-aware linear attention, made to be read.
 
 The method:
-    model.py        all of it and both models, top to bottom: start here
-    fast.py         the same attention for any features, faster; proves itself against model.py
-    arguments.py    what is exported below, with wrong arguments refused by name
-    relatives.py    related attentions, and what a file of yours defines: names for --attention
+    model.py        the whole method and both models: start here
+    fast.py         the same attention for any features, faster; checks itself against model.py
+    arguments.py    argument checks for everything exported below
+    relatives.py    related attentions, and attentions from your own file, for --attention
 Training:
     data.py         text and images: find, download, verify, batch
-    synthetic.py    what replaces them without a network
+    synthetic.py    stand-ins for them, if there is no network
     train.py        settings, recipe, optimisers, the loop
-    checkpoint.py   checkpoints: a run is saved, resumed and stopped without loss
-    distributed.py  several processes: one model trained by all, one sequence over all
-    flags.py        flags from a dataclass, errors in one line
+    checkpoint.py   checkpoints: save, resume and stop a run without loss
+    distributed.py  several processes: train one model together, or share one sequence
+    flags.py        command-line flags from a dataclass, one-line errors
 Measuring:
     measure.py      entropy, memory, norms and powers of a trained model, attention maps
     plots.py        every picture, in one style
-    runcard.py      run cards: what made a result
-    lab/bench.py    speed and memory beside the fused softmax
+    runcard.py      run cards: everything needed to repeat a result
+    lab/bench.py    speed and memory, compared with the fused softmax
     lab/compare.py  fair comparisons over several seeds; lab/studies.py: what is compared
-    lab/premise.py  entropy against norms, in the models that compare has trained
-    lab/gpu.py      everything that is to be measured on a GPU, by one command
+    lab/premise.py  entropy against norms, in models that lab/compare.py trained
+    lab/gpu.py      all GPU measurements in one command
 Teaching:
-    course/         what the lessons share, and the checkers of the exercises
+    course/         code that the lessons share, and the checkers of the exercises
 """
 
-from nala_min import relatives  # noqa: F401, registers them
+from nala_min import relatives  # noqa: F401, registers the attentions
 from nala_min.arguments import LMConfig, NaLaLM, NaLaViT, ViTConfig, public
 from nala_min.model import ATTENTIONS
 

@@ -1,11 +1,11 @@
-"""The border: what the package exports, with its arguments checked, so that model.py holds none of
-it. Each error names the argument, what it must be and what it is.
+"""Argument checks for everything that the package exports. They live here to keep model.py short.
+Each error names the argument, says what it must be and shows what it got.
 
-`checked(q="B H N D", k="B H N D")` gives the shapes of a function's tensors in model.py's letters:
-a letter is the same size wherever it stands, "..." any sizes that broadcast. What is not a tensor
-is checked by its name, which means the same everywhere: see RULES. What has neither is refused when
-the function is defined, so no argument can be forgotten. Calls from within a checked function, and
-those that torch.compile traces, are not checked.
+`checked(q="B H N D", k="B H N D")` declares the shapes of a function's tensors in model.py's
+letters. A letter is the same size in all arguments; "..." matches any sizes that broadcast. Other
+arguments are checked by name, see RULES: a name means the same everywhere. An argument without a
+spec or a rule is an error when the function is defined, so none can be forgotten. Calls from inside
+a checked function and calls traced by torch.compile are not checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from nala_min import model
 
-DOUBLE = torch.float64  # is not mixed with less
+DOUBLE = torch.float64  # not mixed with lower precision
 FEATURE_MAPS = ("cosine", "split", "elu", "relu")
 MODES = ("auto", "parallel", "quadratic", "chunked", "recurrent")
 Rule = Callable[[str, Any], None]  # takes name and value, raises TypeError or ValueError
@@ -40,9 +40,9 @@ def checked(
 ) -> Callable[[Callable], Callable]:
     """Decorator that checks a function's arguments before it runs.
 
-    specs: for an argument its shape, such as "B H N D" or "B N bool" (floating, if none of KINDS is
-    named), the words it may be, or its type. also: checks what must go together, given all
-    arguments by name. Raises TypeError for an argument without spec or rule.
+    specs: per argument, its shape, such as "B H N D" or "B N bool" (floating-point if none of KINDS
+    is named), its allowed strings, or its type. also: checks arguments against each other; it gets
+    all of them by name. Raises TypeError for an argument without a spec or rule.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -82,12 +82,12 @@ _here = _Here()
 
 
 def check(given: dict[str, Any], specs: dict[str, Any] | None = None) -> None:
-    """Check named values by specs, as for checked, or else by RULES.
+    """Check named values against specs, see checked, or else against RULES.
 
-    Raises TypeError or ValueError, which name the first that is wrong.
+    Raises TypeError or ValueError, which names the first wrong value.
     """
     specs = specs or {}
-    sizes: dict[str, tuple[int, str]] = {}  # letter: its size, and the tensor that it is from
+    sizes: dict[str, tuple[int, str]] = {}  # letter: its size, and the tensor that set it
     first: tuple[str, Tensor] | None = None
     for name, value in given.items():
         spec = specs.get(name)
@@ -98,20 +98,20 @@ def check(given: dict[str, Any], specs: dict[str, Any] | None = None) -> None:
             first = first or (name, value)
             if value.device != first[1].device:
                 raise ValueError(
-                    f"{name} must be on {first[1].device}, as {first[0]} is: {value.device}"
+                    f"{name} must be on {first[1].device}, like {first[0]}, got {value.device}"
                 )
             mixed = (value.dtype == DOUBLE) != (first[1].dtype == DOUBLE)
             if mixed and name in ("k", "v", "state"):
-                raise TypeError(f"{name} must be {first[1].dtype}, as {first[0]} is: {_got(value)}")
+                raise TypeError(f"{name} must be {first[1].dtype}, like {first[0]}, {_got(value)}")
         elif isinstance(spec, tuple | list):
             if not (callable in spec and callable(value)):
                 _check_word(name, value, [word for word in spec if isinstance(word, str)])
         elif spec is callable:
             if not callable(value):
-                raise TypeError(f"{name} must be a function: {_got(value)}")
+                raise TypeError(f"{name} must be a function, {_got(value)}")
         elif isinstance(spec, type):
             if not isinstance(value, spec):
-                raise TypeError(f"{name} must be a {spec.__name__.lower()}: {_got(value)}")
+                raise TypeError(f"{name} must be a {spec.__name__.lower()}, {_got(value)}")
         elif name in RULES:
             RULES[name](name, value)
 
@@ -122,21 +122,21 @@ def _check_tensor(name: str, value: Any, spec: str, sizes: dict[str, tuple[int, 
     letters += [] if last in KINDS else [last]
     shape = f"{KIND_NAMES.get(kind, kind)} ({', '.join(letters)})"
     if isinstance(value, torch.fx.Proxy):
-        raise TypeError(f"{name} is traced by torch.fx, which cannot follow it: use torch.export")
+        raise TypeError(f"{name} must be a tensor, got a torch.fx.Proxy: use torch.export instead")
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, {shape}: {_got(value)}")
+        raise TypeError(f"{name} must be a tensor, {shape}, {_got(value)}")
     if not KINDS[kind](value):
-        raise TypeError(f"{name} must be {shape}: {_got(value)}")
+        raise TypeError(f"{name} must be {shape}, {_got(value)}")
     sides = list(value.shape)
     if letters[0] == "...":
         letters = letters[1:]
-        if set(letters) == {"1"}:  # sizes of 1 may be left out
+        if set(letters) == {"1"}:  # sizes of 1 may be omitted
             sides = [1] * (len(letters) - len(sides)) + sides
         before = sides[: len(sides) - len(letters)]
         sides = sides[len(sides) - len(letters) :] if len(sides) >= len(letters) else []
         _check_leading(name, value, before, sizes)
     if len(sides) != len(letters):
-        raise ValueError(f"{name} must be {shape}: {_got(value)}")
+        raise ValueError(f"{name} must be {shape}, {_got(value)}")
     for letter, side in zip(letters, sides, strict=True):
         size, source = sizes.setdefault(letter, (side, name))
         if letter.isdigit():
@@ -145,24 +145,24 @@ def _check_tensor(name: str, value: Any, spec: str, sizes: dict[str, tuple[int, 
             size, source = sizes[letter[:-2]][0] + 1, sizes[letter[:-2]][1]
         if side != size:
             where = f" with {letter} = {size}, as in {source}" if source else ""
-            raise ValueError(f"{name} must be {shape}{where}: {_got(value)}")
+            raise ValueError(f"{name} must be {shape}{where}, {_got(value)}")
         if side == 0 and letter not in ("B", "M"):
-            raise ValueError(f"{name} must be {shape} with {letter} > 0: {_got(value)}")
+            raise ValueError(f"{name} must be {shape} with {letter} > 0, {_got(value)}")
 
 
 def _check_tokens(name: str, tokens: Tensor, size: int) -> None:
-    """On a CPU only: reading values of another device would wait for it. A tensor subclass may have
-    no values."""
+    """Check token values on a CPU only: reading them would synchronise another device. A tensor
+    subclass may have no values."""
     if type(tokens) is not Tensor or not tokens.is_cpu or not tokens.numel():
         return
     if torch._C._are_functorch_transforms_active():
         return
     found = tokens.aminmax()
-    if type(found.min) is not Tensor:  # as under FakeTensorMode
+    if type(found.min) is not Tensor:  # for example under FakeTensorMode
         return
     least, most = found.min.item(), found.max.item()
     if least < 0 or most >= size:
-        raise ValueError(f"{name} must be from 0 to {size - 1}: {least} to {most}")
+        raise ValueError(f"{name} must be from 0 to {size - 1}, got {least} to {most}")
 
 
 def _check_leading(name: str, value: Tensor, before: list[int], sizes: dict) -> None:
@@ -171,12 +171,12 @@ def _check_leading(name: str, value: Tensor, before: list[int], sizes: dict) -> 
         sizes["..."] = tuple(torch.broadcast_shapes(known, before)), source or name
     except RuntimeError:
         raise ValueError(
-            f"{name} must broadcast with the leading sizes {tuple(known)} of {source}:"
+            f"{name} must be broadcastable with the leading sizes {tuple(known)} of {source},"
             f" {_got(value)}"
         ) from None
 
 
-KIND_NAMES = {"token": "int64 or int32", "real": "of real numbers"}
+KIND_NAMES = {"floating": "floating-point", "token": "int64 or int32", "real": "real-valued"}
 KINDS: dict[str, Callable[[Tensor], bool]] = {
     "floating": Tensor.is_floating_point,
     "bool": lambda x: x.dtype == torch.bool,
@@ -187,54 +187,54 @@ KINDS: dict[str, Callable[[Tensor], bool]] = {
 
 def _check_word(name: str, value: Any, words: Sequence[str]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {tuple(words)}: {_got(value)}")
+        raise TypeError(f"{name} must be one of {tuple(words)}, {_got(value)}")
     if value not in words:
-        raise ValueError(f"{name}={value!r} is not one of {tuple(words)}")
+        raise ValueError(f"{name} must be one of {tuple(words)}, got {value!r}")
 
 
 def _number(wanted: str, right: Callable[[Any], bool], whole: bool = False) -> Rule:
     def rule(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-            raise TypeError(f"{name} must be {wanted}: {_got(value)}")
+            raise TypeError(f"{name} must be {wanted}, {_got(value)}")
         if not right(value):
-            raise ValueError(f"{name} must be {wanted}: {_got(value)}")
+            raise ValueError(f"{name} must be {wanted}, {_got(value)}")
 
     return rule
 
 
 def _truth(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False: {_got(value)}")
+        raise TypeError(f"{name} must be True or False, {_got(value)}")
 
 
 def _names(name: str, value: Any) -> None:
     several = isinstance(value, tuple | list)
     if not isinstance(value, str) and not (several and all(isinstance(x, str) for x in value)):
-        raise TypeError(f"{name} must be a name, or a list of names: {_got(value)}")
+        raise TypeError(f"{name} must be a name or a list of names, {_got(value)}")
 
 
 def _got(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    return f"{reprlib.repr(value)}, {type(value).__name__}"
+        return f"got {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"got {reprlib.repr(value)} ({type(value).__name__})"
 
 
 _POSITIVE = _number("a positive finite number", lambda x: 0 < x < math.inf)
 _NOT_NEGATIVE = _number("a non-negative finite number", lambda x: 0 <= x < math.inf)
-_COUNT = _number("a positive whole number", lambda x: 0 < x < 2**63, whole=True)
+_COUNT = _number("a positive integer", lambda x: 0 < x < 2**63, whole=True)
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("lam", "alpha", "norm_scale"), _POSITIVE),
     "tau": _NOT_NEGATIVE,
     "temperature": _number(
-        "0, or a finite number of at least 1e-30", lambda x: not x or 1e-30 <= x < math.inf
+        "0 or a finite number of at least 1e-30", lambda x: not x or 1e-30 <= x < math.inf
     ),
     **dict.fromkeys(("num_layers", "num_heads", "dim", "conv_size", "patch_size"), _COUNT),
     **dict.fromkeys(("vocab_size", "num_classes"), _COUNT),
     **dict.fromkeys(("chunk_size", "top_k"), _COUNT),
     "dropout": _number("a probability in [0, 1)", lambda x: 0 <= x < 1),
-    "num_tokens": _number("a non-negative whole number", lambda x: 0 <= x < 2**63, whole=True),
-    "seed": _number("a non-negative whole number", lambda x: 0 <= x < 2**63, whole=True),
+    "num_tokens": _number("a non-negative integer", lambda x: 0 <= x < 2**63, whole=True),
+    "seed": _number("a non-negative integer", lambda x: 0 <= x < 2**63, whole=True),
     **dict.fromkeys(("causal", "return_state"), _truth),
     "attention": _names,
 }
@@ -244,31 +244,35 @@ RULES: dict[str, Rule] = {
 
 
 def _check_attention(given: dict[str, Any]) -> None:
-    """What must go together in linear_attention and nala_attention."""
+    """Check the arguments of linear_attention or nala_attention against each other."""
     if not {"q", "k"} <= given.keys():
-        return  # Python says which is missing
+        return  # Python names the missing one
     mode, causal, state = (given.get(name) for name in ("mode", "causal", "state"))
     if mode in ("quadratic", "chunked", "recurrent") and not causal:
-        raise ValueError(f"mode={mode!r} is causal: pass causal=True")
+        raise ValueError(f"causal must be True for mode={mode!r}")
     if state is not None or given.get("return_state"):
         if mode in ("parallel", "quadratic") or not causal:
-            raise ValueError("a state needs causal=True and a mode other than 'parallel'")
+            raise ValueError(
+                "for a state, causal must be True and mode 'auto', 'chunked' or 'recurrent'"
+            )
     dim, positions = given["q"].shape[3], given.get("rope_positions")
     if state is not None and "query_features" not in given:
         feature_map = given.get("feature_map", "cosine")
         num_features = model.key_features(given["k"][:1, :1, :1].detach(), feature_map).shape[3]
         if state.shape[2] != num_features:
-            raise ValueError(f"state must have F = {num_features} features: {tuple(state.shape)}")
+            raise ValueError(f"state must be (B, H, F, M+1) with F = {num_features}, {_got(state)}")
     if positions is not None and dim % (2 * positions.shape[1]):
         axes = positions.shape[1]
-        raise ValueError(f"rope_positions: {dim} channels are not divisible by 2 x {axes} axes")
+        raise ValueError(f"rope_positions: D must be divisible by 2 x {axes} axes, got {dim}")
 
 
 def _check_softmax(given: dict[str, Any]) -> None:
     if {"q", "k"} <= given.keys() and given.get("causal") and given.get("state") is None:
         queries, keys = given["q"].shape[2], given["k"].shape[2]
         if queries > keys:
-            raise ValueError(f"causal=True needs a key per query: {queries} queries, {keys} keys")
+            raise ValueError(
+                f"k must have at least as many tokens as q if causal, got {keys} < {queries}"
+            )
     if given.get("state") is not None and given.get("key_mask") is not None:
         raise ValueError("key_mask must be None with a state: it does not cover the earlier keys")
 
@@ -278,7 +282,7 @@ _LINEAR = {"mode": MODES, "key_mask": "B N bool", "state": "B H F M+1"}
 _LINEAR |= {"rope_positions": "N A real"}
 _NALA = {"feature_map": FEATURE_MAPS, "norm_scale": "... 1 1"}
 
-PUBLIC: dict[str, dict[str, Any]] = {  # of model.py, and what checked is told of them
+PUBLIC: dict[str, dict[str, Any]] = {  # functions of model.py, and their specs
     "decompose": {"x": "... D"},
     "query_power": {"norm": "...", "norm_scale": "..."},
     "query_magnitude": {"direction": "... D", "power": "... 1"},
@@ -316,15 +320,15 @@ PUBLIC: dict[str, dict[str, Any]] = {  # of model.py, and what checked is told o
 
 
 def public(name: str) -> Callable:
-    """model.py's function called name, with its arguments checked. It is looked up at each call, so
-    an edit of model.py takes effect at once."""
+    """The function of model.py with this name, with its arguments checked. It is looked up at each
+    call, so an edit of model.py takes effect at once."""
     function = getattr(model, name)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(model, name)(*args, **kwargs)
 
-    if name == "nala_attention":  # name its options, which are those of linear_attention
+    if name == "nala_attention":  # show its options, those of linear_attention
         own = list(inspect.signature(function).parameters.values())[:-1]
         options = inspect.signature(model.linear_attention).parameters.values()
         options = [p for p in options if p.kind is p.KEYWORD_ONLY]
@@ -334,10 +338,10 @@ def public(name: str) -> Callable:
 
 @contextmanager
 def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode inside the block; afterwards, even after an error, each module is
-    in its earlier mode."""
+    """Put net into training or evaluation mode inside the block. Afterwards, even after an error,
+    each module returns to its previous mode."""
     modes = [(module, module.training) for module in net.modules()]
-    if not (training and net.training):  # what is frozen in a net in training stays frozen
+    if not (training and net.training):  # frozen modules of a training net stay frozen
         net.train(training)
     try:
         yield
@@ -346,39 +350,43 @@ def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-# torch.export writes states as what they are.
+# Lets torch.export save states.
 register_namedtuple(model.BlockState, serialized_type_name="nala_min.BlockState")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(model.Config):
-    """What both models need.
+    """Options of both models.
 
-    Raises TypeError or ValueError for values that do not fit together.
+    Raises TypeError or ValueError for wrong values, or for values that do not fit together.
     """
 
     def __post_init__(self) -> None:
         check({n: x for n, x in vars(self).items() if (n, x) != ("norm_scale", None)})
         if self.dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide dim={self.dim}")
+            raise ValueError(
+                f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}"
+            )
         if len(self.attentions) != self.num_layers:
             raise ValueError(
-                f"attention={self.attention!r} names {len(self.attentions)} blocks,"
-                f" not num_layers={self.num_layers}"
+                f"attention must be one name, or num_layers={self.num_layers} names,"
+                f" got {len(self.attentions)}"
             )
         for name in self.attentions:
             if name not in model.ATTENTIONS:
-                raise ValueError(f"attention={name!r} is not one of {tuple(model.ATTENTIONS)}")
+                raise ValueError(
+                    f"attention must be one of {tuple(model.ATTENTIONS)}, got {name!r}"
+                )
             takes = inspect.signature(model.ATTENTIONS[name]).parameters
             if self.rope and not takes.keys() & {"rope_positions", "options"}:
-                raise ValueError(f"rope='numerator' is for linear attention, not for {name!r}")
+                raise ValueError(f"rope must be None for {name!r}: it needs linear attention")
         if self.rope not in (None, "numerator"):
-            raise ValueError(f"rope={self.rope!r} is neither None nor 'numerator'")
+            raise ValueError(f"rope must be None or 'numerator', got {self.rope!r}")
 
     def check_rope(self, axes: int) -> None:
         dim = self.dim // self.num_heads
         if self.rope and dim % (2 * axes):
-            raise ValueError(f"rope: {dim} channels of a head are not divisible by 2 x {axes} axes")
+            raise ValueError(f"rope: channels per head must be divisible by {2 * axes}, got {dim}")
 
     @property
     def kind(self) -> str:
@@ -389,7 +397,7 @@ class BlockConfig(model.Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig(BlockConfig):
-    """Sizes and choices of a NaLaLM."""
+    """Sizes and options of a NaLaLM."""
 
     vocab_size: int  # V
 
@@ -400,8 +408,8 @@ class LMConfig(BlockConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(BlockConfig):
-    """Sizes and choices of a NaLaViT. The released backbone is a hybrid, linear attention in early
-    blocks and softmax in late ones: attention=("split", "split", "softmax", "softmax")."""
+    """Sizes and options of a NaLaViT. The released backbone is a hybrid, with linear attention in
+    early blocks and softmax in late ones: attention=("split", "split", "softmax", "softmax")."""
 
     conv_size: int = 5
 
@@ -409,9 +417,9 @@ class ViTConfig(BlockConfig):
         super().__post_init__()
         self.check_rope(axes=2)
         if self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patch_size={self.patch_size} is not a power of 2")
+            raise ValueError(f"patch_size must be a power of 2, got {self.patch_size}")
         if self.conv_size % 2 == 0:
-            raise ValueError(f"conv_size={self.conv_size} is even: it has no middle")
+            raise ValueError(f"conv_size must be odd, got {self.conv_size}")
 
 
 class NaLaLM(model.NaLaLM):
@@ -421,14 +429,16 @@ class NaLaLM(model.NaLaLM):
     @functools.wraps(model.NaLaLM.forward)
     def forward(self, tokens, state=None):
         if state is not None and len(state) != len(self.blocks):
-            raise ValueError(f"state must be {len(self.blocks)} items, one per block: {len(state)}")
+            raise ValueError(
+                f"state must be {len(self.blocks)} items, one per block, got {len(state)}"
+            )
         for each in state or ():
             if not isinstance(each, model.BlockState):
-                raise TypeError(f"state must be BlockStates, as forward returns: {_got(each)}")
+                raise TypeError(f"state must be BlockStates, as forward returns, {_got(each)}")
             for x in tree_leaves(each):
                 if isinstance(x, Tensor) and x.shape[:1] != tokens.shape[:1]:
                     raise ValueError(
-                        f"state must be of {len(tokens)} texts, the same as tokens: {len(x)}"
+                        f"state must be of batch size {len(tokens)}, like tokens, got {len(x)}"
                     )
         return super().forward(tokens, state)
 
@@ -449,7 +459,7 @@ class NaLaViT(model.NaLaViT):
     @functools.wraps(model.NaLaViT.forward)
     def forward(self, images):
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            # A range needs numbers: so each size is compiled anew. With symbols for sizes PyTorch
-            # fails, https://github.com/pytorch/pytorch/issues/172204.
+            # range() needs concrete numbers, so each image size is compiled separately. With
+            # symbolic sizes, PyTorch fails: https://github.com/pytorch/pytorch/issues/172204.
             [len(range(side)) for side in images.shape[2:]]
         return super().forward(images)

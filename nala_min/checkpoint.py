@@ -1,5 +1,4 @@
-"""Checkpoints of a training run: saved, loaded, resumed and stopped without loss. Used by
-train.fit."""
+"""Checkpoints: save, load, resume and stop a training run without loss. Used by train.fit."""
 
 from __future__ import annotations
 
@@ -26,31 +25,31 @@ from nala_min.arguments import in_mode
 from nala_min.flags import UsageError
 from nala_min.runcard import plain, write_whole
 
-FORMAT = 4  # of a checkpoint: counted up when what Run saves, or a model of ours, changes
+FORMAT = 4  # version of checkpoints: incremented when a model, or what Run saves, changes
 
 
 def load_checkpoint(path: Path | str, *names: str) -> dict[str, Any]:
-    """What Run saved at path, on the CPU. Its extra must have names.
+    """Load what Run saved at path, onto the CPU. Its extra must contain names.
 
-    Raises UsageError if the file is missing or damaged, or lacks a name, as another script's does.
+    Raises UsageError if the file is missing or damaged, or lacks names (another script wrote it).
     """
     path = Path(path)
     if not path.exists():
         raise UsageError(f"no checkpoint at {path}: train first, or name its folder with --out")
     try:
-        if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # torch checks no checksum
+        if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # torch.load skips checksums
             raise ValueError(damaged)
         saved = _read(path)
         if saved["format"] != FORMAT:
             raise ValueError("another format")
-    except Exception as error:  # torch raises many kinds for a damaged file, in many lines
+    except Exception as error:  # for damaged files, torch raises many kinds of long errors
         kind = type(error).__name__
         raise UsageError(
             f"{path} cannot be read by this version ({kind}): move it aside, or name another folder"
             " with --out"
         ) from error
     if not set(names) <= saved.get("extra", {}).keys():
-        raise UsageError(f"{path} is a run of another script: name another folder with --out")
+        raise UsageError(f"{path} belongs to another script: name another folder with --out")
     return saved
 
 
@@ -63,12 +62,12 @@ def _read(file: Path | BinaryIO) -> Any:
 
 
 def _uncompiled(name: str) -> str:
-    """A weight's name without what torch.compile adds to it."""
+    """A weight's name without the prefix that torch.compile adds."""
     return name.replace("_orig_mod.", "")
 
 
 def _content(extra: dict[str, Any]) -> dict[str, Any]:
-    """extra without the names of files whose SHA-256 it has: a file may be renamed."""
+    """extra without the names of files whose SHA-256 it has, because files may be renamed."""
     files = {n: x for n, x in extra.items() if isinstance(x, dict) and "sha256" in x}
     known: dict[str, Any] = {n: x | {"name": None} for n, x in files.items()}
     if own := extra.get("attention_sha256"):
@@ -79,8 +78,7 @@ def _content(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 class Run:
-    """The state of a training run, as its checkpoint holds it. steps: how many the run has in
-    all."""
+    """The state of a training run, as saved in its checkpoint. steps: total number of steps."""
 
     def __init__(
         self,
@@ -115,7 +113,7 @@ class Run:
         saved = load_checkpoint(self.path)
         if different := self.difference(saved):
             raise UsageError(
-                f"--resume: {different}: give the same flags, or another folder with --out"
+                f"--resume: {different}: use the same flags, or name another folder with --out"
             )
         names = {_uncompiled(name): name for name in self.model.state_dict()}
         self.model.load_state_dict({names.get(n, n): x for n, x in saved["model"].items()})
@@ -126,8 +124,8 @@ class Run:
         self.start -= saved["seconds"]
 
     def begin(self) -> None:
-        """Write the first checkpoint, at step 0, to fail now rather than after an hour if it cannot
-        be written. Never overwrites another run, or one that is not finished."""
+        """Write the first checkpoint, at step 0, to fail now and not after an hour if that is
+        impossible. Never overwrites another run or an unfinished one."""
         if self.path.exists():
             saved = load_checkpoint(self.path)
             if different := self.difference(saved):
@@ -149,8 +147,8 @@ class Run:
         return None
 
     def add_point(self, evaluate: Callable[[nn.Module], dict[str, float]], bar: tqdm) -> None:
-        """Add a point to the curve and print it above the progress bar. Saves before as well: the
-        evaluation may run out of memory."""
+        """Add a point to the curve and print it above the progress bar. Saves before and after:
+        the evaluation may run out of memory."""
         self.save()
         train_loss = statistics.fmean(self.losses)
         self.losses.clear()
@@ -169,9 +167,9 @@ class Run:
             raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
 
     def save(self, first: bool = False) -> None:
-        """Write the checkpoint, if all numbers are finite and it can be read again."""
+        """Write the checkpoint, if all numbers are finite and it can be read back."""
         self.losses = [distributed.mean(float(value)) for value in self.losses]
-        if distributed.rank() > 0:  # the first process writes
+        if distributed.rank() > 0:  # only rank 0 writes
             self.saved = self.step
             return
         self.check_finite(self.losses)
@@ -206,15 +204,15 @@ class Run:
 
 
 class Stop:
-    """Whether someone asked the run to stop: by Ctrl-C, by SIGTERM as clusters do, or by closing
-    the terminal (SIGHUP, unless nohup ignores it). The current step is finished first; a second
-    Ctrl-C does not wait for it."""
+    """Whether someone asked the run to stop: by Ctrl-C, by SIGTERM (from a cluster), or by closing
+    the terminal (SIGHUP, unless nohup ignores it). The current step finishes first; a second Ctrl-C
+    does not wait for it."""
 
-    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # those that the platform has
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # if the platform has them
 
     def __enter__(self) -> Stop:
         self.requested, self._handlers = False, {}
-        if threading.current_thread() is threading.main_thread():  # the only one that may
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
             for number in (getattr(signal, n) for n in self.SIGNALS if hasattr(signal, n)):
                 if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
                     continue
@@ -228,4 +226,4 @@ class Stop:
     def _ask(self, number: int, frame: object) -> None:
         if self.requested and number == signal.SIGINT and distributed.world_size() == 1:
             raise KeyboardInterrupt
-        self.requested = True  # torchrun sends it again to all of its processes
+        self.requested = True  # torchrun sends it again to all its processes

@@ -1,8 +1,8 @@
-"""Several processes, started by torchrun on one machine or many: they train one model together, or
-attend to one sequence that is too long for one of them.
+"""Several processes, started by torchrun on one machine or many. They train one model together, or
+share the attention over one sequence that is too long for a single process.
 
 Training is data parallel: each process has the whole model and takes its share of each batch.
-Without torchrun, the functions for training see one process and cost nothing.
+Without torchrun, the training functions see one process and cost nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch.autograd import Function
 from nala_min.arguments import FEATURE_MAPS, checked
 from nala_min.model import key_features, nala_attention
 
-PATIENCE = timedelta(hours=2)  # for a process that downloads while the others wait
+PATIENCE = timedelta(hours=2)  # for one process to download while the others wait
 
 
 @contextmanager
 def job() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did, until the block ends."""
+    """Join the processes started by torchrun, if any, until the block ends."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
@@ -41,9 +41,9 @@ def job() -> Iterator[None]:
 
 
 def leave() -> None:
-    """End this process when all others of the job have come here too: one that ends earlier would
-    take the others with it. It ends at once, as a PyTorch thread sometimes aborts a process that
-    exits the usual way ("terminate called without an active exception")."""
+    """End this process once all others of the job are here: one that ends earlier would take the
+    others with it. Exits with os._exit, because a PyTorch thread sometimes aborts a process that
+    exits normally ("terminate called without an active exception")."""
     if world_size() > 1:
         wait()
         sys.stdout.flush()
@@ -73,7 +73,7 @@ def local_size() -> int:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """Let the first process of each machine run the block before the others, which then find what
+    """Run the block in the first process of each machine before the others, so that they find what
     it downloaded."""
     if local_rank() > 0:
         wait()
@@ -117,14 +117,14 @@ def share(batch: Tensor) -> Tensor:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether error means that another process of the job is gone."""
+    """Whether error means that another process of the job has ended."""
     lost = ("closed by peer", "reset by peer", "Broken pipe")
     return world_size() > 1 and (
         isinstance(error, dist.DistError) or any(words in str(error) for words in lost)
     )
 
 
-# --- One sequence over all processes --------------------------------------------------------------
+# --- One sequence split over all processes --------------------------------------------------------
 
 
 @checked(
@@ -149,12 +149,12 @@ def sequence_parallel_attention(
     key_mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Causal nala_attention over a sequence that is split among the processes of group.
+    """Causal nala_attention over a sequence that is split over the processes of group.
 
-    Arguments are those of nala_attention, but only for this process's tokens, which follow those of
-    the process before it. Returns their output. Only the state of Eq. (14) is sent, F x (M + 1)
-    numbers per head however long the parts are, and in the backward pass its gradient. Every
-    process must make the call, and its backward pass, equally often.
+    Takes the arguments of nala_attention for this process's tokens, which follow those of the
+    previous process. Returns the output for these tokens. Processes exchange only the state of
+    Eq. (14), F x (M + 1) numbers per head for parts of any length, and its gradient in the backward
+    pass. All processes must call this function, and run its backward pass, equally often.
     """
     kernel = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
     with torch.autocast(q.device.type, enabled=False):
@@ -168,8 +168,8 @@ def sequence_parallel_attention(
 
 
 class _SumOfOthers(Function):
-    """The sum over the processes before this one, or over those after it. Each is the other's
-    gradient, so there are derivatives of every order."""
+    """The sum over the processes before this one, or over those after it. Each sum gives the
+    gradient of the other, so derivatives of any order work."""
 
     @staticmethod
     def forward(ctx, state, group, after=False):
@@ -183,7 +183,7 @@ class _SumOfOthers(Function):
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """tensor of every process, stacked."""
+    """The tensor of every process, stacked."""
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)

@@ -2,25 +2,25 @@
 
 model.py is written to be read, this file to be run. Autograd would keep every intermediate tensor
 for the backward pass. Here a sequence is processed in segments that fit into a processor's cache.
-For a long one, we keep only q, k, v, the output, a normaliser per token and a state per segment,
-and recompute the features in the backward pass. Two things keep the gradient short.
+For a long sequence, we keep only q, k, v, the output, a normaliser per token and a state per
+segment, and recompute the features in the backward pass. Two facts keep the gradient short.
 
-The gradient of linear attention is linear attention: with total_t = q_t S_t, where S_t is the sum
-of k_i^T v_i over i <= t, and a gradient g of the totals,
+First, the gradient of linear attention is linear attention. Let total_t = q_t S_t, where S_t is the
+sum of k_i^T v_i over i <= t, and let g_t be the gradient with respect to total_t. Then
 
   dq_t = g_t S_t^T,   dv_i = k_i R_i,   dk_i = v_i R_i^T,   R_i = sum over t >= i of q_t^T g_t,
 
-so one state runs forwards in time and one backwards. And the gradient of the paper's features is
-hand-derived: a cos(theta) and a sin(theta) are a vector in a plane. What stretches it changes
-log(a), what turns it changes theta.
+so one state runs forwards in time and one backwards. Second, the gradient of the paper's features
+is simple enough to write by hand: (a cos(theta), a sin(theta)) is a vector in a plane. Stretching
+it changes log(a), turning it changes theta.
 
-model.py is there to be edited, so this file proves itself: before it serves a kind of call for the
-first time, and whenever anything in model.py has changed, a few tokens go through model.py and
-through here (`examined`). Where the gradient by hand differs, autograd differentiates the features.
-Where that differs, too, model.py does the work.
+model.py is meant to be edited, so this file checks itself. Before it serves a kind of call for the
+first time, and whenever anything in model.py has changed, it runs a few tokens through both files
+and compares (`examined`). If the hand-written gradient differs, autograd differentiates the
+features. If the result still differs, model.py does the work.
 
-Letters are those of model.py, and L tokens in a segment. Where totals are computed, q, k and v
-stand for phi_q, phi_k and [v 1].
+Shapes use the letters of model.py, and L for the tokens of a segment. In the functions that compute
+totals, q, k and v mean phi_q, phi_k and [v 1].
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ from torch.autograd.function import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-SEGMENT = 2**17  # numbers of q in a segment on a CPU: the fastest power of 2
-LARGE_SEGMENT = 2**26  # on another device, which wants few large steps; not measured yet
-# How many numbers (of features and scores) a call keeps for its backward pass. With 16,384 tokens
-# of 4 heads of 64 channels, it then takes at most twice the memory of the fused softmax.
+SEGMENT = 2**17  # elements of q per segment on a CPU: the fastest power of 2
+LARGE_SEGMENT = 2**26  # on other devices, which prefer few large steps; not measured yet
+# How many elements (of features and scores) a call keeps for its backward pass. With 16,384 tokens,
+# 4 heads and 64 channels per head, it then needs at most twice the memory of the fused softmax.
 KEEP = 11 * 2**20
-LARGE_KEEP = 2**28  # on another device: all that the presets need; not measured yet
+LARGE_KEEP = 2**28  # on other devices: enough for all presets; not measured yet
 
 
 class Call(NamedTuple):
-    """A call of readable, which is model.py's linear_attention, and how this file answers it."""
+    """A call of readable (model.py's linear_attention), and how this file computes it."""
 
     readable: Callable
     query: Callable[[Tensor], Tensor]  # (..., D) to (..., F)
     key: Callable[[Tensor], Tensor]
-    by_hand: bool  # whether query_gradient and key_gradient are theirs
+    by_hand: bool  # use query_gradient and key_gradient instead of autograd
     causal: bool
     chunk_size: int
     key_mask: Tensor | None
     segments: list[slice]  # of the tokens
-    budget: int | None  # numbers to keep for the backward pass; None: there will be none
+    budget: int | None  # elements to keep for the backward pass; None: no backward pass
 
 
 def attention(
@@ -77,8 +77,8 @@ def attention(
     key_mask: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """What readable returns with return_state for these arguments, or None where it must run
-    itself: inside torch.compile and torch.func, for forward-mode derivatives, for one token."""
+    """What readable returns for these arguments with return_state=True. Returns None if readable
+    must run itself: inside torch.compile or torch.func, in forward-mode AD, for a single token."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     if q.numel() == 0 or q.is_meta or (causal and q.shape[2] == 1):
@@ -109,27 +109,27 @@ def _answer(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = 
 
 
 def _learned(query: Callable) -> Tensor | None:
-    """norm_scale, if it is a tensor, which may be learned. Other features cannot learn here."""
+    """norm_scale if it is a tensor: it may be learned. Other parameters cannot be learned here."""
     scale = getattr(query, "keywords", {}).get("norm_scale")
     return scale if isinstance(scale, Tensor) else None
 
 
 def _balanced_chunk(num_features: int, num_tokens: int, size: int) -> int:
-    """The largest power of 2, but at least 16, up to the C at which the work within chunks,
-    N C (F + M), equals the work between them, 2 N F M; one chunk for up to 64 tokens."""
+    """Chunk size: 64 for up to 64 tokens. Otherwise the largest power of 2, but at least 16, up to
+    the C at which the work within chunks, N C (F + M), equals the work between them, 2 N F M."""
     even = 2 * num_features * size / (num_features + size)
     return 64 if num_tokens <= 64 else 2 ** max(int(math.log2(even)), 4)
 
 
 def _segments(q: Tensor, multiple: int) -> list[slice]:
-    """The tokens of q cut into pieces of SEGMENT numbers, a multiple of tokens each."""
+    """Slices of q's tokens, about SEGMENT elements each, with lengths divisible by multiple."""
     batch, heads, num_tokens, dim = q.shape
     numbers = SEGMENT if q.device.type == "cpu" else LARGE_SEGMENT
     length = multiple * max(numbers // (batch * heads * dim * multiple), 1)
     return [slice(i, i + length) for i in range(0, num_tokens, length)]
 
 
-# --- Whether this file does what model.py does ----------------------------------------------------
+# --- Does this file compute what model.py computes? -----------------------------------------------
 
 
 class Verdict(NamedTuple):
@@ -140,7 +140,7 @@ class Verdict(NamedTuple):
 
 
 class _Verdicts(NamedTuple):
-    """Verdicts by kind of call, and the code that they are about: all that model.py names."""
+    """Verdicts by kind of call, and the code for which they hold: all globals of model.py."""
 
     names: tuple
     code: tuple
@@ -153,10 +153,10 @@ _known: weakref.WeakKeyDictionary[Callable, _Verdicts] = weakref.WeakKeyDictiona
 def examined(
     readable: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
 ) -> Verdict | None:
-    """How this file serves a call, or None; tried once per process, code and kind of call.
+    """How this file serves a call, or None if it cannot. Tried once per process, code and kind.
 
-    A kind is all that the outcome may depend on: features and their options, heads, channels,
-    causality, device.
+    The kind of a call is all that the verdict can depend on: features and their options, heads,
+    channels, causality, device.
     """
     names = tuple(_named_by(readable))
     code = tuple([(id(x), x.__code__, x.__defaults__) for x in names if type(x) is FunctionType])
@@ -166,22 +166,22 @@ def examined(
     try:
         kind = (causal, q.shape[1], q.shape[3], v.shape[3], q.device, _kind(query), _kind(key))
         if kind not in known.found:
-            if len(known.found) > 1000:  # features that are made anew for every call
+            if len(known.found) > 1000:  # features that are new objects in every call
                 known.found.clear()
             known.found[kind] = _examine(readable, query, key, q, v, causal)
         return known.found[kind]
-    except TypeError:  # features that cannot be hashed
+    except TypeError:  # unhashable features
         return None
 
 
 def _named_by(readable: Callable) -> list[Any]:
-    """What model.py names, without the functions that torch.compile adds to it."""
+    """The globals of model.py, without the functions that torch.compile adds."""
     added = ("__compiled_fn_", "__resume_at_")
     return [x for name, x in readable.__globals__.items() if not name.startswith(added)]
 
 
 def _kind(features: Callable) -> Any:
-    """What tells features apart: themselves, or what functools.partial binds, tensors by shape."""
+    """A key for features: the function itself, or what a partial binds, with tensors by shape."""
     if not isinstance(features, functools.partial):
         return features
     told = features.keywords.items()
@@ -192,10 +192,10 @@ def _kind(features: Callable) -> Any:
 def _examine(
     readable: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
 ) -> Verdict | None:
-    """Try it, first with the gradient by hand, and say what held."""
-    with ExitStack() as stack:  # what goes on outside has no part in it
+    """Try the hand-written gradient, then autograd. Returns None if neither agrees."""
+    with ExitStack() as stack:  # isolate the trial from the caller's settings
         stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.device("cpu"))  # tensors without an explicit device
+        stack.enter_context(torch.device("cpu"))  # for tensors without an explicit device
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -207,15 +207,15 @@ def _examine(
             try:
                 if num_features := _holds(call, q, v):
                     return Verdict(by_hand, num_features)
-            except Exception:  # readable or the features reject this: let them raise it
+            except Exception:  # readable or the features reject this: they will raise it
                 pass
     return None
 
 
 def _holds(call: Call, q: Tensor, v: Tensor) -> int | None:
-    """F, if outputs and gradients of a few tokens are those of readable: in several segments and
-    chunks, with zeros, padding and a state. A gradient by hand is tried for norms from 1e-3 to 1e3,
-    which other features need not bear."""
+    """F if outputs and gradients of a few tokens equal those of readable, otherwise None. There are
+    several segments and chunks, zeros, padding and a state. The hand-written gradient is tried at
+    norms from 1e-3 to 1e3, a range that other features need not support."""
     tensors = _sample(q, v, decades=3 if call.by_hand else 0)
     scale = _learned(call.query)
     if scale is not None:
@@ -224,7 +224,7 @@ def _holds(call: Call, q: Tensor, v: Tensor) -> int | None:
         scale = (scale[:1] if scale.ndim == 4 else scale).detach().to(tensors[0])
         call = call._replace(query=functools.partial(call.query, norm_scale=scale))
     phi = call.query(tensors[0].detach()), call.key(tensors[1].detach())
-    if any(x.requires_grad for x in phi):  # they learn what no gradient here would reach
+    if any(x.requires_grad for x in phi):  # they have parameters, which get no gradient here
         return None
     if scale is not None:
         tensors.append(scale.requires_grad_())
@@ -236,7 +236,7 @@ def _holds(call: Call, q: Tensor, v: Tensor) -> int | None:
     call = call._replace(
         key_mask=torch.stack([seen, torch.zeros_like(seen)]),
         segments=[slice(i, i + 8) for i in range(0, 24, 8)],
-        budget=3 * phi[1][:, :, :8].numel(),  # for some segments, not for all
+        budget=3 * phi[1][:, :, :8].numel(),  # enough for some segments, not for all
     )
 
     def everything(answer: Callable) -> list[Tensor]:
@@ -252,15 +252,15 @@ def _holds(call: Call, q: Tensor, v: Tensor) -> int | None:
 
 
 def _ask_readable(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None):
-    """The same call, of model.py's own forms."""
+    """The same call, computed by model.py's own forms."""
     how = {"causal": call.causal, "mode": "chunked" if call.causal else "parallel"}
     how |= {"chunk_size": call.chunk_size, "key_mask": call.key_mask, "state": state}
     return call.readable(q, k, v, call.query, call.key, return_state=True, **how)
 
 
 def _sample(q: Tensor, v: Tensor, decades: float) -> list[Tensor]:
-    """Queries, keys and values, 2 x 24 tokens, with as many heads and channels. Queries differ in
-    size by 10 to the power of so many decades up and down, keys by a third of them."""
+    """Random queries, keys and values: 2 x 24 tokens, with the heads and channels of q and v. Query
+    norms vary by this many decades in both directions, key norms by a third as many."""
     draw = torch.Generator().manual_seed(0)
     kind = {"dtype": torch.float32 if q.device.type == "mps" else torch.float64}
     tensors = []
@@ -274,20 +274,20 @@ def _sample(q: Tensor, v: Tensor, decades: float) -> list[Tensor]:
 
 
 def _close(found: list[Tensor], wanted: list[Tensor]) -> bool:
-    """Whether rows agree to 1e-6 of their norm (1e-3 in float32), or are negligible beside the
-    largest row."""
+    """Whether rows agree to within 1e-6 of their norm (1e-3 in float32), or are negligible next to
+    the largest row."""
     for x, y in zip(found, wanted, strict=True):
         rough = 1e-3 if y.dtype == torch.float32 else 1e-6
         size = y.norm(dim=-1)
         bound = rough * size + 1e-6 * rough * size.amax()
-        if x.shape != y.shape or not ((x - y).norm(dim=-1) <= bound).all():  # NaN is not
+        if x.shape != y.shape or not ((x - y).norm(dim=-1) <= bound).all():  # NaN fails
             return False
     return True
 
 
 def _may_be_by_hand(call: Call) -> bool:
-    """Whether these may be the paper's features, in model.py's own code: what comes from elsewhere
-    could change without our notice."""
+    """Whether these may be the paper's features, in model.py's own code. Code from elsewhere could
+    change unnoticed."""
     namespace = call.readable.__globals__
     query, key = (getattr(features, "keywords", {}) for features in (call.query, call.key))
     return (
@@ -303,12 +303,12 @@ def _may_be_by_hand(call: Call) -> bool:
 
 
 # --- Gradients of the features --------------------------------------------------------------------
-# x: (..., D), phi: (..., F), the features of x, and grad: (..., F), the gradient of a loss with
-# respect to them. Return the gradient with respect to x, (..., D), and to norm_scale, (..., 1).
+# x: (..., D). phi: (..., F), the features of x. grad: (..., F), the gradient of a loss with respect
+# to phi. Each function returns the gradient with respect to x, (..., D).
 
 
 def by_autograd(features: Callable, x: Tensor, grad: Tensor) -> Tensor:
-    """Of any features, which are computed once more for it."""
+    """Gradient of any features, which are computed again for it."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         phi = features(x)
@@ -320,9 +320,9 @@ def by_autograd(features: Callable, x: Tensor, grad: Tensor) -> Tensor:
 def query_gradient(
     x: Tensor, phi: Tensor, grad: Tensor, *, feature_map, lam, tau, alpha, norm_scale
 ) -> tuple[Tensor, Tensor]:
-    """Of Eqs. (7) and (9) or (11), and also with respect to norm_scale, (..., 1), for each query.
+    """Gradient of Eqs. (7) and (9) or (11), also with respect to norm_scale: (..., 1), per query.
 
-    Leaves out what would move all features of a query by one factor, which Eq. (5) cancels.
+    Omits the part that scales all features of a query by the same factor: Eq. (5) cancels it.
     """
     if feature_map in ("elu", "relu"):
         return _baseline_gradient(phi, grad, feature_map), torch.zeros_like(grad[..., :1])
@@ -343,7 +343,7 @@ def query_gradient(
 
 
 def key_gradient(x: Tensor, phi: Tensor, grad: Tensor, *, feature_map, lam, alpha) -> Tensor:
-    """Of Eqs. (8) and (9) or (11)."""
+    """Gradient of Eqs. (8) and (9) or (11)."""
     if feature_map in ("elu", "relu"):
         return _baseline_gradient(phi, grad, feature_map)
     dx = _stretch(phi, grad).mul_(lam).mul_(_inverse(x))
@@ -359,28 +359,28 @@ def _decompose(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stretch(phi: Tensor, grad: Tensor) -> Tensor:
-    """d loss / d log(a) of every channel: gradient times vector."""
+    """d loss / d log(a) per channel: the dot product of gradient and vector."""
     (cos, sin), (grad_cos, grad_sin) = phi.chunk(2, dim=-1), grad.chunk(2, dim=-1)
     return torch.addcmul(grad_cos * cos, grad_sin, sin)  # (..., D)
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 where x is 0, many times faster than with a mask."""
+    """1 / x, or 0 where x is 0. Many times faster than with a mask."""
     return x.sign().div_(x.abs().clamp_min_(torch.finfo(x.dtype).tiny))
 
 
 def _add_turn(
     dx: Tensor, phi: Tensor, grad: Tensor, norm: Tensor, direction: Tensor, alpha: float
 ) -> None:
-    """Add to dx what comes through the angle pi/2 sigmoid(2 alpha d) of every channel."""
+    """Add to dx the gradient through the angle of each channel, pi/2 sigmoid(2 alpha d)."""
     cos, sin = phi.chunk(2, dim=-1)
     grad_cos, grad_sin = grad.chunk(2, dim=-1)
     turn = torch.addcmul(grad_sin * cos, grad_cos, sin, value=-1)  # d loss / d theta
     sigmoid = torch.sigmoid(2 * alpha * direction)
     turn.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1))  # sigmoid (1 - sigmoid)
-    turn.mul_(math.pi * alpha / norm.masked_fill(norm == 0, 1.0))  # d loss / d direction, / |x|
+    turn.mul_(math.pi * alpha / norm.masked_fill(norm == 0, 1.0))  # (d loss / d direction) / |x|
     along = (turn * direction).sum(dim=-1, keepdim=True)
-    dx.add_(turn).addcmul_(direction, along, value=-1)  # x / |x| moves only across x
+    dx.add_(turn).addcmul_(direction, along, value=-1)  # x / |x| moves only at right angles to x
 
 
 def _baseline_gradient(phi: Tensor, grad: Tensor, feature_map: str) -> Tensor:
@@ -394,8 +394,8 @@ def _baseline_gradient(phi: Tensor, grad: Tensor, feature_map: str) -> Tensor:
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Totals (B, H, L, M), the state after them (B, H, F, M), and for the gradient the scores
-    (BHT, C, C) and the state before each chunk (BHT, F, M), None for none. q, k: (B, H, L, F), v:
+    """Totals (B, H, L, M), the state after them (B, H, F, M) and, for the gradient, the scores
+    (BHT, C, C) and the state before each chunk (BHT, F, M) or None. q, k: (B, H, L, F), v:
     (B, H, L, M), state: (B, H, F, M)."""
     shape = v.shape
     q, k, v = _in_chunks(chunk_size, q, k, v)  # (BHT, C, F), (BHT, C, F), (BHT, C, M)
@@ -418,8 +418,8 @@ def chunked_gradient(
     grad_after: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients with respect to q, k, v and state, if there is one, from those of the totals and
-    of the state after them. scores, before: from chunked; scores None: recompute both."""
+    """Gradients with respect to q, k, v and state (if any), given those of the totals and of the
+    state after them. scores, before: from chunked; if scores is None, both are recomputed."""
     shape = v.shape
     q, k, v, grad = _in_chunks(chunk_size, q, k, v, grad)
     if scores is None:
@@ -437,7 +437,7 @@ def chunked_gradient(
 
 
 def _in_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
-    """(B, H, L, X) to (BHT, C, X), padded with tokens of zeros, which add nothing."""
+    """(B, H, L, X) to (BHT, C, X), padded with zero tokens, which add nothing."""
     num_tokens = tensors[0].shape[2]
     chunk_size = min(chunk_size, num_tokens)
     if padding := -num_tokens % chunk_size:
@@ -458,8 +458,8 @@ def _running(
     backwards: bool = False,
     after: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The state before each chunk, (BHT, F, M) or None for no state, and, if wanted, that after all
-    of them, (B, H, F, M).
+    """The state before each chunk, (BHT, F, M) or None if there is none, and the state after all
+    chunks, (B, H, F, M), if after is set.
 
     x: (BHT, C, F), y: (BHT, C, M): each chunk adds x^T y.
     """
@@ -480,8 +480,8 @@ def _running(
 
 
 def _exclusive_cumsum(sums: Tensor, backwards: bool) -> Tensor:
-    """What the chunks before each, or those after it, add up to. sums: (BH, T, FM)."""
-    if sums.is_cpu:  # for the few chunks of a segment many times faster than cumsum
+    """Per chunk, the sum over the chunks before it (backwards: after it). sums: (BH, T, FM)."""
+    if sums.is_cpu:  # many times faster than cumsum for the few chunks of a segment
         ones = sums.new_ones(sums.shape[1], sums.shape[1])
         return (ones.triu_(1) if backwards else ones.tril_(-1)) @ sums
     sums = sums.flip(1) if backwards else sums
@@ -493,8 +493,8 @@ def _exclusive_cumsum(sums: Tensor, backwards: bool) -> Tensor:
 
 
 def _backward(backward: Callable) -> Callable:
-    """A backward pass in full precision even under autocast. Where it is itself differentiated or
-    vectorised, model.py's own forms have the gradient."""
+    """Run a backward pass in full precision, even under autocast. If it is itself differentiated or
+    vectorised, compute the gradient with model.py's own forms."""
 
     def run(ctx, *grads):
         with torch.autocast(ctx.device_type, enabled=False):
@@ -506,7 +506,7 @@ def _backward(backward: Callable) -> Callable:
 
 
 def _is_batched(grad: Tensor | None) -> bool:
-    """Whether it stands for many gradients: torch.autograd.grad(..., is_grads_batched=True)."""
+    """Whether grad is a batch of gradients, as in autograd.grad(..., is_grads_batched=True)."""
     functorch = torch._C._functorch
     return grad is not None and (
         functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
@@ -515,7 +515,7 @@ def _is_batched(grad: Tensor | None) -> bool:
 
 def _readable_gradient(ctx, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     needed = ctx.needs_input_grad[1:]
-    inputs = ctx.saved_tensors[: len(needed)]  # q, k, v, norm_scale and, of _Chunked, a state
+    inputs = ctx.saved_tensors[: len(needed)]  # q, k, v, norm_scale and, in _Chunked, a state
     with torch.enable_grad():
         results = _ask_readable(ctx.call, *inputs[:3], inputs[4] if ctx.call.causal else None)
     given = [(x, grad) for x, grad in zip(results, grads, strict=False) if grad is not None]
@@ -573,7 +573,7 @@ class _Chunked(Function):
 
 
 class _Parallel(Function):
-    """Eq. (13): one state, of all tokens."""
+    """Eq. (13): one state for all tokens."""
 
     @staticmethod
     def forward(ctx, call, q, k, v, scale):
@@ -616,7 +616,7 @@ class _Parallel(Function):
 
 
 class _Budget:
-    """Keeps features for the backward pass as long as their numbers are within it."""
+    """Keeps features for the backward pass until the budget of elements is spent."""
 
     def __init__(self, numbers: int | None) -> None:
         self.left = numbers or 0
@@ -628,7 +628,7 @@ class _Budget:
 
 def _key_features(call: Call, segment: slice, k: Tensor) -> Tensor:
     phi_k = call.key(_part(k, segment))  # (B, H, L, F)
-    if call.key_mask is not None:  # out of numerator and normaliser
+    if call.key_mask is not None:  # excluded from numerator and normaliser
         phi_k = phi_k.masked_fill(~call.key_mask[:, None, segment, None], 0.0)
     return phi_k
 
@@ -644,7 +644,7 @@ def _key_gradient(call: Call, segment: slice, k: Tensor, phi: Tensor, grad: Tens
 def _query_gradient(
     call: Call, segment: slice, q: Tensor, phi: Tensor, grad: Tensor, grad_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of one segment's queries, and of norm_scale: of this segment and those before."""
+    """Gradients for one segment's queries and for norm_scale, summed over the segments so far."""
     if not call.by_hand:
         return by_autograd(call.query, _part(q, segment), grad), None
     dq, dscale = query_gradient(_part(q, segment), phi, grad, **call.query.keywords)
@@ -655,7 +655,7 @@ def _query_gradient(
 
 
 def _part(x: Tensor, segment: slice) -> Tensor:
-    """One segment, in float32 at least, and laid out heads first: products copy what is not."""
+    """One segment, in float32 or higher, contiguous by head: products would copy it otherwise."""
     return x[:, :, segment].to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
@@ -665,7 +665,7 @@ def _values(v: Tensor, segment: slice) -> Tensor:
 
 
 def _divide(total: Tensor, out: Tensor) -> Tensor:
-    """Write Eq. (5) to out; return the normaliser, infinite where there is no mass: output 0."""
+    """Write Eq. (5) to out. Return the normaliser, infinite for rows without mass: output 0."""
     mass = total[..., -1:]  # (B, H, L, 1)
     mass = mass.masked_fill(mass == 0, math.inf)
     torch.div(total[..., :-1], mass, out=out)
@@ -673,10 +673,10 @@ def _divide(total: Tensor, out: Tensor) -> Tensor:
 
 
 def _total_gradient(grad_out: Tensor | None, out: Tensor, mass: Tensor, segment: slice) -> Tensor:
-    """From the gradient of the output to that of the totals, of [v 1], (B, H, L, M + 1)."""
+    """Gradient with respect to the totals of [v 1], (B, H, L, M + 1), from that of the output."""
     out = out[:, :, segment]
     grad = mass.new_empty(*out.shape[:3], out.shape[3] + 1)
-    if grad_out is None:  # only the state is of interest
+    if grad_out is None:  # only the state was used
         return grad.zero_()
     torch.div(grad_out[:, :, segment], mass, out=grad[..., :-1])
     torch.neg((grad[..., :-1] * out).sum(dim=-1), out=grad[..., -1])

@@ -4,11 +4,11 @@ Softmax attention gets sharper as a query's norm grows. Linear attention with Re
 away and clips negative values. NaLa (arXiv 2506.21137) puts the norm back as the exponent of a
 power kernel and maps directions through cosines: no weight is negative, and nothing is clipped.
 
-The whole method, for one head. The numbers are this project's, not the paper's:
+The whole method, for one head. Equation numbers are this project's, not the paper's:
 
   (1)  softmax      o_t = sum_i w_ti v_i,  w_ti = exp(q_t . k_i / sqrt D) / sum_l exp(...)
   (2)  decompose    x = |x| d(x)                                   norm, direction
-  (3)  entropy      PSE = -sum_i w_i log w_i                       how spread weights are
+  (3)  entropy      PSE = -sum_i w_i log w_i                       how spread out weights are
   (4)  theorem      softmax: dPSE/d|q| <= 0, a longer query is sharper
   (5)  linear       o_t = phi(q_t) S / (phi(q_t) . z),  S = sum phi(k_i)^T v_i,  z = sum phi(k_i)
   (6)  theorem      homogeneous phi (ReLU): dPSE/d|q| = 0, the norm cancels in (5)
@@ -17,7 +17,7 @@ The whole method, for one head. The numbers are this project's, not the paper's:
   (9)  cosine map   phi = [a cos theta; a sin theta],  theta = pi/4 tanh(alpha d) + pi/4
   (10) why          phi_q . phi_k = sum_j a_qj a_kj cos(theta_qj - theta_kj) >= 0,  |phi| = |a|
   (11) sign split   phi = [a where d > 0; a where d < 0], the limit alpha -> infinity of (9)
-  (12) safe power   divide a_q by its largest channel, which cancels in (5)
+  (12) safe power   divide a_q by its largest channel; the factor cancels in (5)
   (13) parallel     phi(Q) (phi(K)^T [V 1]), then divide by the last column
   (13c) quadratic   tril(phi(Q) phi(K)^T) [V 1]
   (14) recurrent    S_t = S_{t-1} + phi(k_t)^T v_t,  z_t = z_{t-1} + phi(k_t)
@@ -25,9 +25,9 @@ The whole method, for one head. The numbers are this project's, not the paper's:
   (16) gated block  y = W_o( LayerNorm(o + local(v)) * SiLU(W_g x) )
   (17) rotary       rotate phi(q_t), phi(k_i) by position, in the numerator of (5) only
 
-Shapes: B batch, H heads, N tokens, D channels of a head, F features (2D; elu, relu: D), M channels
-of a value, C tokens in each of T chunks, E width of the model, W of its convolution, V characters;
-an image has R rows of S patches (N = R S) and Y classes.
+Shapes: B batch, H heads, N tokens, D channels per head, F features (2D; D for elu and relu),
+M channels per value, T chunks of C tokens, E width of the model, W width of its convolution,
+V characters in the vocabulary. Images: R rows of S patches (N = R S), Y classes.
 """
 
 import math
@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nala_min import fast  # the same numbers in less time, for linear_attention's mode="auto"
+from nala_min import fast  # the same results in less time, for mode="auto"
 
 # --- 1. Decomposition and kernel: the query norm becomes an exponent ------------------------------
 
@@ -53,13 +53,13 @@ def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def query_power(norm: Tensor, lam=3.0, tau=0.5, norm_scale: float | Tensor = 1.0) -> Tensor:
     """Exponent that turns a query's norm (..., 1) into sharpness, Eq. (7). norm_scale is ours: the
-    paper's tanh is flat beyond a norm of 2, and D channels of unit variance have about sqrt(D)."""
+    paper's tanh is flat beyond 2, but the norm of D unit-variance channels is about sqrt(D)."""
     return lam * (tau + torch.tanh(norm / norm_scale))  # (..., 1)
 
 
 def query_magnitude(direction: Tensor, power: Tensor) -> Tensor:
-    """|d|^p of every channel, Eq. (7), the largest scaled to 1, Eq. (12). (..., D) to (..., D). The
-    scale cancels in (5) and avoids underflow, like the maximum in a safe softmax."""
+    """|d|^p per channel, Eq. (7), with the largest scaled to 1, Eq. (12). (..., D) to (..., D).
+    Scaling cancels in (5) and avoids underflow, like subtracting the maximum in a safe softmax."""
     size = direction.abs()  # (..., D)
     tiny = torch.finfo(size.dtype).tiny
     ratio = size / size.amax(dim=-1, keepdim=True).clamp_min(tiny)  # (..., D)
@@ -67,7 +67,7 @@ def query_magnitude(direction: Tensor, power: Tensor) -> Tensor:
 
 
 def key_magnitude(k: Tensor, lam=3.0) -> Tensor:
-    """|k|^lam of every channel, Eq. (8): a key keeps its norm. (..., D) to (..., D)."""
+    """|k|^lam per channel, Eq. (8): a key keeps its norm. (..., D) to (..., D)."""
     return k.abs().pow(lam)  # (..., D)
 
 
@@ -75,19 +75,19 @@ def key_magnitude(k: Tensor, lam=3.0) -> Tensor:
 
 
 def cosine_map(magnitude: Tensor, direction: Tensor, alpha=20.0) -> Tensor:
-    """Put each channel's sign into an angle, Eq. (9). Two (..., D) to (..., 2D).
+    """Encode each channel's sign as an angle, Eq. (9). Two (..., D) to (..., 2D).
 
-    Two channels multiply to a_q a_k cos(theta_q - theta_k), Eq. (10): equal signs give cos(0) = 1,
-    opposite ones cos(pi/2) = 0. The paper's angles lie in (-pi/4, pi/4). Ours are turned by pi/4,
-    which keeps every difference, makes no feature negative and lets no sum of them cancel.
+    A channel adds a_q a_k cos(theta_q - theta_k) to phi_q . phi_k, Eq. (10): equal signs give
+    cos(0) = 1, opposite signs cos(pi/2) = 0. The paper's angles lie in (-pi/4, pi/4). We shift them
+    by pi/4: differences stay the same, no feature is negative, and no sum over keys cancels.
     """
     theta = (math.pi / 2) * torch.sigmoid(2 * alpha * direction)  # = pi/4 tanh(alpha d) + pi/4
-    rest = (math.pi / 2) * torch.sigmoid(-2 * alpha * direction)  # = pi/2 - theta, not rounded
+    rest = (math.pi / 2) * torch.sigmoid(-2 * alpha * direction)  # = pi/2 - theta, no cancellation
     return torch.cat([magnitude * rest.sin(), magnitude * theta.sin()], dim=-1)  # cos x = sin rest
 
 
 def sign_split(magnitude: Tensor, direction: Tensor) -> Tensor:
-    """Limit of cosine_map as alpha grows, halves swapped, Eq. (11). Two (..., D) to (..., 2D)."""
+    """Limit of cosine_map for large alpha, halves swapped, Eq. (11). Two (..., D) to (..., 2D)."""
     return torch.cat([magnitude * (direction > 0), magnitude * (direction < 0)], dim=-1)
 
 
@@ -97,8 +97,8 @@ def sign_split(magnitude: Tensor, direction: Tensor) -> Tensor:
 def query_features(
     q: Tensor, feature_map="cosine", *, lam=3.0, tau=0.5, alpha=20.0, norm_scale=1.0
 ) -> Tensor:
-    """phi(q), Eqs. (2), (7), (12), then (9) "cosine" or (11) "split"; or a baseline, "elu", "relu".
-    (..., D) to (..., F), in float32 at least, which is safe for norms of 1e-20 to 1e18."""
+    """phi(q): Eqs. (2), (7), (12), then (9) for "cosine" or (11) for "split"; or the baseline "elu"
+    or "relu". (..., D) to (..., F), in float32 or higher. Safe for norms from 1e-20 to 1e18."""
     q = at_least_float32(q)
     if feature_map in BASELINES:
         return BASELINES[feature_map](q)
@@ -110,8 +110,8 @@ def query_features(
 
 
 def key_features(k: Tensor, feature_map="cosine", *, lam=3.0, alpha=20.0) -> Tensor:
-    """phi(k), Eqs. (2), (8), then (9) or (11), as for query_features; safe for entries of 1e-12 to
-    1e12, as they are cubed. Scaling all by their largest would leak the future into the past."""
+    """phi(k): Eqs. (2), (8), then (9) or (11), as in query_features. Safe for entries from 1e-12 to
+    1e12, since they are cubed. Scaling by the largest key would leak the future into the past."""
     k = at_least_float32(k)
     if feature_map in BASELINES:
         return BASELINES[feature_map](k)
@@ -130,17 +130,17 @@ BASELINES = {"relu": F.relu, "elu": lambda x: F.relu(x) + x.masked_fill(x > 0, 0
 
 # --- 4. Attention: four forms of the same sums ----------------------------------------------------
 # phi_q, phi_k: (B, H, N, F), values [v 1]: (B, H, N, M + 1), state [S z]: (B, H, F, M + 1). Each
-# gives for every token t the sum over visible keys i of (phi(q_t) . phi(k_i)) [v_i 1]. Its last
-# column is the normaliser of Eq. (5).
+# form returns, for every token t, the sum over visible keys i of (phi(q_t) . phi(k_i)) [v_i 1]. The
+# last column is the normaliser of Eq. (5).
 
 
 def parallel(phi_q, phi_k, values):
-    """Eq. (13), every token sees every token: keys meet values first, so N x N never exists."""
+    """Eq. (13), every token sees every token: keys multiply values first: no N x N matrix."""
     return phi_q @ (phi_k.mT @ values)  # (B, H, N, M + 1)
 
 
 def quadratic(phi_q, phi_k, values):
-    """Eq. (13c), causal, O(N^2): easy to believe, and what the other forms are tested against."""
+    """Eq. (13c), causal, O(N^2): the obvious form; tests compare the others with it."""
     return (phi_q @ phi_k.mT).tril() @ values  # (B, H, N, M + 1)
 
 
@@ -157,15 +157,15 @@ def chunked(phi_q, phi_k, values, state, chunk_size=64):
     """Eq. (15), causal: quadratic within a chunk, the state of Eq. (14) between chunks."""
     num_tokens = phi_q.shape[2]
     num_chunks = -(-num_tokens // chunk_size)
-    if padding := num_chunks * chunk_size - num_tokens:  # a key of zero features adds nothing
+    if padding := num_chunks * chunk_size - num_tokens:  # keys with zero features add nothing
         phi_q, phi_k, values = (F.pad(x, (0, 0, 0, padding)) for x in (phi_q, phi_k, values))
     q, k, v = (
         x.unflatten(2, (num_chunks, chunk_size)) for x in (phi_q, phi_k, values)
     )  # (B, H, T, C, F), (B, H, T, C, F), (B, H, T, C, M + 1)
     added = k.mT @ v  # (B, H, T, F, M + 1)
     states = torch.cat([state[:, :, None], added], dim=2).cumsum(dim=2)  # (B, H, T + 1, F, M + 1)
-    inter = q @ states[:, :, :-1]  # what earlier chunks add: (B, H, T, C, M + 1)
-    intra = (q @ k.mT).tril() @ v  # what its own chunk adds: (B, H, T, C, M + 1)
+    inter = q @ states[:, :, :-1]  # from earlier chunks: (B, H, T, C, M + 1)
+    intra = (q @ k.mT).tril() @ v  # from the same chunk: (B, H, T, C, M + 1)
     sums = (inter + intra).flatten(2, 3)[:, :, :num_tokens]  # (B, H, N, M + 1)
     return sums, states[:, :, -1]  # (B, H, N, M + 1), (B, H, F, M + 1)
 
@@ -178,14 +178,14 @@ def linear_attention(
 ) -> Tensor | tuple[Tensor, Tensor | None]:  # fmt: skip
     """Linear attention with any features, Eq. (5): o_t = phi(q_t) S / (phi(q_t) . z).
 
-    q, k: (B, H, N, D), v: (B, H, N, M). Returns (B, H, N, M) in v's dtype; float32 or more within.
-    query_features, key_features: (..., D) to non-negative (..., F), each token by itself.
-    causal: token t sees tokens 0 ... t only. key_mask: (B, N) bool, False for padding.
-    mode: if causal, "quadratic" (or "parallel"), "recurrent" or "chunked" by chunk_size tokens: the
-        same numbers. "auto" is the fastest: fast.py, where it gives the same results.
-    state: (B, H, F, M + 1), from an earlier call with return_state: the sequence continues.
-    rope_positions: (N, A), see rotary_angles: weights may be negative, and need not sum to 1.
-    A row without mass (its query, or every key that it sees, is zero or masked) gives output 0.
+    q, k: (B, H, N, D), v: (B, H, N, M). Returns (B, H, N, M) in v's dtype; float32 or more inside.
+    query_features, key_features: (..., D) to non-negative (..., F), each token independently.
+    causal: token t sees only tokens 0 to t. key_mask: (B, N) bool, False for padding.
+    mode: if causal, "quadratic" (or "parallel"), "recurrent" or "chunked" (chunk_size tokens each):
+        all give the same results. "auto", the fastest, uses fast.py if that agrees with them.
+    state: (B, H, F, M + 1), from an earlier call with return_state: continues its sequence.
+    rope_positions: (N, A), see rotary_angles. Weights can then be negative and need not sum to 1.
+    The output is 0 for a row without mass: its query is zero, or all its keys are zero or masked.
     """
     if mode == "auto" and rope_positions is None:
         shared = {"causal": causal, "chunk_size": chunk_size, "key_mask": key_mask, "state": state}
@@ -193,7 +193,7 @@ def linear_attention(
         if done is not None:
             return done if return_state else done[0]
 
-    def sums_of(phi_q, phi_k):  # of the form that mode names, and the state after them
+    def sums_of(phi_q, phi_k):  # sums by the form that mode selects, and the final state
         if not causal:
             return parallel(phi_q, phi_k, values), None
         if mode in ("quadratic", "parallel"):
@@ -205,14 +205,14 @@ def linear_attention(
     with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         phi_q = query_features(at_least_float32(q))  # (B, H, N, F)
         phi_k = key_features(at_least_float32(k))  # (B, H, N, F)
-        if key_mask is not None:  # out of numerator and normaliser
+        if key_mask is not None:  # excluded from numerator and normaliser
             phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
         values = F.pad(at_least_float32(v), (0, 1), value=1.0)  # [v 1]: (B, H, N, M + 1)
-        if causal and state is None:  # nothing read yet
+        if causal and state is None:  # no token read yet
             state = values.new_zeros(*phi_k.shape[:2], phi_k.shape[3], values.shape[3])
         sums, after = sums_of(phi_q, phi_k)  # (B, H, N, M + 1), (B, H, F, M + 1)
         numerator, normaliser = sums[..., :-1], sums[..., -1:]  # (B, H, N, M), (B, H, N, 1)
-        if rope_positions is not None:  # Eq. (17): turn S, leave z
+        if rope_positions is not None:  # Eq. (17): rotate S, not z
             angles = rotary_angles(rope_positions, q.shape[-1], phi_q.dtype)  # (N, D / 2)
             sums, turned = sums_of(rotate(phi_q, angles), rotate(phi_k, angles))
             numerator = sums[..., :-1]  # (B, H, N, M)
@@ -225,17 +225,17 @@ def linear_attention(
 def nala_attention(
     q, k, v, *, feature_map="cosine", lam=3.0, tau=0.5, alpha=20.0, norm_scale=1.0, **options
 ) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Norm-aware linear attention: Eq. (5) with the features of Eqs. (2) to (12). q, k, v, options:
-    as for linear_attention; the rest: as for query_features. norm_scale may be (H, 1, 1)."""
+    """Norm-aware linear attention: Eq. (5) with the features of Eqs. (2) to (12). q, k, v and
+    options: see linear_attention; the others: see query_features. norm_scale may be (H, 1, 1)."""
     shared = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
     query = partial(query_features, tau=tau, norm_scale=norm_scale, **shared)
     return linear_attention(q, k, v, query, partial(key_features, **shared), **options)
 
 
 def rotary_angles(positions: Tensor, dim: int, dtype=torch.float32) -> Tensor:
-    """Angles (N, dim / 2) of positions (N, A) along A axes, 1 for text, 2 for images, Eq. (17):
-    rows rotate the first half of the channels, columns the second."""
-    count = dim // (2 * positions.shape[1])  # frequencies of an axis, from 1 to 1 / 10,000
+    """Angles (N, dim / 2) for positions (N, A), Eq. (17). A is 1 for text and 2 for images, where
+    rows rotate the first half of the channels and columns the second."""
+    count = dim // (2 * positions.shape[1])  # frequencies per axis, from 1 to 1 / 10,000
     steps = torch.arange(count, dtype=dtype, device=positions.device) / max(count - 1, 1)
     return (positions[:, :, None] * 10000.0**-steps).flatten(1)  # (N, D / 2)
 
@@ -248,16 +248,16 @@ def rotate(features: Tensor, angles: Tensor) -> Tensor:
     return turned.flatten(-3).to(features.dtype)
 
 
-# --- 5. Softmax to compare with, attention weights and their entropy ------------------------------
+# --- 5. Softmax for comparison, attention weights and their entropy -------------------------------
 
 
 def softmax_attention(q, k, v, *, causal=False, key_mask=None, state=None, return_state=False):
-    """Softmax attention, Eq. (1), by PyTorch's fused kernel; arguments as for linear_attention, but
-    k and v may have another number of tokens. The state is every key and value: it grows with N."""
+    """Softmax attention, Eq. (1), with PyTorch's fused kernel. Arguments: see linear_attention, but
+    k and v may have another number of tokens. The state, all keys and values, grows with N."""
     if state is not None:
         k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
     mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
-    if causal and (mask is not None or q.shape[2] != k.shape[2]):  # else its own mask will do
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):  # else is_causal is enough
         visible = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         mask, causal = (visible if mask is None else visible & mask), False
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)  # (B, H, N, M)
@@ -265,9 +265,9 @@ def softmax_attention(q, k, v, *, causal=False, key_mask=None, state=None, retur
 
 
 def attention_weights(q: Tensor, k: Tensor, *, feature_map="cosine", **options) -> Tensor:
-    """The N x N weights that linear attention never forms, (B, H, N, N), by the very code that a
-    model runs: with unit vector i as the value of token i, the output is the weights. feature_map:
-    as for nala_attention, or "softmax", or a function such as those in ATTENTIONS."""
+    """The N x N weights that linear attention never forms, (B, H, N, N), from the code that models
+    run: if the value of token i is the unit vector i, the output is the weights. feature_map: as in
+    nala_attention, or "softmax", or a function such as those in ATTENTIONS."""
     one_hot = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
     if not callable(feature_map):
         feature_map = ATTENTIONS[{"cosine": "nala"}.get(feature_map, feature_map)]
@@ -275,8 +275,8 @@ def attention_weights(q: Tensor, k: Tensor, *, feature_map="cosine", **options) 
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Entropy of weights (..., N) in nats, Eq. (3): the log of the effective number of keys. They
-    need not sum to 1. A row of zeros gives 0; 0 log 0 is 0, with a finite slope."""
+    """Entropy of weights (..., N) in nats, Eq. (3): the log of the effective number of keys.
+    Weights need not sum to 1. A row of zeros gives 0; 0 log 0 is 0, with a finite slope."""
     total = weights.sum(dim=-1, keepdim=True)  # (..., 1)
     share = weights / total.masked_fill(total == 0, 1.0)  # (..., N)
     return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(dim=-1)
@@ -284,8 +284,8 @@ def entropy(weights: Tensor) -> Tensor:
 
 # --- 6. The gated block ---------------------------------------------------------------------------
 
-# What --attention names: functions of one signature, (q, k, v, *, causal, state, return_state). A
-# class is built once per block, from the config: it may have parameters.
+# The choices for --attention: functions (q, k, v, *, causal, state, return_state), or classes. A
+# class is instantiated once per block, with the config, and may have parameters.
 ATTENTIONS: dict[str, Callable] = {"nala": nala_attention, "softmax": softmax_attention} | {
     name: partial(nala_attention, feature_map=name) for name in ("split", "elu", "relu")
 }
@@ -293,19 +293,19 @@ ATTENTIONS: dict[str, Callable] = {"nala": nala_attention, "softmax": softmax_at
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes and choices of a model: vocab_size is for text, the last two are for images."""
+    """Sizes and options of a model. vocab_size is for text, the last two are for images."""
 
     num_layers: int = 4
     num_heads: int = 4
     dim: int = 128  # E
-    conv_size: int = 4  # W, of local(v); odd on images
+    conv_size: int = 4  # W, of local(v); odd for images
     dropout: float = 0.0
-    attention: str | Sequence[str] = "nala"  # of ATTENTIONS: in every block, or one for each
+    attention: str | Sequence[str] = "nala"  # from ATTENTIONS: one for all blocks, or one per block
     rope: str | None = None  # "numerator": Eq. (17)
-    norm_scale: float | None = 1.0  # of query_power; None: learned by each head, from sqrt(D)
+    norm_scale: float | None = 1.0  # of query_power; None: learned per head, initially sqrt(D)
     vocab_size: int = 256  # V
     num_classes: int = 10  # Y
-    patch_size: int = 4  # pixels along a side of a patch: a power of 2
+    patch_size: int = 4  # side of a patch in pixels: a power of 2
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -314,15 +314,15 @@ class Config:
 
 
 class BlockState(NamedTuple):
-    """What a block remembers of the tokens that it has read."""
+    """What a block remembers of the tokens read so far."""
 
-    attention: Any = None  # what its attention returned: [S z] of Eq. (14), or softmax's k and v
+    attention: Any = None  # state of its attention: [S z] of Eq. (14), or softmax's k and v
     conv: Tensor | None = None  # the last W - 1 tokens
     position: int = 0  # number of tokens read
 
 
 class LocalConv(nn.Module):
-    """local(v) of Eq. (16), depthwise: over W x W patches, or over the last W tokens of a text."""
+    """local(v) of Eq. (16): depthwise convolution over W x W patches, or the last W tokens."""
 
     def __init__(self, dim: int, size: int, causal: bool):
         super().__init__()
@@ -338,8 +338,8 @@ class LocalConv(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """y = W_o( LayerNorm(o + local(v)) * SiLU(W_g x) ), Eq. (16), for any attention o. Text x:
-    (B, N, E), causal; image x: (B, R, S, E), where every patch sees every other."""
+    """y = W_o( LayerNorm(o + local(v)) * SiLU(W_g x) ), Eq. (16), for any attention o. x:
+    (B, N, E) for text, causal; (B, R, S, E) for images, where every patch sees every other."""
 
     def __init__(self, config: Config, attention: str, causal: bool):
         super().__init__()
@@ -365,11 +365,11 @@ class GatedAttention(nn.Module):
         y = self.out(self.norm(o + local) * F.silu(gate))  # (..., E)
         return y, BlockState(memory if self.causal else None, conv, state.position + x.shape[1])
 
-    def split_heads(self, x: Tensor) -> Tensor:  # to (B, H, N, D); patches count row by row
+    def split_heads(self, x: Tensor) -> Tensor:  # to (B, H, N, D); patches in row-major order
         return x.flatten(1, -2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def options(self, x: Tensor, position: int) -> dict[str, float | Tensor]:
-        options, scale = {}, self.norm_scale  # what the config tells the attention
+        options, scale = {}, self.norm_scale  # arguments from the config
         if self.norm_aware:
             options["norm_scale"] = scale[:, None, None] if isinstance(scale, Tensor) else scale
         if self.rope:
@@ -379,7 +379,7 @@ class GatedAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: gated attention, then a two-layer perceptron."""
+    """Pre-norm residual block: gated attention, then a two-layer MLP."""
 
     def __init__(self, config: Config, attention: str, causal: bool):
         super().__init__()
@@ -407,7 +407,7 @@ def initialise(model: nn.Module) -> None:
 
 
 class NaLaLM(nn.Module):
-    """Decoder-only character model. Causality and the convolution tell it the order of tokens:
+    """Decoder-only character model. Causality and the convolution encode the order of tokens:
     there is no position embedding, so no context limit."""
 
     def __init__(self, config: Config):
@@ -421,8 +421,8 @@ class NaLaLM(nn.Module):
         initialise(self)
 
     def forward(self, tokens: Tensor, state: Sequence[BlockState] | None = None):
-        """tokens (B, N) integers, which follow those in state, to logits (B, N, V) and the state
-        after them, one BlockState for each block: a sequence may be cut anywhere."""
+        """Integer tokens (B, N), which follow those in state, to logits (B, N, V) and a new state:
+        one BlockState per block. A sequence can be split anywhere."""
         states = list(state or [BlockState()] * len(self.blocks))
         x = self.dropout(self.embed(tokens))  # (B, N, E)
         for i, block in enumerate(self.blocks):
@@ -431,8 +431,8 @@ class NaLaLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, num_tokens: int, *, temperature=1.0, top_k=None, seed=None):
-        """Continue tokens (B, N) to (B, N + num_tokens), at constant cost each (softmax: growing).
-        temperature 0 is greedy; seed None draws from PyTorch's global generator."""
+        """Extend tokens (B, N) to (B, N + num_tokens). Constant cost per token, unlike softmax.
+        temperature=0 is greedy; seed=None uses PyTorch's global generator."""
         was_training = self.training
         self.eval()
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
@@ -453,16 +453,16 @@ class NaLaLM(nn.Module):
 
 
 class NaLaViT(nn.Module):
-    """Image classifier: a convolutional stem, blocks, mean pooling. Zero padding tells the
-    convolutions where a patch is: there is no position embedding, and any size works."""
+    """Image classifier: convolutional stem, blocks, mean pooling. Zero padding in the convolutions
+    encodes position: there is no position embedding, and any image size works."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         width, halvings = (config.dim + 1) // 2, config.patch_size.bit_length() - 1
         layers = [nn.Conv2d(3, width, 3, padding=1)]
-        for stride in (2, 1) * halvings or (1,):  # two for each halving of the size
-            norm = nn.GroupNorm(1, width)  # of each image as a whole
+        for stride in (2, 1) * halvings or (1,):  # two convolutions per halving
+            norm = nn.GroupNorm(1, width)  # over each whole image
             layers += [norm, nn.GELU(), nn.Conv2d(width, config.dim, 3, stride, padding=1)]
             width = config.dim
         self.stem = nn.Sequential(*layers)

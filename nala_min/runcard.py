@@ -1,5 +1,4 @@
-"""Run cards, which record what made a result so anyone can make it again; and files written
-whole."""
+"""Run cards, which record everything needed to repeat a result, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def run_card(
 ) -> dict[str, Any]:
     """Everything needed to repeat a result, ready for JSON.
 
-    config: what determines the result; data: its name and checksum; seconds: the time it took.
+    config: what determines the result; data: name and checksum of the data; seconds: run time.
     """
     return {
         "command": shlex.join([*_launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -43,7 +42,7 @@ def run_card(
         },
         "hardware": {
             "device": _device_name(device),
-            "threads": torch.get_num_threads(),  # of each process
+            "threads": torch.get_num_threads(),  # per process
             "processes": distributed.world_size(),
         },
         "date": time.strftime("%Y-%m-%d"),
@@ -76,9 +75,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> str:
-    """A sentence on what the committed cards reached with this config, for any seed.
+    """A sentence that says what committed runs reached with this config, for any seed.
 
-    pattern: file names in RESULTS; sha256: of the data; result: a name in the cards' results.
+    pattern: file names in RESULTS; sha256: of the data; result: a key of the cards' results.
     """
     reached = [
         card["results"][result]
@@ -86,7 +85,7 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
         if card["config"] | {"seed": 0} == config | {"seed": 0} and card["data"]["sha256"] == sha256
     ]
     if not reached:
-        return "No committed run has these flags and this data: nothing to compare with."
+        return "No committed run used these flags and this data: nothing to compare with."
     return (
         f"Expect a {result.replace('_', ' ')} of about {sum(reached) / len(reached):.2f}"
         f" ({min(reached):.3f} to {max(reached):.3f} in {len(reached)} committed runs)."
@@ -94,9 +93,9 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
 
 
 def prove_writable(*paths: Path | str) -> None:
-    """Make the folders of paths and check that files can be written there, before the work for them
+    """Create the folders of paths and check that files can be written there, before any work
     begins. Leaves no file behind. Raises UsageError, which names --out."""
-    for path in map(Path, paths if distributed.rank() == 0 else ()):  # the first process writes
+    for path in map(Path, paths if distributed.rank() == 0 else ()):  # only rank 0 writes
         trial = path.with_name(path.name + ".trial")
         try:
             if path.is_dir():
@@ -111,9 +110,9 @@ def prove_writable(*paths: Path | str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """value as JSON would return it: NumPy numbers, tensors and paths become plain values.
+    """value as read back from JSON: NumPy numbers, tensors and paths become plain values.
 
-    Raises TypeError for what JSON cannot hold.
+    Raises TypeError for values that JSON cannot hold.
     """
 
     def convert(x: Any) -> Any:
@@ -121,7 +120,7 @@ def plain(value: Any) -> Any:
             return x.tolist()
         if isinstance(x, os.PathLike):
             return os.fspath(x)
-        raise TypeError(f"{x!r}, {type(x).__name__}, cannot be saved: give numbers or strings")
+        raise TypeError(f"values must be numbers or strings, got {x!r} ({type(x).__name__})")
 
     return json.loads(json.dumps(value, default=convert))
 
@@ -138,7 +137,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file completely or not at all: a temporary file, then a rename."""
+    """Write a file completely or not at all, through a temporary file and a rename."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:

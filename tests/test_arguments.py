@@ -137,7 +137,7 @@ def assert_named(error, name, value):
         tokens = name == "tokens" and "must be from" in message
         assert tokens or str(value.dtype).removeprefix("torch.") in message, message
         assert tokens or str(tuple(value.shape)) in message, message
-    assert " must be " in message or " is not one of " in message or "must go with" in message
+    assert " must be " in message, message
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -173,7 +173,7 @@ def test_a_wrong_size_in_a_config_is_named(config):
 
 def test_float64_is_not_mixed_with_less():
     for name in ("k", "v"):
-        with pytest.raises(TypeError, match=f"{name} must be torch.float32, as q is: float64"):
+        with pytest.raises(TypeError, match=f"{name} must be torch.float32, like q, got float64"):
             nala_min.nala_attention(**right("nala_attention") | {name: RIGHT[name].double()})
 
 
@@ -212,19 +212,20 @@ def test_a_state_has_as_many_features_as_the_feature_map_makes(monkeypatch):
     _, state = nala_min.nala_attention(q, k, RIGHT["v"], causal=True, return_state=True)
     assert state.shape[2] == D
     nala_min.nala_attention(q, k, RIGHT["v"], causal=True, state=state)
-    with pytest.raises(ValueError, match="state must have F = 4 features"):
+    with pytest.raises(ValueError, match=r"state must be .* with F = 4, got float32"):
         nala_min.nala_attention(q, k, RIGHT["v"], causal=True, state=RIGHT["state"])
 
 
 def test_tokens_that_the_model_does_not_know_are_named():
     for wrong in (-1, 7):
-        with pytest.raises(ValueError, match=r"tokens must be from 0 to 6: "):
+        with pytest.raises(ValueError, match=r"tokens must be from 0 to 6, got "):
             LM(torch.tensor([[0, wrong]]))
 
 
 def test_sizes_that_do_not_go_together_are_named():
     with pytest.raises(
-        ValueError, match=r"direction must broadcast with the leading sizes \(2, 3, 6\) of"
+        ValueError,
+        match=r"direction must be broadcastable with the leading sizes \(2, 3, 6\) of magnitude",
     ):
         nala_min.cosine_map(q.abs(), torch.randn(5, D))
     assert nala_min.cosine_map(q.abs(), torch.randn(N, D)).shape == (B, H, N, 2 * D)

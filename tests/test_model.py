@@ -600,7 +600,7 @@ def test_fewer_queries_than_keys_are_the_last_ones(model, num_keys):
     new = (x[:, :, 3:] for x in (q, k, v))
     assert_close(model.softmax_attention(*new, causal=True, state=past), want)
     with pytest.raises(
-        ValueError, match=f"causal=True needs a key per query: {num_keys} queries, 2 keys"
+        ValueError, match=f"k must have at least as many tokens as q if causal, got 2 < {num_keys}"
     ):
         nala_min.softmax_attention(q, k[:, :, :2], v[:, :, :2], causal=True)
 
@@ -747,26 +747,26 @@ def test_heads_and_batches_do_not_mix(model, mode):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "fast"}, "mode='fast' is not one of"),
-        ({"mode": "chunked"}, "pass causal=True"),
-        ({"mode": "recurrent"}, "pass causal=True"),
-        ({"feature_map": "gelu"}, "feature_map='gelu' is not one of"),
-        ({"feature_map": "softmax"}, "feature_map='softmax' is not one of"),
-        ({"causal": True, "chunk_size": 0}, "chunk_size must be a positive whole number: 0"),
-        ({"key_mask": torch.ones(B, 7)}, r"key_mask must be bool \(B, N\): float32"),
-        ({"key_mask": torch.ones(B, 3, dtype=torch.bool)}, "with N = 7, as in q: bool"),
-        ({"return_state": True}, "a state needs causal=True"),
+        ({"mode": "fast"}, "mode must be one of .*, got 'fast'"),
+        ({"mode": "chunked"}, "causal must be True for mode='chunked'"),
+        ({"mode": "recurrent"}, "causal must be True for mode='recurrent'"),
+        ({"feature_map": "gelu"}, "feature_map must be one of .*, got 'gelu'"),
+        ({"feature_map": "softmax"}, "feature_map must be one of .*, got 'softmax'"),
+        ({"causal": True, "chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
+        ({"key_mask": torch.ones(B, 7)}, r"key_mask must be bool \(B, N\), got float32"),
+        ({"key_mask": torch.ones(B, 3, dtype=torch.bool)}, "with N = 7, as in q, got bool"),
+        ({"return_state": True}, "for a state, causal must be True"),
         ({"causal": True, "state": torch.zeros(B, H, 2 * D, M)}, "state must be"),
-        ({"causal": True, "state": torch.zeros(B, H, D, M + 1)}, "state must have F = 8 features"),
-        ({"k": torch.zeros(B, H, 6, D)}, r"k must be .* with N = 7, as in q: float32 \(2, 3, 6, 4"),
-        ({"v": torch.zeros(B, H, 6, M)}, r"v must be floating \(B, H, N, M\) with N = 7, as in q"),
-        ({"q": torch.zeros(7, D)}, r"q must be floating \(B, H, N, D\): float32 \(7, 4\)"),
-        ({"norm_scale": torch.ones(D)}, r"norm_scale must be floating \(..., 1, 1\)"),
-        ({"rope_positions": torch.zeros(7, 3)}, "4 channels are not divisible by 2 x 3 axes"),
-        ({"mode": "quadratic"}, "pass causal=True"),
-        ({"causal": True, "mode": "quadratic", "return_state": True}, "a state needs causal=True"),
-        ({"causal": True, "mode": "parallel", "return_state": True}, "a state needs causal=True"),
-        ({"k": torch.zeros(B, H, 7, D, dtype=torch.int64)}, "k must be floating .*: int64"),
+        ({"causal": True, "state": torch.zeros(B, H, D, M + 1)}, "state must be .* with F = 8"),
+        ({"k": torch.zeros(B, H, 6, D)}, r"k must be .* with N = 7, as in q, got float32 \(2, 3"),
+        ({"v": torch.zeros(B, H, 6, M)}, r"v must be .* \(B, H, N, M\) with N = 7, as in q, got"),
+        ({"q": torch.zeros(7, D)}, r"q must be .* \(B, H, N, D\), got float32 \(7, 4\)"),
+        ({"norm_scale": torch.ones(D)}, r"norm_scale must be floating-point \(..., 1, 1\)"),
+        ({"rope_positions": torch.zeros(7, 3)}, "D must be divisible by 2 x 3 axes, got 4"),
+        ({"mode": "quadratic"}, "causal must be True for mode='quadratic'"),
+        ({"causal": True, "mode": "quadratic", "return_state": True}, "mode 'auto', 'chunked' or"),
+        ({"causal": True, "mode": "parallel", "return_state": True}, "mode 'auto', 'chunked' or"),
+        ({"k": torch.zeros(B, H, 7, D, dtype=torch.int64)}, "k must be floating-point .* int64"),
     ],
 )
 def test_a_mistake_is_named(change, message):
@@ -815,7 +815,7 @@ def test_defaults_are_the_paper_s(model):
 @pytest.mark.parametrize(("kind", "dim"), [("LM", 6), ("ViT", 12)])
 def test_heads_that_cannot_be_turned_are_named(kind, dim):
     """3 channels cannot be paired, and 6 not along two axes."""
-    with pytest.raises(ValueError, match=f"rope: {dim // 2} channels of a head are not divisible"):
+    with pytest.raises(ValueError, match=f"rope: channels per head must be .*, got {dim // 2}"):
         MODELS[kind](nala_min, dim=dim, rope="numerator", patch_size=1)
 
 
@@ -903,7 +903,7 @@ def test_an_empty_batch_of_texts(model):
 
 def test_states_of_another_model_are_named():
     lm, tokens = small_lm(nala_min), torch.zeros(1, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match="state must be 2 items, one per block: 1"):
+    with pytest.raises(ValueError, match="state must be 2 items, one per block, got 1"):
         lm(tokens, lm(tokens)[1][:1])
 
 
@@ -1002,13 +1002,13 @@ def test_generate_gives_every_module_its_mode_back():
 def test_states_that_do_not_go_with_the_tokens_are_named():
     lm, tokens = small_lm(nala_min), torch.zeros(2, 3, dtype=torch.long)
     _, state = lm(tokens)
-    with pytest.raises(ValueError, match="state must be of 1 texts, the same as tokens: 2"):
+    with pytest.raises(ValueError, match="state must be of batch size 1, like tokens, got 2"):
         lm(tokens[:1], state)
-    with pytest.raises(TypeError, match="state must be BlockStates, as forward returns: 1, int"):
+    with pytest.raises(TypeError, match="state must be BlockStates, as forward returns, got 1"):
         lm(tokens, [1, 2])
     _, state = nala_min.nala_attention(*random_qkv(3), causal=True, return_state=True)
     for mode in ("auto", "chunked", "recurrent"):
-        with pytest.raises(TypeError, match=r"state must be torch\.float32, as q is: float64"):
+        with pytest.raises(TypeError, match=r"state must be torch\.float32, like q, got float64"):
             low = (x.float() for x in random_qkv(3))
             nala_min.nala_attention(*low, causal=True, state=state, mode=mode)
 
@@ -1527,14 +1527,14 @@ def test_no_preset_of_an_image_model_has_more_than_four_million_parameters(prese
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 5}, "num_heads=5 does not divide dim=16"),
-        ({"attention": "fast"}, "attention='fast' is not one of"),
-        ({"attention": ("nala", "fast")}, "attention='fast' is not one of"),
-        ({"attention": ("nala",)}, r"attention=\('nala',\) names 1 blocks, not num_layers=2"),
-        ({"attention": ["nala"] * 3}, "names 3 blocks, not num_layers=2"),
-        ({"rope": "both"}, "rope='both'"),
-        ({"rope": "numerator", "attention": "softmax"}, "not for 'softmax'"),
-        ({"rope": "numerator", "attention": ("nala", "softmax")}, "not for 'softmax'"),
+        ({"num_heads": 5}, "dim must be divisible by num_heads, got 16 and 5"),
+        ({"attention": "fast"}, "attention must be one of .*, got 'fast'"),
+        ({"attention": ("nala", "fast")}, "attention must be one of .*, got 'fast'"),
+        ({"attention": ("nala",)}, "attention must be one name, or num_layers=2 names, got 1"),
+        ({"attention": ["nala"] * 3}, "attention must be one name, or num_layers=2 names, got 3"),
+        ({"rope": "both"}, "rope must be None or 'numerator', got 'both'"),
+        ({"rope": "numerator", "attention": "softmax"}, "rope must be None for 'softmax'"),
+        ({"rope": "numerator", "attention": ("nala", "softmax")}, "must be None for 'softmax'"),
     ],
 )
 @pytest.mark.parametrize("kind", MODELS)
@@ -1546,13 +1546,13 @@ def test_a_config_that_does_not_fit_is_named(kind, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 0}, "patch_size must be a positive whole number: 0"),
-        ({"patch_size": -4}, "patch_size must be a positive whole number: -4"),
-        ({"patch_size": 3}, "patch_size=3 is not a power of 2"),
-        ({"patch_size": 12}, "patch_size=12 is not a power of 2"),
-        ({"conv_size": 4}, "conv_size=4 is even"),
-        ({"conv_size": -1}, "conv_size must be a positive whole number: -1"),
-        ({"conv_size": 0}, "conv_size must be a positive whole number: 0"),
+        ({"patch_size": 0}, "patch_size must be a positive integer, got 0"),
+        ({"patch_size": -4}, "patch_size must be a positive integer, got -4"),
+        ({"patch_size": 3}, "patch_size must be a power of 2, got 3"),
+        ({"patch_size": 12}, "patch_size must be a power of 2, got 12"),
+        ({"conv_size": 4}, "conv_size must be odd, got 4"),
+        ({"conv_size": -1}, "conv_size must be a positive integer, got -1"),
+        ({"conv_size": 0}, "conv_size must be a positive integer, got 0"),
     ],
 )
 def test_an_image_config_that_does_not_fit_is_named(options, message):

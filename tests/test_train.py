@@ -237,9 +237,9 @@ def test_only_what_may_be_zero_may_be_zero(name):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        (["--heads", "3"], "num_heads=3 does not divide dim=8"),
-        (["--attention", "nala,fast"], "attention='fast' is not one of"),
-        (["--attention", "nala,elu,nala"], "names 3 blocks, not num_layers=2"),
+        (["--heads", "3"], "dim must be divisible by num_heads, got 8 and 3"),
+        (["--attention", "nala,fast"], "attention must be one of .*, got 'fast'"),
+        (["--attention", "nala,elu,nala"], "must be one name, or num_layers=2 names, got 3"),
     ],
 )
 def test_blocks_that_do_not_fit_together_say_why(argv, reason):
