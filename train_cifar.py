@@ -52,7 +52,7 @@ class Settings(train.Settings):
         try:
             ViTConfig(patch_size=self.patch, **train.block_options(self.config()))
         except ValueError as error:
-            raise UsageError(f"--patch {self.patch}: {error}") from error
+            raise UsageError(f"--patch: {error}") from error
         if (self.data == "synthetic") + (self.data_dir is not None) + (self.url is not None) > 1:
             raise UsageError("--data synthetic, --data-dir and --url are mutually exclusive")
 
@@ -74,7 +74,7 @@ def load_model(settings: Settings, device: torch.device) -> tuple[NaLaViT, dict[
 def load_images(settings: Settings) -> data.Images:
     """The images selected by the flags."""
     try:
-        with distributed.first_alone():
+        with distributed.local_rank_0_first():
             return data.load_images(settings.data, settings.data_dir, settings.url)
     except (OSError, ValueError) as error:
         raise UsageError(f"{'--data-dir' if settings.data_dir else '--url'}: {error}") from error
@@ -133,8 +133,8 @@ def main() -> None:
     images = load_images(settings)
     if settings.batch > len(images.train[0]):
         raise UsageError(
-            f"--batch {settings.batch} must be at most {len(images.train[0]):,}, the number of"
-            " training images"
+            f"--batch must be at most {len(images.train[0]):,}, the number of training images,"
+            f" got {settings.batch}"
         )
     torch.manual_seed(settings.seed)
     model = build_model(settings.config()).to(device, memory_format=torch.channels_last)
@@ -153,7 +153,7 @@ def main() -> None:
         moved = data.augment(chosen, seed, step, shift=settings.shift, mirror=images.mirror)
         return data.normalise(moved), targets
 
-    runcard.prove_writable(
+    runcard.check_writable(
         *(settings.out / name for name in ("card.json", "curve.png", "confusion.png", "maps.png"))
     )
     history, seconds = train.fit(

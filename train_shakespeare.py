@@ -47,7 +47,7 @@ class Settings(train.Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample is not None and not 0 < self.sample < 2**31:
-            raise UsageError(f"--sample {self.sample} must be positive and below 2^31")
+            raise UsageError(f"--sample must be positive and below 2^31, got {self.sample}")
 
     def defaults(self) -> dict[str, Any]:
         """The preset's values. Longer windows shrink the batch and, once it is a single window, the
@@ -80,7 +80,7 @@ def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
     try:
         return vocabulary.encode(prompt or vocabulary.characters[0])[None]
     except ValueError as error:
-        raise UsageError(f"--prompt: {error}: use other characters") from error
+        raise UsageError(f"--prompt: {error}") from error
 
 
 def sample(settings: Settings, device: torch.device) -> None:
@@ -101,7 +101,7 @@ def main() -> None:
         return sample(settings, device)
 
     try:
-        with distributed.first_alone():
+        with distributed.local_rank_0_first():
             text = data.load_text(settings.data)
         vocabulary, training, validation = data.split_text(text.text, settings.block)
     except (OSError, ValueError) as error:
@@ -118,7 +118,7 @@ def main() -> None:
     print(runcard.expected("shakespeare_*.json", settings.config(), text.sha256, "validation_loss"))
 
     training = training.to(device)  # a GPU cuts its own windows
-    runcard.prove_writable(*(settings.out / name for name in ("card.json", "curve.png")))
+    runcard.check_writable(*(settings.out / name for name in ("card.json", "curve.png")))
     history, seconds = train.fit(
         model,
         settings.recipe(device),

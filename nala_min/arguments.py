@@ -36,37 +36,38 @@ Rule = Callable[[str, Any], None]  # takes name and value, raises TypeError or V
 
 
 def checked(
-    also: Callable[[dict[str, Any]], None] | None = None, **specs: str | Sequence[str] | type
+    check_together: Callable[[dict[str, Any]], None] | None = None,
+    **specs: str | Sequence[str] | type,
 ) -> Callable[[Callable], Callable]:
     """Decorator that checks a function's arguments before it runs.
 
     specs: per argument, its shape, such as "B H N D" or "B N bool" (floating-point if none of KINDS
-    is named), its allowed strings, or its type. also: checks arguments against each other; it gets
-    all of them by name. Raises TypeError for an argument without a spec or rule.
+    is named), its allowed strings, or its type. check_together: checks arguments against each
+    other; it gets all of them by name. Raises TypeError for an argument without a spec or rule.
     """
 
     def decorate(function: Callable) -> Callable:
         parameters = inspect.signature(function).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         names = [p.name for p in parameters if p.kind in kinds]
-        needed = {p.name for p in parameters if p.default is not None}
+        required = {p.name for p in parameters if p.default is not None}
         if missing := [n for n in names if n != "self" and n not in specs and n not in RULES]:
             raise TypeError(f"{function.__name__}: no spec for {missing}")
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or _here.inside:
+            if torch.compiler.is_compiling() or _call_state.in_checked_call:
                 return function(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
             ordered = [n for n in dict.fromkeys((*names, *given)) if n in given]
-            check({n: given[n] for n in ordered if given[n] is not None or n in needed}, specs)
-            if also:
-                also(given)
-            _here.inside = True
+            check({n: given[n] for n in ordered if given[n] is not None or n in required}, specs)
+            if check_together:
+                check_together(given)
+            _call_state.in_checked_call = True
             try:
                 return function(*args, **kwargs)
             finally:
-                _here.inside = False
+                _call_state.in_checked_call = False
 
         call.specs = specs
         return call
@@ -74,11 +75,11 @@ def checked(
     return decorate
 
 
-class _Here(threading.local):
-    inside = False  # a checked function
+class _CallState(threading.local):
+    in_checked_call = False
 
 
-_here = _Here()
+_call_state = _CallState()
 
 
 def check(given: dict[str, Any], specs: dict[str, Any] | None = None) -> None:
@@ -105,7 +106,7 @@ def check(given: dict[str, Any], specs: dict[str, Any] | None = None) -> None:
                 raise TypeError(f"{name} must be {first[1].dtype}, like {first[0]}, {_got(value)}")
         elif isinstance(spec, tuple | list):
             if not (callable in spec and callable(value)):
-                _check_word(name, value, [word for word in spec if isinstance(word, str)])
+                _check_choice(name, value, [x for x in spec if isinstance(x, str)])
         elif spec is callable:
             if not callable(value):
                 raise TypeError(f"{name} must be a function, {_got(value)}")
@@ -127,26 +128,26 @@ def _check_tensor(name: str, value: Any, spec: str, sizes: dict[str, tuple[int, 
         raise TypeError(f"{name} must be a tensor, {shape}, {_got(value)}")
     if not KINDS[kind](value):
         raise TypeError(f"{name} must be {shape}, {_got(value)}")
-    sides = list(value.shape)
+    dims = list(value.shape)
     if letters[0] == "...":
         letters = letters[1:]
         if set(letters) == {"1"}:  # sizes of 1 may be omitted
-            sides = [1] * (len(letters) - len(sides)) + sides
-        before = sides[: len(sides) - len(letters)]
-        sides = sides[len(sides) - len(letters) :] if len(sides) >= len(letters) else []
-        _check_leading(name, value, before, sizes)
-    if len(sides) != len(letters):
+            dims = [1] * (len(letters) - len(dims)) + dims
+        leading = dims[: len(dims) - len(letters)]
+        dims = dims[len(dims) - len(letters) :] if len(dims) >= len(letters) else []
+        _check_leading(name, value, leading, sizes)
+    if len(dims) != len(letters):
         raise ValueError(f"{name} must be {shape}, {_got(value)}")
-    for letter, side in zip(letters, sides, strict=True):
-        size, source = sizes.setdefault(letter, (side, name))
+    for letter, dim in zip(letters, dims, strict=True):
+        size, source = sizes.setdefault(letter, (dim, name))
         if letter.isdigit():
             size, source = int(letter), ""
         if letter.endswith("+1") and letter[:-2] in sizes:
             size, source = sizes[letter[:-2]][0] + 1, sizes[letter[:-2]][1]
-        if side != size:
+        if dim != size:
             where = f" with {letter} = {size}, as in {source}" if source else ""
             raise ValueError(f"{name} must be {shape}{where}, {_got(value)}")
-        if side == 0 and letter not in ("B", "M"):
+        if dim == 0 and letter not in ("B", "M"):
             raise ValueError(f"{name} must be {shape} with {letter} > 0, {_got(value)}")
 
 
@@ -157,21 +158,21 @@ def _check_tokens(name: str, tokens: Tensor, size: int) -> None:
         return
     if torch._C._are_functorch_transforms_active():
         return
-    found = tokens.aminmax()
-    if type(found.min) is not Tensor:  # for example under FakeTensorMode
+    extremes = tokens.aminmax()
+    if type(extremes.min) is not Tensor:  # for example under FakeTensorMode
         return
-    least, most = found.min.item(), found.max.item()
-    if least < 0 or most >= size:
-        raise ValueError(f"{name} must be from 0 to {size - 1}, got {least} to {most}")
+    low, high = extremes.min.item(), extremes.max.item()
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must be from 0 to {size - 1}, got {low} to {high}")
 
 
-def _check_leading(name: str, value: Tensor, before: list[int], sizes: dict) -> None:
-    known, source = sizes.get("...", ((), ""))
+def _check_leading(name: str, value: Tensor, leading: list[int], sizes: dict) -> None:
+    size, source = sizes.get("...", ((), ""))
     try:
-        sizes["..."] = tuple(torch.broadcast_shapes(known, before)), source or name
+        sizes["..."] = tuple(torch.broadcast_shapes(size, leading)), source or name
     except RuntimeError:
         raise ValueError(
-            f"{name} must be broadcastable with the leading sizes {tuple(known)} of {source},"
+            f"{name} must be broadcastable with the leading sizes {tuple(size)} of {source},"
             f" {_got(value)}"
         ) from None
 
@@ -185,24 +186,24 @@ KINDS: dict[str, Callable[[Tensor], bool]] = {
 }
 
 
-def _check_word(name: str, value: Any, words: Sequence[str]) -> None:
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {tuple(words)}, {_got(value)}")
-    if value not in words:
-        raise ValueError(f"{name} must be one of {tuple(words)}, got {value!r}")
+        raise TypeError(f"{name} must be one of {tuple(choices)}, {_got(value)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
 
 
-def _number(wanted: str, right: Callable[[Any], bool], whole: bool = False) -> Rule:
+def _number(description: str, is_valid: Callable[[Any], bool], integer: bool = False) -> Rule:
     def rule(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-            raise TypeError(f"{name} must be {wanted}, {_got(value)}")
-        if not right(value):
-            raise ValueError(f"{name} must be {wanted}, {_got(value)}")
+        if isinstance(value, bool) or not isinstance(value, Integral if integer else Real):
+            raise TypeError(f"{name} must be {description}, {_got(value)}")
+        if not is_valid(value):
+            raise ValueError(f"{name} must be {description}, {_got(value)}")
 
     return rule
 
 
-def _truth(name: str, value: Any) -> None:
+def _boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, {_got(value)}")
 
@@ -221,7 +222,7 @@ def _got(value: Any) -> str:
 
 _POSITIVE = _number("a positive finite number", lambda x: 0 < x < math.inf)
 _NOT_NEGATIVE = _number("a non-negative finite number", lambda x: 0 <= x < math.inf)
-_COUNT = _number("a positive integer", lambda x: 0 < x < 2**63, whole=True)
+_COUNT = _number("a positive integer", lambda x: 0 < x < 2**63, integer=True)
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("lam", "alpha", "norm_scale"), _POSITIVE),
@@ -233,9 +234,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("vocab_size", "num_classes"), _COUNT),
     **dict.fromkeys(("chunk_size", "top_k"), _COUNT),
     "dropout": _number("a probability in [0, 1)", lambda x: 0 <= x < 1),
-    "num_tokens": _number("a non-negative integer", lambda x: 0 <= x < 2**63, whole=True),
-    "seed": _number("a non-negative integer", lambda x: 0 <= x < 2**63, whole=True),
-    **dict.fromkeys(("causal", "return_state"), _truth),
+    "num_tokens": _number("a non-negative integer", lambda x: 0 <= x < 2**63, integer=True),
+    "seed": _number("a non-negative integer", lambda x: 0 <= x < 2**63, integer=True),
+    **dict.fromkeys(("causal", "return_state"), _boolean),
     "attention": _names,
 }
 
@@ -249,11 +250,13 @@ def _check_attention(given: dict[str, Any]) -> None:
         return  # Python names the missing one
     mode, causal, state = (given.get(name) for name in ("mode", "causal", "state"))
     if mode in ("quadratic", "chunked", "recurrent") and not causal:
-        raise ValueError(f"causal must be True for mode={mode!r}")
+        raise ValueError(f"causal must be True for mode={mode!r}, got False")
     if state is not None or given.get("return_state"):
-        if mode in ("parallel", "quadratic") or not causal:
+        if not causal:
+            raise ValueError("causal must be True for a state, got False")
+        if mode in ("parallel", "quadratic"):
             raise ValueError(
-                "for a state, causal must be True and mode 'auto', 'chunked' or 'recurrent'"
+                f"mode must be 'auto', 'chunked' or 'recurrent' for a state, got {mode!r}"
             )
     dim, positions = given["q"].shape[3], given.get("rope_positions")
     if state is not None and "query_features" not in given:
@@ -274,7 +277,10 @@ def _check_softmax(given: dict[str, Any]) -> None:
                 f"k must have at least as many tokens as q if causal, got {keys} < {queries}"
             )
     if given.get("state") is not None and given.get("key_mask") is not None:
-        raise ValueError("key_mask must be None with a state: it does not cover the earlier keys")
+        raise ValueError(
+            f"key_mask must be None with a state, {_got(given['key_mask'])}: it does not cover the"
+            " earlier keys"
+        )
 
 
 _QKV = {"q": "B H N D", "k": "B H N D", "v": "B H N M"}
@@ -291,13 +297,13 @@ PUBLIC: dict[str, dict[str, Any]] = {  # functions of model.py, and their specs
     "sign_split": {"magnitude": "... D", "direction": "... D"},
     "query_features": {"q": "... D", "feature_map": FEATURE_MAPS, "norm_scale": "... 1"},
     "key_features": {"k": "... D", "feature_map": FEATURE_MAPS},
-    "nala_attention": {**_QKV, **_LINEAR, **_NALA, "also": _check_attention},
+    "nala_attention": {**_QKV, **_LINEAR, **_NALA, "check_together": _check_attention},
     "linear_attention": {
         **_QKV,
         "query_features": callable,
         "key_features": callable,
         **_LINEAR,
-        "also": _check_attention,
+        "check_together": _check_attention,
     },
     "softmax_attention": {
         "q": "B H N D",
@@ -305,7 +311,7 @@ PUBLIC: dict[str, dict[str, Any]] = {  # functions of model.py, and their specs
         "v": "B H K M",
         "key_mask": "B K bool",
         "state": tuple,
-        "also": _check_softmax,
+        "check_together": _check_softmax,
     },
     "attention_weights": {
         "q": "B H N D",
@@ -377,9 +383,11 @@ class BlockConfig(model.Config):
                 raise ValueError(
                     f"attention must be one of {tuple(model.ATTENTIONS)}, got {name!r}"
                 )
-            takes = inspect.signature(model.ATTENTIONS[name]).parameters
-            if self.rope and not takes.keys() & {"rope_positions", "options"}:
-                raise ValueError(f"rope must be None for {name!r}: it needs linear attention")
+            parameters = inspect.signature(model.ATTENTIONS[name]).parameters
+            if self.rope and not parameters.keys() & {"rope_positions", "options"}:
+                raise ValueError(
+                    f"rope must be None for {name!r}, got {self.rope!r}: it needs linear attention"
+                )
         if self.rope not in (None, "numerator"):
             raise ValueError(f"rope must be None or 'numerator', got {self.rope!r}")
 
@@ -432,10 +440,12 @@ class NaLaLM(model.NaLaLM):
             raise ValueError(
                 f"state must be {len(self.blocks)} items, one per block, got {len(state)}"
             )
-        for each in state or ():
-            if not isinstance(each, model.BlockState):
-                raise TypeError(f"state must be BlockStates, as forward returns, {_got(each)}")
-            for x in tree_leaves(each):
+        for block_state in state or ():
+            if not isinstance(block_state, model.BlockState):
+                raise TypeError(
+                    f"state must be BlockStates, as forward returns, {_got(block_state)}"
+                )
+            for x in tree_leaves(block_state):
                 if isinstance(x, Tensor) and x.shape[:1] != tokens.shape[:1]:
                     raise ValueError(
                         f"state must be of batch size {len(tokens)}, like tokens, got {len(x)}"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nala_min import distributed
 from nala_min.arguments import in_mode
 from nala_min.flags import UsageError
-from nala_min.runcard import plain, write_whole
+from nala_min.runcard import to_plain, write_atomically
 
 FORMAT = 4  # version of checkpoints: incremented when a model, or what Run saves, changes
 
@@ -66,15 +66,15 @@ def _uncompiled(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _content(extra: dict[str, Any]) -> dict[str, Any]:
+def _without_file_names(extra: dict[str, Any]) -> dict[str, Any]:
     """extra without the names of files whose SHA-256 it has, because files may be renamed."""
     files = {n: x for n, x in extra.items() if isinstance(x, dict) and "sha256" in x}
-    known: dict[str, Any] = {n: x | {"name": None} for n, x in files.items()}
-    if own := extra.get("attention_sha256"):
+    nameless: dict[str, Any] = {n: x | {"name": None} for n, x in files.items()}
+    if hashes := extra.get("attention_sha256"):
         names = extra["attention"].split(",")
-        known["attention"] = [None if name in own else name for name in names]
-        known["attention_sha256"] = [own[name] for name in names if name in own]
-    return extra | known
+        nameless["attention"] = [None if name in hashes else name for name in names]
+        nameless["attention_sha256"] = [hashes[name] for name in names if name in hashes]
+    return extra | nameless
 
 
 class Run:
@@ -89,7 +89,7 @@ class Run:
         extra: dict[str, Any],
     ):
         self.model, self.optimizers = model, optimizers
-        self.steps, self.path, self.extra = steps, Path(path), plain(extra)
+        self.steps, self.path, self.extra = steps, Path(path), to_plain(extra)
         self.step = self.saved = 0  # steps done, and steps in the checkpoint
         self.losses: list[Tensor | float] = []  # since the last point of the curve
         self.history: list[dict[str, float]] = []
@@ -99,7 +99,7 @@ class Run:
         return time.perf_counter() - self.start
 
     @contextmanager
-    def saying_how_to_go_on(self) -> Iterator[None]:
+    def explain_resume(self) -> Iterator[None]:
         """If the block is interrupted, say how to continue."""
         try:
             yield
@@ -123,7 +123,7 @@ class Run:
         self.losses, self.history = list(saved["losses"]), saved["history"]
         self.start -= saved["seconds"]
 
-    def begin(self) -> None:
+    def save_first(self) -> None:
         """Write the first checkpoint, at step 0, to fail now and not after an hour if that is
         impossible. Never overwrites another run or an unfinished one."""
         if self.path.exists():
@@ -139,7 +139,7 @@ class Run:
 
     def difference(self, saved: dict[str, Any]) -> str | None:
         """How the saved run differs from this one, if it does."""
-        before, now = _content(saved["extra"]), _content(self.extra)
+        before, now = _without_file_names(saved["extra"]), _without_file_names(self.extra)
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "data", name)):
             if before.get(name) != now.get(name):
                 shown = (repr(extra.get(name))[:200] for extra in (saved["extra"], self.extra))
@@ -154,7 +154,7 @@ class Run:
         self.losses.clear()
         if distributed.rank() == 0:
             with in_mode(self.model, training=False):
-                numbers = plain(evaluate(self.model))
+                numbers = to_plain(evaluate(self.model))
             point = {"step": self.step, "train_loss": train_loss, **numbers}
             self.check_finite(point.values())
             self.history.append(point)
@@ -192,7 +192,7 @@ class Run:
             raise UsageError(f"the model state cannot be checkpointed: {error}") from error
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, lambda file: file.write(content.getbuffer()))
+            write_atomically(self.path, lambda file: file.write(content.getbuffer()))
         except OSError as error:
             advice = f"fix that, and --resume continues from step {self.saved}"
             if first:
@@ -216,14 +216,14 @@ class Stop:
             for number in (getattr(signal, n) for n in self.SIGNALS if hasattr(signal, n)):
                 if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
                     continue
-                self._handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
+                self._handlers[number] = signal.signal(number, self._handle) or signal.SIG_DFL
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         if self.requested and number == signal.SIGINT and distributed.world_size() == 1:
             raise KeyboardInterrupt
         self.requested = True  # torchrun sends it again to all its processes

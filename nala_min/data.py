@@ -209,7 +209,9 @@ class Vocabulary:
         index = {character: i for i, character in enumerate(self.characters)}
         unknown = sorted(set(text) - index.keys())
         if unknown:
-            raise ValueError(f"{''.join(unknown)!r} does not occur in the training text")
+            raise ValueError(
+                f"characters must occur in the training text, got {''.join(unknown)!r}"
+            )
         return torch.tensor([index[c] for c in text], dtype=torch.long, device="cpu")  # (N,)
 
     def decode(self, tokens: Tensor) -> str:
@@ -226,7 +228,7 @@ def split_text(text: str, block_size: int) -> tuple[Vocabulary, Tensor, Tensor]:
     if len(tokens) - cut <= block_size:
         raise ValueError(
             f"the text must be longer than {10 * block_size:,} characters for windows of"
-            f" {block_size}, but has {len(tokens):,}: use more text or smaller windows"
+            f" {block_size}, got {len(tokens):,}: use more text or smaller windows"
         )
     return vocabulary, tokens[:cut], tokens[cut:]
 
@@ -336,7 +338,10 @@ def _images_in(folder: Path, source: Source) -> Images:
     archive = folder / source.file
     if not archive.exists():
         if not folder.is_dir():
-            raise ValueError(f"{folder} must be a folder with {source.file} or its files")
+            got = "a file" if folder.exists() else "nothing"
+            raise ValueError(
+                f"{folder} must be a folder with {source.file} or its files, got {got}"
+            )
         for other in ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"):
             if (folder / other).exists():
                 raise ValueError(
@@ -394,7 +399,7 @@ def shuffled_batch(
     """
     if batch_size > len(images):
         raise ValueError(
-            f"batch_size must be at most {len(images):,}, the number of images: {batch_size:,}"
+            f"batch_size must be at most {len(images):,}, the number of images, got {batch_size:,}"
         )
     epoch, i = divmod(step, len(images) // batch_size)
     order = _order_of_epoch(len(images), seed, epoch)
@@ -464,7 +469,7 @@ def read_png(path: Path | str) -> Tensor:
             width, height = PngImageFile(file).size
             if width * height > PIXELS:
                 raise SyntaxError(
-                    f"the picture must be at most {PIXELS:,} pixels, not"
+                    f"the picture must be at most {PIXELS:,} pixels, got"
                     f" {width:,} x {height:,}: shrink it"
                 )
             file.seek(0)

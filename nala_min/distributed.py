@@ -23,7 +23,7 @@ from torch.autograd import Function
 from nala_min.arguments import FEATURE_MAPS, checked
 from nala_min.model import key_features, nala_attention
 
-PATIENCE = timedelta(hours=2)  # for one process to download while the others wait
+TIMEOUT = timedelta(hours=2)  # for one process to download while the others wait
 
 
 @contextmanager
@@ -33,19 +33,19 @@ def job() -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def leave() -> None:
+def exit_together() -> None:
     """End this process once all others of the job are here: one that ends earlier would take the
     others with it. Exits with os._exit, because a PyTorch thread sometimes aborts a process that
     exits normally ("terminate called without an active exception")."""
     if world_size() > 1:
-        wait()
+        barrier()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -72,29 +72,29 @@ def local_size() -> int:
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
+def local_rank_0_first() -> Iterator[None]:
     """Run the block in the first process of each machine before the others, so that they find what
     it downloaded."""
     if local_rank() > 0:
-        wait()
+        barrier()
     yield
     if local_rank() == 0:
-        wait()
+        barrier()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until every process is here."""
     any_of(False)
 
 
 def any_of(flag: bool) -> bool:
     """Whether flag is true in at least one process."""
-    return bool(_reduced(torch.tensor(float(flag), device="cpu"), "MAX"))
+    return bool(_all_reduced(torch.tensor(float(flag), device="cpu"), "MAX"))
 
 
 def mean(number: float) -> float:
     """The mean of number over all processes."""
-    total = _reduced(torch.tensor(number, dtype=torch.float64, device="cpu"), "SUM")
+    total = _all_reduced(torch.tensor(number, dtype=torch.float64, device="cpu"), "SUM")
     return total.item() / world_size()
 
 
@@ -102,25 +102,25 @@ def is_same(value: object) -> bool:
     """Whether value has the same repr in every process."""
     digest = list(hashlib.sha256(repr(value).encode("utf-8")).digest())
     digest = torch.tensor(digest, device="cpu")
-    return torch.equal(_reduced(digest.clone(), "MIN"), _reduced(digest, "MAX"))
+    return torch.equal(_all_reduced(digest.clone(), "MIN"), _all_reduced(digest, "MAX"))
 
 
-def _reduced(tensor: Tensor, operation: str) -> Tensor:
+def _all_reduced(tensor: Tensor, operation: str) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return tensor
 
 
-def share(batch: Tensor) -> Tensor:
+def shard(batch: Tensor) -> Tensor:
     """This process's part of a batch; all parts have the same size."""
     return batch.chunk(world_size())[rank()]
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether error means that another process of the job has ended."""
-    lost = ("closed by peer", "reset by peer", "Broken pipe")
+    messages = ("closed by peer", "reset by peer", "Broken pipe")
     return world_size() > 1 and (
-        isinstance(error, dist.DistError) or any(words in str(error) for words in lost)
+        isinstance(error, dist.DistError) or any(x in str(error) for x in messages)
     )
 
 
@@ -162,24 +162,24 @@ def sequence_parallel_attention(
         if key_mask is not None:
             phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
         values = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0)  # (B, H, N, M + 1)
-        state = _SumOfOthers.apply(phi_k.mT @ values, group)  # (B, H, F, M + 1)
+        state = _ExclusiveScan.apply(phi_k.mT @ values, group)  # (B, H, F, M + 1)
     kernel |= {"tau": tau, "norm_scale": norm_scale}
     return nala_attention(q, k, v, causal=True, key_mask=key_mask, state=state, **kernel)
 
 
-class _SumOfOthers(Function):
+class _ExclusiveScan(Function):
     """The sum over the processes before this one, or over those after it. Each sum gives the
     gradient of the other, so derivatives of any order work."""
 
     @staticmethod
-    def forward(ctx, state, group, after=False):
-        ctx.group, ctx.after = group, after
+    def forward(ctx, state, group, reverse=False):
+        ctx.group, ctx.reverse = group, reverse
         rank = dist.get_rank(group)
-        return _gather(state, group)[slice(rank + 1, None) if after else slice(rank)].sum(dim=0)
+        return _gather(state, group)[slice(rank + 1, None) if reverse else slice(rank)].sum(dim=0)
 
     @staticmethod
     def backward(ctx, grad):
-        return _SumOfOthers.apply(grad, ctx.group, not ctx.after), None, None
+        return _ExclusiveScan.apply(grad, ctx.group, not ctx.reverse), None, None
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

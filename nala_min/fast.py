@@ -16,7 +16,7 @@ it changes log(a), turning it changes theta.
 
 model.py is meant to be edited, so this file checks itself. Before it serves a kind of call for the
 first time, and whenever anything in model.py has changed, it runs a few tokens through both files
-and compares (`examined`). If the hand-written gradient differs, autograd differentiates the
+and compares (`verify`). If the hand-written gradient differs, autograd differentiates the
 features. If the result still differs, model.py does the work.
 
 Shapes use the letters of model.py, and L for the tokens of a segment. In the functions that compute
@@ -44,16 +44,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 SEGMENT = 2**17  # elements of q per segment on a CPU: the fastest power of 2
 LARGE_SEGMENT = 2**26  # on other devices, which prefer few large steps; not measured yet
-# How many elements (of features and scores) a call keeps for its backward pass. With 16,384 tokens,
+# How many elements (of features and scores) a call saves for its backward pass. With 16,384 tokens,
 # 4 heads and 64 channels per head, it then needs at most twice the memory of the fused softmax.
-KEEP = 11 * 2**20
-LARGE_KEEP = 2**28  # on other devices: enough for all presets; not measured yet
+SAVED_ELEMENTS = 11 * 2**20
+LARGE_SAVED_ELEMENTS = 2**28  # on other devices: enough for all presets; not measured yet
 
 
 class Call(NamedTuple):
-    """A call of readable (model.py's linear_attention), and how this file computes it."""
+    """A call of reference (model.py's linear_attention), and how this file computes it."""
 
-    readable: Callable
+    reference: Callable
     query: Callable[[Tensor], Tensor]  # (..., D) to (..., F)
     key: Callable[[Tensor], Tensor]
     by_hand: bool  # use query_gradient and key_gradient instead of autograd
@@ -61,11 +61,11 @@ class Call(NamedTuple):
     chunk_size: int
     key_mask: Tensor | None
     segments: list[slice]  # of the tokens
-    budget: int | None  # elements to keep for the backward pass; None: no backward pass
+    budget: int | None  # elements to save for the backward pass; None: no backward pass
 
 
 def attention(
-    readable: Callable,
+    reference: Callable,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,7 +77,7 @@ def attention(
     key_mask: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """What readable returns for these arguments with return_state=True. Returns None if readable
+    """What reference returns for these arguments with return_state=True. Returns None if reference
     must run itself: inside torch.compile or torch.func, in forward-mode AD, for a single token."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
@@ -86,46 +86,46 @@ def attention(
     if any(unpack_dual(x).tangent is not None for x in (q, k, v)):
         return None
     with torch.autocast(q.device.type, enabled=False):
-        verdict = examined(readable, query, key, q, v, causal)
+        verdict = verify(reference, query, key, q, v, causal)
         if verdict is None:
             return None
         if chunk_size is None:
             chunk_size = _balanced_chunk(verdict.num_features, q.shape[2], v.shape[3] + 1)
         segments = _segments(q, chunk_size if causal else 1)
-        keep = KEEP if q.device.type == "cpu" else LARGE_KEEP
-        by_hand, budget = verdict.by_hand, keep if torch.is_grad_enabled() else None
-        return _answer(
-            Call(readable, query, key, by_hand, causal, chunk_size, key_mask, segments, budget),
+        saved = SAVED_ELEMENTS if q.device.type == "cpu" else LARGE_SAVED_ELEMENTS
+        by_hand, budget = verdict.by_hand, saved if torch.is_grad_enabled() else None
+        return _fast_attention(
+            Call(reference, query, key, by_hand, causal, chunk_size, key_mask, segments, budget),
             *(q, k, v, state),
         )
 
 
-def _answer(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None):
+def _fast_attention(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None):
     if not call.causal:
-        return _Parallel.apply(call, q, k, v, _learned(call.query)), None
+        return _Parallel.apply(call, q, k, v, _learned_norm_scale(call.query)), None
     if state is not None:
         state = state.to(torch.promote_types(q.dtype, torch.float32))
-    return _Chunked.apply(call, q, k, v, _learned(call.query), state)
+    return _Chunked.apply(call, q, k, v, _learned_norm_scale(call.query), state)
 
 
-def _learned(query: Callable) -> Tensor | None:
+def _learned_norm_scale(query: Callable) -> Tensor | None:
     """norm_scale if it is a tensor: it may be learned. Other parameters cannot be learned here."""
     scale = getattr(query, "keywords", {}).get("norm_scale")
     return scale if isinstance(scale, Tensor) else None
 
 
-def _balanced_chunk(num_features: int, num_tokens: int, size: int) -> int:
+def _balanced_chunk(num_features: int, num_tokens: int, value_dim: int) -> int:
     """Chunk size: 64 for up to 64 tokens. Otherwise the largest power of 2, but at least 16, up to
     the C at which the work within chunks, N C (F + M), equals the work between them, 2 N F M."""
-    even = 2 * num_features * size / (num_features + size)
-    return 64 if num_tokens <= 64 else 2 ** max(int(math.log2(even)), 4)
+    balanced = 2 * num_features * value_dim / (num_features + value_dim)
+    return 64 if num_tokens <= 64 else 2 ** max(int(math.log2(balanced)), 4)
 
 
-def _segments(q: Tensor, multiple: int) -> list[slice]:
-    """Slices of q's tokens, about SEGMENT elements each, with lengths divisible by multiple."""
+def _segments(q: Tensor, granularity: int) -> list[slice]:
+    """Slices of q's tokens, about SEGMENT elements each, with lengths divisible by granularity."""
     batch, heads, num_tokens, dim = q.shape
-    numbers = SEGMENT if q.device.type == "cpu" else LARGE_SEGMENT
-    length = multiple * max(numbers // (batch * heads * dim * multiple), 1)
+    elements = SEGMENT if q.device.type == "cpu" else LARGE_SEGMENT
+    length = granularity * max(elements // (batch * heads * dim * granularity), 1)
     return [slice(i, i + length) for i in range(0, num_tokens, length)]
 
 
@@ -142,55 +142,56 @@ class Verdict(NamedTuple):
 class _Verdicts(NamedTuple):
     """Verdicts by kind of call, and the code for which they hold: all globals of model.py."""
 
-    names: tuple
+    objects: tuple
     code: tuple
-    found: dict[Any, Verdict | None]
+    by_kind: dict[Any, Verdict | None]
 
 
-_known: weakref.WeakKeyDictionary[Callable, _Verdicts] = weakref.WeakKeyDictionary()
+_verdict_cache: weakref.WeakKeyDictionary[Callable, _Verdicts] = weakref.WeakKeyDictionary()
 
 
-def examined(
-    readable: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
+def verify(
+    reference: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
 ) -> Verdict | None:
     """How this file serves a call, or None if it cannot. Tried once per process, code and kind.
 
     The kind of a call is all that the verdict can depend on: features and their options, heads,
     channels, causality, device.
     """
-    names = tuple(_named_by(readable))
-    code = tuple([(id(x), x.__code__, x.__defaults__) for x in names if type(x) is FunctionType])
-    known = _known.get(readable)
-    if known is None or known.code != code or [*map(id, known.names)] != [*map(id, names)]:
-        known = _known[readable] = _Verdicts(names, code, {})
+    objects = tuple(_module_objects(reference))
+    code = tuple([(id(x), x.__code__, x.__defaults__) for x in objects if type(x) is FunctionType])
+    entry = _verdict_cache.get(reference)
+    if entry is None or entry.code != code or [*map(id, entry.objects)] != [*map(id, objects)]:
+        entry = _verdict_cache[reference] = _Verdicts(objects, code, {})
     try:
-        kind = (causal, q.shape[1], q.shape[3], v.shape[3], q.device, _kind(query), _kind(key))
-        if kind not in known.found:
-            if len(known.found) > 1000:  # features that are new objects in every call
-                known.found.clear()
-            known.found[kind] = _examine(readable, query, key, q, v, causal)
-        return known.found[kind]
+        features = _cache_key(query), _cache_key(key)
+        kind = (causal, q.shape[1], q.shape[3], v.shape[3], q.device, *features)
+        if kind not in entry.by_kind:
+            if len(entry.by_kind) > 1000:  # features that are new objects in every call
+                entry.by_kind.clear()
+            entry.by_kind[kind] = _verify(reference, query, key, q, v, causal)
+        return entry.by_kind[kind]
     except TypeError:  # unhashable features
         return None
 
 
-def _named_by(readable: Callable) -> list[Any]:
+def _module_objects(reference: Callable) -> list[Any]:
     """The globals of model.py, without the functions that torch.compile adds."""
     added = ("__compiled_fn_", "__resume_at_")
-    return [x for name, x in readable.__globals__.items() if not name.startswith(added)]
+    return [x for name, x in reference.__globals__.items() if not name.startswith(added)]
 
 
-def _kind(features: Callable) -> Any:
-    """A key for features: the function itself, or what a partial binds, with tensors by shape."""
+def _cache_key(features: Callable) -> Any:
+    """Cache key: the function itself, or what a partial binds, with tensors by shape."""
     if not isinstance(features, functools.partial):
         return features
-    told = features.keywords.items()
-    shapes = [(n, (x.shape, x.requires_grad) if isinstance(x, Tensor) else x) for n, x in told]
+    bound = features.keywords.items()
+    shapes = [(n, (x.shape, x.requires_grad) if isinstance(x, Tensor) else x) for n, x in bound]
     return features.func, features.args, tuple(shapes)
 
 
-def _examine(
-    readable: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
+def _verify(
+    reference: Callable, query: Callable, key: Callable, q: Tensor, v: Tensor, causal: bool
 ) -> Verdict | None:
     """Try the hand-written gradient, then autograd. Returns None if neither agrees."""
     with ExitStack() as stack:  # isolate the trial from the caller's settings
@@ -201,86 +202,89 @@ def _examine(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
         for by_hand in (True, False):
-            call = Call(readable, query, key, by_hand, causal, 4, None, [], None)
+            call = Call(reference, query, key, by_hand, causal, 4, None, [], None)
             if by_hand and not _may_be_by_hand(call):
                 continue
             try:
-                if num_features := _holds(call, q, v):
+                if num_features := _matches_reference(call, q, v):
                     return Verdict(by_hand, num_features)
-            except Exception:  # readable or the features reject this: they will raise it
+            except Exception:  # reference or the features reject this: they will raise it
                 pass
     return None
 
 
-def _holds(call: Call, q: Tensor, v: Tensor) -> int | None:
-    """F if outputs and gradients of a few tokens equal those of readable, otherwise None. There are
-    several segments and chunks, zeros, padding and a state. The hand-written gradient is tried at
-    norms from 1e-3 to 1e3, a range that other features need not support."""
+def _matches_reference(call: Call, q: Tensor, v: Tensor) -> int | None:
+    """F if outputs and gradients of a few tokens equal those of reference, otherwise None. There
+    are several segments and chunks, zeros, padding and a state. The hand-written gradient is tried
+    at norms from 1e-3 to 1e3, a range that other features need not support."""
     tensors = _sample(q, v, decades=3 if call.by_hand else 0)
-    scale = _learned(call.query)
+    scale = _learned_norm_scale(call.query)
     if scale is not None:
         if not call.by_hand:
             return None
         scale = (scale[:1] if scale.ndim == 4 else scale).detach().to(tensors[0])
         call = call._replace(query=functools.partial(call.query, norm_scale=scale))
-    phi = call.query(tensors[0].detach()), call.key(tensors[1].detach())
-    if any(x.requires_grad for x in phi):  # they have parameters, which get no gradient here
+    phi_q, phi_k = call.query(tensors[0].detach()), call.key(tensors[1].detach())
+    if (
+        phi_q.requires_grad or phi_k.requires_grad
+    ):  # they have parameters, which get no gradient here
         return None
     if scale is not None:
         tensors.append(scale.requires_grad_())
     if call.causal:
-        shape = *phi[1].shape[:2], phi[1].shape[3], v.shape[3] + 1
+        shape = *phi_k.shape[:2], phi_k.shape[3], v.shape[3] + 1
         tensors.append(torch.zeros(shape).to(tensors[0]).requires_grad_())
         tensors[-1].data[0] = 0.01
-    seen = torch.arange(24, device=q.device) % 7 != 5
+    visible = torch.arange(24, device=q.device) % 7 != 5
     call = call._replace(
-        key_mask=torch.stack([seen, torch.zeros_like(seen)]),
+        key_mask=torch.stack([visible, torch.zeros_like(visible)]),
         segments=[slice(i, i + 8) for i in range(0, 24, 8)],
-        budget=3 * phi[1][:, :, :8].numel(),  # enough for some segments, not for all
+        budget=3 * phi_k[:, :, :8].numel(),  # enough for some segments, not for all
     )
 
-    def everything(answer: Callable) -> list[Tensor]:
-        results = answer(call, *tensors[:3], tensors[-1] if call.causal else None)
+    def outputs_and_grads(compute: Callable) -> list[Tensor]:
+        results = compute(call, *tensors[:3], tensors[-1] if call.causal else None)
         results = [x for x in results if x is not None]
-        readings = [torch.arange(x.numel()).to(x).cos().view(x.shape) for x in results]
+        cotangents = [torch.arange(x.numel()).to(x).cos().view(x.shape) for x in results]
         grads = torch.autograd.grad(
-            results, tensors, readings, allow_unused=True, materialize_grads=True
+            results, tensors, cotangents, allow_unused=True, materialize_grads=True
         )
         return [*results, *grads]
 
-    return phi[1].shape[3] if _close(everything(_answer), everything(_ask_readable)) else None
+    fast, reference = map(outputs_and_grads, (_fast_attention, _reference_attention))
+    return phi_k.shape[3] if _close(fast, reference) else None
 
 
-def _ask_readable(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None):
+def _reference_attention(call: Call, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None):
     """The same call, computed by model.py's own forms."""
-    how = {"causal": call.causal, "mode": "chunked" if call.causal else "parallel"}
-    how |= {"chunk_size": call.chunk_size, "key_mask": call.key_mask, "state": state}
-    return call.readable(q, k, v, call.query, call.key, return_state=True, **how)
+    options = {"causal": call.causal, "mode": "chunked" if call.causal else "parallel"}
+    options |= {"chunk_size": call.chunk_size, "key_mask": call.key_mask, "state": state}
+    return call.reference(q, k, v, call.query, call.key, return_state=True, **options)
 
 
 def _sample(q: Tensor, v: Tensor, decades: float) -> list[Tensor]:
     """Random queries, keys and values: 2 x 24 tokens, with the heads and channels of q and v. Query
     norms vary by this many decades in both directions, key norms by a third as many."""
-    draw = torch.Generator().manual_seed(0)
-    kind = {"dtype": torch.float32 if q.device.type == "mps" else torch.float64}
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if q.device.type == "mps" else torch.float64
     tensors = []
-    for dim, power in ((q.shape[3], decades), (q.shape[3], decades / 3), (v.shape[3], 0)):
-        x = torch.randn(2, q.shape[1], 24, dim, generator=draw, **kind)
-        sizes = 10 ** torch.linspace(-power, power, 24, **kind)
-        tensors.append(x * sizes[torch.randperm(24, generator=draw), None])
+    for dim, exponent in ((q.shape[3], decades), (q.shape[3], decades / 3), (v.shape[3], 0)):
+        x = torch.randn(2, q.shape[1], 24, dim, generator=generator, dtype=dtype)
+        scales = 10 ** torch.linspace(-exponent, exponent, 24, dtype=dtype)
+        tensors.append(x * scales[torch.randperm(24, generator=generator), None])
     queries, keys, _ = tensors
     queries[:, :, 1], queries[:, :, 9, ::2], keys[:, :, 2], keys[:, :, 10, 1::2] = 0, 0, 0, 0
     return [x.to(q.device).requires_grad_() for x in tensors]
 
 
-def _close(found: list[Tensor], wanted: list[Tensor]) -> bool:
+def _close(got: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether rows agree to within 1e-6 of their norm (1e-3 in float32), or are negligible next to
     the largest row."""
-    for x, y in zip(found, wanted, strict=True):
-        rough = 1e-3 if y.dtype == torch.float32 else 1e-6
-        size = y.norm(dim=-1)
-        bound = rough * size + 1e-6 * rough * size.amax()
-        if x.shape != y.shape or not ((x - y).norm(dim=-1) <= bound).all():  # NaN fails
+    for x, y in zip(got, expected, strict=True):
+        rtol = 1e-3 if y.dtype == torch.float32 else 1e-6
+        norm = y.norm(dim=-1)
+        tolerance = rtol * norm + 1e-6 * rtol * norm.amax()
+        if x.shape != y.shape or not ((x - y).norm(dim=-1) <= tolerance).all():  # NaN fails
             return False
     return True
 
@@ -288,7 +292,7 @@ def _close(found: list[Tensor], wanted: list[Tensor]) -> bool:
 def _may_be_by_hand(call: Call) -> bool:
     """Whether these may be the paper's features, in model.py's own code. Code from elsewhere could
     change unnoticed."""
-    namespace = call.readable.__globals__
+    namespace = call.reference.__globals__
     query, key = (getattr(features, "keywords", {}) for features in (call.query, call.key))
     return (
         query.keys() == {"feature_map", "lam", "alpha", "tau", "norm_scale"}
@@ -297,7 +301,7 @@ def _may_be_by_hand(call: Call) -> bool:
             x.__globals__ is namespace or x.__module__ in sys.stdlib_module_names
             if type(x) is FunctionType
             else isinstance(x, type) or not callable(x)
-            for x in _named_by(call.readable)
+            for x in _module_objects(call.reference)
         )
     )
 
@@ -329,16 +333,16 @@ def query_gradient(
     norm, direction = _decompose(x)
     scaled = norm / norm_scale  # (..., 1)
     tanh = torch.tanh(scaled)  # (..., 1)
-    stretch = _stretch(phi, grad)  # (..., D)
+    dlog_a = _magnitude_gradient(phi, grad)  # (..., D)
     size = direction.abs()
     tiny = torch.finfo(size.dtype).tiny
     ratio = (size / size.amax(dim=-1, keepdim=True).clamp_min_(tiny)).clamp_min_(tiny)
     # log(a) = p log(ratio): through p, and through |x|
-    slope = lam * (1 - tanh * tanh) * (stretch * ratio.log_()).sum(dim=-1, keepdim=True)
-    dx = stretch.mul_(lam * (tau + tanh)).mul_(_inverse(x))
+    slope = lam * (1 - tanh * tanh) * (dlog_a * ratio.log_()).sum(dim=-1, keepdim=True)
+    dx = dlog_a.mul_(lam * (tau + tanh)).mul_(_reciprocal(x))
     dx.addcmul_(direction, slope / norm_scale)
     if feature_map == "cosine":
-        _add_turn(dx, phi, grad, norm, direction, alpha)
+        _add_angle_gradient(dx, phi, grad, norm, direction, alpha)
     return dx, -slope * scaled / norm_scale
 
 
@@ -346,9 +350,9 @@ def key_gradient(x: Tensor, phi: Tensor, grad: Tensor, *, feature_map, lam, alph
     """Gradient of Eqs. (8) and (9) or (11)."""
     if feature_map in ("elu", "relu"):
         return _baseline_gradient(phi, grad, feature_map)
-    dx = _stretch(phi, grad).mul_(lam).mul_(_inverse(x))
+    dx = _magnitude_gradient(phi, grad).mul_(lam).mul_(_reciprocal(x))
     if feature_map == "cosine":
-        _add_turn(dx, phi, grad, *_decompose(x), alpha)
+        _add_angle_gradient(dx, phi, grad, *_decompose(x), alpha)
     return dx
 
 
@@ -358,29 +362,29 @@ def _decompose(x: Tensor) -> tuple[Tensor, Tensor]:
     return norm, x / norm.masked_fill(norm == 0, 1.0)
 
 
-def _stretch(phi: Tensor, grad: Tensor) -> Tensor:
+def _magnitude_gradient(phi: Tensor, grad: Tensor) -> Tensor:
     """d loss / d log(a) per channel: the dot product of gradient and vector."""
     (cos, sin), (grad_cos, grad_sin) = phi.chunk(2, dim=-1), grad.chunk(2, dim=-1)
     return torch.addcmul(grad_cos * cos, grad_sin, sin)  # (..., D)
 
 
-def _inverse(x: Tensor) -> Tensor:
+def _reciprocal(x: Tensor) -> Tensor:
     """1 / x, or 0 where x is 0. Many times faster than with a mask."""
     return x.sign().div_(x.abs().clamp_min_(torch.finfo(x.dtype).tiny))
 
 
-def _add_turn(
+def _add_angle_gradient(
     dx: Tensor, phi: Tensor, grad: Tensor, norm: Tensor, direction: Tensor, alpha: float
 ) -> None:
     """Add to dx the gradient through the angle of each channel, pi/2 sigmoid(2 alpha d)."""
     cos, sin = phi.chunk(2, dim=-1)
     grad_cos, grad_sin = grad.chunk(2, dim=-1)
-    turn = torch.addcmul(grad_sin * cos, grad_cos, sin, value=-1)  # d loss / d theta
+    dtheta = torch.addcmul(grad_sin * cos, grad_cos, sin, value=-1)  # d loss / d theta
     sigmoid = torch.sigmoid(2 * alpha * direction)
-    turn.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1))  # sigmoid (1 - sigmoid)
-    turn.mul_(math.pi * alpha / norm.masked_fill(norm == 0, 1.0))  # (d loss / d direction) / |x|
-    along = (turn * direction).sum(dim=-1, keepdim=True)
-    dx.add_(turn).addcmul_(direction, along, value=-1)  # x / |x| moves only at right angles to x
+    dtheta.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1))  # sigmoid (1 - sigmoid)
+    dtheta.mul_(math.pi * alpha / norm.masked_fill(norm == 0, 1.0))  # (d loss / d direction) / |x|
+    radial = (dtheta * direction).sum(dim=-1, keepdim=True)
+    dx.add_(dtheta).addcmul_(direction, radial, value=-1)  # x / |x| moves only at right angles to x
 
 
 def _baseline_gradient(phi: Tensor, grad: Tensor, feature_map: str) -> Tensor:
@@ -398,13 +402,13 @@ def chunked(
     (BHT, C, C) and the state before each chunk (BHT, F, M) or None. q, k: (B, H, L, F), v:
     (B, H, L, M), state: (B, H, F, M)."""
     shape = v.shape
-    q, k, v = _in_chunks(chunk_size, q, k, v)  # (BHT, C, F), (BHT, C, F), (BHT, C, M)
-    before, after = _running(k, v, state, shape)  # (BHT, F, M), (B, H, F, M)
+    q, k, v = _to_chunks(chunk_size, q, k, v)  # (BHT, C, F), (BHT, C, F), (BHT, C, M)
+    states, new_state = _chunk_states(k, v, state, shape)  # (BHT, F, M), (B, H, F, M)
     scores = (q @ k.mT).tril_()  # (BHT, C, C)
     total = scores @ v  # (BHT, C, M)
-    if before is not None:
-        total.baddbmm_(q, before)
-    return _in_tokens(total, shape), after, scores, before
+    if states is not None:
+        total.baddbmm_(q, states)
+    return _from_chunks(total, shape), new_state, scores, states
 
 
 def chunked_gradient(
@@ -413,30 +417,30 @@ def chunked_gradient(
     v: Tensor,
     state: Tensor | None,
     scores: Tensor | None,
-    before: Tensor | None,
+    states: Tensor | None,
     grad: Tensor,
-    grad_after: Tensor | None,
+    grad_new_state: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients with respect to q, k, v and state (if any), given those of the totals and of the
-    state after them. scores, before: from chunked; if scores is None, both are recomputed."""
+    state after them. scores, states: from chunked; if scores is None, both are recomputed."""
     shape = v.shape
-    q, k, v, grad = _in_chunks(chunk_size, q, k, v, grad)
+    q, k, v, grad = _to_chunks(chunk_size, q, k, v, grad)
     if scores is None:
         scores = (q @ k.mT).tril_()  # (BHT, C, C)
-        before, _ = _running(k, v, state, shape, after=False)
-    later, grad_state = _running(q, grad, grad_after, shape, True, after=state is not None)
+        states, _ = _chunk_states(k, v, state, shape, return_last=False)
+    grad_states, grad_state = _chunk_states(q, grad, grad_new_state, shape, True, state is not None)
     grad_scores = (grad @ v.mT).tril_()  # (BHT, C, C)
     dq, dk, dv = grad_scores @ k, grad_scores.mT @ q, scores.mT @ grad
-    if before is not None:
-        dq.baddbmm_(grad, before.mT)
-    if later is not None:
-        dk.baddbmm_(v, later.mT)
-        dv.baddbmm_(k, later)
-    return *(_in_tokens(x, shape) for x in (dq, dk, dv)), grad_state
+    if states is not None:
+        dq.baddbmm_(grad, states.mT)
+    if grad_states is not None:
+        dk.baddbmm_(v, grad_states.mT)
+        dv.baddbmm_(k, grad_states)
+    return *(_from_chunks(x, shape) for x in (dq, dk, dv)), grad_state
 
 
-def _in_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
+def _to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
     """(B, H, L, X) to (BHT, C, X), padded with zero tokens, which add nothing."""
     num_tokens = tensors[0].shape[2]
     chunk_size = min(chunk_size, num_tokens)
@@ -445,38 +449,38 @@ def _in_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
     return [x.reshape(-1, chunk_size, x.shape[3]) for x in tensors]
 
 
-def _in_tokens(chunks: Tensor, shape: torch.Size) -> Tensor:
+def _from_chunks(chunks: Tensor, shape: torch.Size) -> Tensor:
     """(BHT, C, X) to (B, H, L, X), without padding."""
     return chunks.view(*shape[:2], -1, chunks.shape[2])[:, :, : shape[2]]
 
 
-def _running(
+def _chunk_states(
     x: Tensor,
     y: Tensor,
     state: Tensor | None,
     shape: torch.Size,
     backwards: bool = False,
-    after: bool = True,
+    return_last: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The state before each chunk, (BHT, F, M) or None if there is none, and the state after all
-    chunks, (B, H, F, M), if after is set.
+    chunks, (B, H, F, M), if return_last is set.
 
     x: (BHT, C, F), y: (BHT, C, M): each chunk adds x^T y.
     """
     heads = shape[0] * shape[1]
     num_chunks = x.shape[0] // heads
-    if num_chunks == 1 and not after:
+    if num_chunks == 1 and not return_last:
         return (None if state is None else state.flatten(0, 1)), None
     size = x.shape[2], y.shape[2]
     sums = (x.mT @ y).view(heads, num_chunks, -1)  # (BH, T, FM)
     if num_chunks == 1 and state is None:
         return None, sums.view(*shape[:2], *size)
-    before = _exclusive_cumsum(sums, backwards)  # (BH, T, FM)
+    states = _exclusive_cumsum(sums, backwards)  # (BH, T, FM)
     if state is not None:
-        before += state.reshape(heads, 1, -1)
+        states += state.reshape(heads, 1, -1)
     last = 0 if backwards else -1
-    total = before[:, last] + sums[:, last] if after else None
-    return before.view(-1, *size), total.view(*shape[:2], *size) if after else None
+    new_state = states[:, last] + sums[:, last] if return_last else None
+    return states.view(-1, *size), new_state.view(*shape[:2], *size) if return_last else None
 
 
 def _exclusive_cumsum(sums: Tensor, backwards: bool) -> Tensor:
@@ -499,7 +503,7 @@ def _backward(backward: Callable) -> Callable:
     def run(ctx, *grads):
         with torch.autocast(ctx.device_type, enabled=False):
             if torch.is_grad_enabled() or any(map(_is_batched, grads)):
-                return None, *_readable_gradient(ctx, grads)
+                return None, *_reference_gradient(ctx, grads)
             return None, *backward(ctx, *grads)
 
     return staticmethod(run)
@@ -513,21 +517,23 @@ def _is_batched(grad: Tensor | None) -> bool:
     )
 
 
-def _readable_gradient(ctx, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+def _reference_gradient(ctx, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     needed = ctx.needs_input_grad[1:]
     inputs = ctx.saved_tensors[: len(needed)]  # q, k, v, norm_scale and, in _Chunked, a state
     with torch.enable_grad():
-        results = _ask_readable(ctx.call, *inputs[:3], inputs[4] if ctx.call.causal else None)
-    given = [(x, grad) for x, grad in zip(results, grads, strict=False) if grad is not None]
-    found = torch.autograd.grad(
-        [x for x, _ in given],
+        results = _reference_attention(
+            ctx.call, *inputs[:3], inputs[4] if ctx.call.causal else None
+        )
+    pairs = [(x, grad) for x, grad in zip(results, grads, strict=False) if grad is not None]
+    input_grads = torch.autograd.grad(
+        [x for x, _ in pairs],
         [x for x, need in zip(inputs, needed, strict=True) if need],
-        [grad for _, grad in given],
+        [grad for _, grad in pairs],
         create_graph=torch.is_grad_enabled(),
         allow_unused=True,
     )
-    found = iter(found)
-    return [next(found) if need else None for need in needed]
+    input_grads = iter(input_grads)
+    return [next(input_grads) if need else None for need in needed]
 
 
 class _Chunked(Function):
@@ -535,32 +541,32 @@ class _Chunked(Function):
 
     @staticmethod
     def forward(ctx, call, q, k, v, scale, state):
-        inputs, kept, budget = (q, k, v, scale, state), [], _Budget(call.budget)
+        inputs, saved, budget = (q, k, v, scale, state), [], _Budget(call.budget)
         out = torch.empty_like(v)
         for segment in call.segments:
-            before, phi_q = state, call.query(_part(q, segment))
+            previous, phi_q = state, call.query(_segment_of(q, segment))
             phi_k = _key_features(call, segment, k)
             total, state, *chunks = chunked(
-                phi_q, phi_k, _values(v, segment), before, call.chunk_size
+                phi_q, phi_k, _values(v, segment), previous, call.chunk_size
             )
-            mass = _divide(total, out[:, :, segment])
+            normaliser = _divide(total, out[:, :, segment])
             if call.budget is not None:
-                kept += [mass, before, *budget.keep(phi_q, phi_k, *chunks)]
-        ctx.save_for_backward(*inputs, out, *kept)
+                saved += [normaliser, previous, *budget.save(phi_q, phi_k, *chunks)]
+        ctx.save_for_backward(*inputs, out, *saved)
         ctx.call, ctx.device_type = call, q.device.type
         ctx.set_materialize_grads(False)
         return out, state
 
     @_backward
     def backward(ctx, grad_out, grad_state):
-        q, k, v, _, _, out, *kept = ctx.saved_tensors
+        q, k, v, _, _, out, *saved = ctx.saved_tensors
         call, grads, grad_scale = ctx.call, [torch.empty_like(x) for x in (q, k, v)], None
         for segment in reversed(call.segments):
-            mass, state, phi_q, phi_k, *chunks = kept[-6:]
-            del kept[-6:]
+            normaliser, state, phi_q, phi_k, *chunks = saved[-6:]
+            del saved[-6:]
             if phi_q is None:
-                phi_q, phi_k = call.query(_part(q, segment)), _key_features(call, segment, k)
-            grad = _total_gradient(grad_out, out, mass, segment)
+                phi_q, phi_k = call.query(_segment_of(q, segment)), _key_features(call, segment, k)
+            grad = _total_gradient(grad_out, out, normaliser, segment)
             dphi_q, dphi_k, dvalues, grad_state = chunked_gradient(
                 *(phi_q, phi_k, _values(v, segment), state, *chunks),
                 *(grad, grad_state, call.chunk_size),
@@ -577,36 +583,36 @@ class _Parallel(Function):
 
     @staticmethod
     def forward(ctx, call, q, k, v, scale):
-        out, kept, budget, state = torch.empty_like(v), [], _Budget(call.budget), 0
+        out, saved, budget, state = torch.empty_like(v), [], _Budget(call.budget), 0
         for segment in call.segments:
             phi_k = _key_features(call, segment, k)
             state = state + phi_k.mT @ _values(v, segment)  # (B, H, F, M + 1)
-            kept += budget.keep(phi_k)
+            saved += budget.save(phi_k)
         for segment in call.segments:
-            phi_q = call.query(_part(q, segment))
-            mass = _divide(phi_q @ state, out[:, :, segment])
-            kept += [mass, *budget.keep(phi_q)]
-        ctx.save_for_backward(q, k, v, scale, out, state, *kept)
+            phi_q = call.query(_segment_of(q, segment))
+            normaliser = _divide(phi_q @ state, out[:, :, segment])
+            saved += [normaliser, *budget.save(phi_q)]
+        ctx.save_for_backward(q, k, v, scale, out, state, *saved)
         ctx.call, ctx.device_type = call, q.device.type
         return out
 
     @_backward
     def backward(ctx, grad_out):
-        q, k, v, _, out, state, *kept = ctx.saved_tensors
+        q, k, v, _, out, state, *saved = ctx.saved_tensors
         call, grads, grad_scale = ctx.call, [torch.empty_like(x) for x in (q, k, v)], None
         grad_state = 0
         for segment in reversed(call.segments):
-            phi_q, mass = kept.pop(), kept.pop()
+            phi_q, normaliser = saved.pop(), saved.pop()
             if phi_q is None:
-                phi_q = call.query(_part(q, segment))
-            grad = _total_gradient(grad_out, out, mass, segment)
+                phi_q = call.query(_segment_of(q, segment))
+            grad = _total_gradient(grad_out, out, normaliser, segment)
             grad_state = grad_state + phi_q.mT @ grad  # (B, H, F, M + 1)
             dphi_q = grad @ state.mT
             grads[0][:, :, segment], grad_scale = _query_gradient(
                 call, segment, q, phi_q, dphi_q, grad_scale
             )
         for segment in reversed(call.segments):
-            phi_k = kept.pop()
+            phi_k = saved.pop()
             if phi_k is None:
                 phi_k = _key_features(call, segment, k)
             dphi_k = _values(v, segment) @ grad_state.mT
@@ -616,18 +622,18 @@ class _Parallel(Function):
 
 
 class _Budget:
-    """Keeps features for the backward pass until the budget of elements is spent."""
+    """Saves features for the backward pass until the budget of elements is spent."""
 
-    def __init__(self, numbers: int | None) -> None:
-        self.left = numbers or 0
+    def __init__(self, elements: int | None) -> None:
+        self.remaining = elements or 0
 
-    def keep(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        self.left -= sum(x.numel() for x in tensors if x is not None)
-        return tensors if self.left >= 0 else (None,) * len(tensors)
+    def save(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        self.remaining -= sum(x.numel() for x in tensors if x is not None)
+        return tensors if self.remaining >= 0 else (None,) * len(tensors)
 
 
 def _key_features(call: Call, segment: slice, k: Tensor) -> Tensor:
-    phi_k = call.key(_part(k, segment))  # (B, H, L, F)
+    phi_k = call.key(_segment_of(k, segment))  # (B, H, L, F)
     if call.key_mask is not None:  # excluded from numerator and normaliser
         phi_k = phi_k.masked_fill(~call.key_mask[:, None, segment, None], 0.0)
     return phi_k
@@ -635,10 +641,10 @@ def _key_features(call: Call, segment: slice, k: Tensor) -> Tensor:
 
 def _key_gradient(call: Call, segment: slice, k: Tensor, phi: Tensor, grad: Tensor) -> Tensor:
     if call.by_hand:
-        return key_gradient(_part(k, segment), phi, grad, **call.key.keywords)
+        return key_gradient(_segment_of(k, segment), phi, grad, **call.key.keywords)
     if call.key_mask is not None:
         grad = grad.masked_fill(~call.key_mask[:, None, segment, None], 0.0)
-    return by_autograd(call.key, _part(k, segment), grad)
+    return by_autograd(call.key, _segment_of(k, segment), grad)
 
 
 def _query_gradient(
@@ -646,38 +652,40 @@ def _query_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients for one segment's queries and for norm_scale, summed over the segments so far."""
     if not call.by_hand:
-        return by_autograd(call.query, _part(q, segment), grad), None
-    dq, dscale = query_gradient(_part(q, segment), phi, grad, **call.query.keywords)
-    if (scale := _learned(call.query)) is not None:
+        return by_autograd(call.query, _segment_of(q, segment), grad), None
+    dq, dscale = query_gradient(_segment_of(q, segment), phi, grad, **call.query.keywords)
+    if (scale := _learned_norm_scale(call.query)) is not None:
         dscale = dscale.sum_to_size(scale.shape)
         grad_scale = dscale if grad_scale is None else grad_scale + dscale
     return dq, grad_scale
 
 
-def _part(x: Tensor, segment: slice) -> Tensor:
+def _segment_of(x: Tensor, segment: slice) -> Tensor:
     """One segment, in float32 or higher, contiguous by head: products would copy it otherwise."""
     return x[:, :, segment].to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _values(v: Tensor, segment: slice) -> Tensor:
     """[v 1] of one segment, (B, H, L, M + 1)."""
-    return F.pad(_part(v, segment), (0, 1), value=1.0)
+    return F.pad(_segment_of(v, segment), (0, 1), value=1.0)
 
 
 def _divide(total: Tensor, out: Tensor) -> Tensor:
-    """Write Eq. (5) to out. Return the normaliser, infinite for rows without mass: output 0."""
-    mass = total[..., -1:]  # (B, H, L, 1)
-    mass = mass.masked_fill(mass == 0, math.inf)
-    torch.div(total[..., :-1], mass, out=out)
-    return mass
+    """Write Eq. (5) to out. Return the normaliser, infinite where it is 0: output 0."""
+    normaliser = total[..., -1:]  # (B, H, L, 1)
+    normaliser = normaliser.masked_fill(normaliser == 0, math.inf)
+    torch.div(total[..., :-1], normaliser, out=out)
+    return normaliser
 
 
-def _total_gradient(grad_out: Tensor | None, out: Tensor, mass: Tensor, segment: slice) -> Tensor:
+def _total_gradient(
+    grad_out: Tensor | None, out: Tensor, normaliser: Tensor, segment: slice
+) -> Tensor:
     """Gradient with respect to the totals of [v 1], (B, H, L, M + 1), from that of the output."""
     out = out[:, :, segment]
-    grad = mass.new_empty(*out.shape[:3], out.shape[3] + 1)
+    grad = normaliser.new_empty(*out.shape[:3], out.shape[3] + 1)
     if grad_out is None:  # only the state was used
         return grad.zero_()
-    torch.div(grad_out[:, :, segment], mass, out=grad[..., :-1])
+    torch.div(grad_out[:, :, segment], normaliser, out=grad[..., :-1])
     torch.neg((grad[..., :-1] * out).sum(dim=-1), out=grad[..., -1])
     return grad

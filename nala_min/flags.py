@@ -112,7 +112,7 @@ def run_script(main: Callable[[], None]) -> None:
         try:
             with redirect_stdout(nowhere) if distributed.rank() else nullcontext():
                 main()
-            distributed.leave()
+            distributed.exit_together()
         except UsageError as error:
             _exit(f"error: {error}", 2)
         except KeyboardInterrupt as error:

@@ -358,7 +358,7 @@ class Settings:
 def main() -> None:
     start, settings = time.perf_counter(), parse_flags(Settings)
     card_file, picture = (settings.out / f"entropy_gap.{kind}" for kind in ("json", "png"))
-    runcard.prove_writable(card_file, picture)
+    runcard.check_writable(card_file, picture)
     config = {"seed": 1, "num_keys": 64, "dim": 32, "draws": 200}
     norms = torch.logspace(-2, 1.5, 40, dtype=torch.float32, device="cpu")
     entropies = {}

@@ -82,8 +82,8 @@ def cosine_map(magnitude: Tensor, direction: Tensor, alpha=20.0) -> Tensor:
     by pi/4: differences stay the same, no feature is negative, and no sum over keys cancels.
     """
     theta = (math.pi / 2) * torch.sigmoid(2 * alpha * direction)  # = pi/4 tanh(alpha d) + pi/4
-    rest = (math.pi / 2) * torch.sigmoid(-2 * alpha * direction)  # = pi/2 - theta, no cancellation
-    return torch.cat([magnitude * rest.sin(), magnitude * theta.sin()], dim=-1)  # cos x = sin rest
+    complement = (math.pi / 2) * torch.sigmoid(-2 * alpha * direction)  # = pi/2 - theta, accurate
+    return torch.cat([magnitude * complement.sin(), magnitude * theta.sin()], dim=-1)  # cos, sin
 
 
 def sign_split(magnitude: Tensor, direction: Tensor) -> Tensor:
@@ -188,10 +188,10 @@ def linear_attention(
     The output is 0 for a row without mass: its query is zero, or all its keys are zero or masked.
     """
     if mode == "auto" and rope_positions is None:
-        shared = {"causal": causal, "chunk_size": chunk_size, "key_mask": key_mask, "state": state}
-        done = fast.attention(linear_attention, q, k, v, query_features, key_features, **shared)
-        if done is not None:
-            return done if return_state else done[0]
+        kwargs = {"causal": causal, "chunk_size": chunk_size, "key_mask": key_mask, "state": state}
+        result = fast.attention(linear_attention, q, k, v, query_features, key_features, **kwargs)
+        if result is not None:
+            return result if return_state else result[0]
 
     def sums_of(phi_q, phi_k):  # sums by the form that mode selects, and the final state
         if not causal:
@@ -210,16 +210,16 @@ def linear_attention(
         values = F.pad(at_least_float32(v), (0, 1), value=1.0)  # [v 1]: (B, H, N, M + 1)
         if causal and state is None:  # no token read yet
             state = values.new_zeros(*phi_k.shape[:2], phi_k.shape[3], values.shape[3])
-        sums, after = sums_of(phi_q, phi_k)  # (B, H, N, M + 1), (B, H, F, M + 1)
+        sums, new_state = sums_of(phi_q, phi_k)  # (B, H, N, M + 1), (B, H, F, M + 1)
         numerator, normaliser = sums[..., :-1], sums[..., -1:]  # (B, H, N, M), (B, H, N, 1)
         if rope_positions is not None:  # Eq. (17): rotate S, not z
             angles = rotary_angles(rope_positions, q.shape[-1], phi_q.dtype)  # (N, D / 2)
-            sums, turned = sums_of(rotate(phi_q, angles), rotate(phi_k, angles))
+            sums, rotated = sums_of(rotate(phi_q, angles), rotate(phi_k, angles))
             numerator = sums[..., :-1]  # (B, H, N, M)
-            if after is not None:
-                after = torch.cat([turned[..., :-1], after[..., -1:]], dim=-1)  # (B, H, F, M + 1)
+            if new_state is not None:  # rotated S, the same z
+                new_state = torch.cat([rotated[..., :-1], new_state[..., -1:]], dim=-1)
         out = numerator / normaliser.masked_fill(normaliser == 0, math.inf)  # no mass: x / inf = 0
-    return (out.to(v.dtype), after) if return_state else out.to(v.dtype)
+    return (out.to(v.dtype), new_state) if return_state else out.to(v.dtype)
 
 
 def nala_attention(
@@ -227,25 +227,25 @@ def nala_attention(
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """Norm-aware linear attention: Eq. (5) with the features of Eqs. (2) to (12). q, k, v and
     options: see linear_attention; the others: see query_features. norm_scale may be (H, 1, 1)."""
-    shared = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
-    query = partial(query_features, tau=tau, norm_scale=norm_scale, **shared)
-    return linear_attention(q, k, v, query, partial(key_features, **shared), **options)
+    common = {"feature_map": feature_map, "lam": lam, "alpha": alpha}
+    query = partial(query_features, tau=tau, norm_scale=norm_scale, **common)
+    return linear_attention(q, k, v, query, partial(key_features, **common), **options)
 
 
 def rotary_angles(positions: Tensor, dim: int, dtype=torch.float32) -> Tensor:
     """Angles (N, dim / 2) for positions (N, A), Eq. (17). A is 1 for text and 2 for images, where
     rows rotate the first half of the channels and columns the second."""
     count = dim // (2 * positions.shape[1])  # frequencies per axis, from 1 to 1 / 10,000
-    steps = torch.arange(count, dtype=dtype, device=positions.device) / max(count - 1, 1)
-    return (positions[:, :, None] * 10000.0**-steps).flatten(1)  # (N, D / 2)
+    exponents = torch.arange(count, dtype=dtype, device=positions.device) / max(count - 1, 1)
+    return (positions[:, :, None] * 10000.0**-exponents).flatten(1)  # (N, D / 2)
 
 
 def rotate(features: Tensor, angles: Tensor) -> Tensor:
     """Rotate channels 2j, 2j+1 in each block of D of (..., N, F) by angles (N, D / 2), Eq. (17)."""
     first, second = features.unflatten(-1, (-1, angles.shape[1], 2)).unbind(-1)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, D / 2)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.flatten(-3).to(features.dtype)
+    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.flatten(-3).to(features.dtype)
 
 
 # --- 5. Softmax for comparison, attention weights and their entropy -------------------------------
@@ -278,8 +278,8 @@ def entropy(weights: Tensor) -> Tensor:
     """Entropy of weights (..., N) in nats, Eq. (3): the log of the effective number of keys.
     Weights need not sum to 1. A row of zeros gives 0; 0 log 0 is 0, with a finite slope."""
     total = weights.sum(dim=-1, keepdim=True)  # (..., 1)
-    share = weights / total.masked_fill(total == 0, 1.0)  # (..., N)
-    return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(dim=-1)
+    probs = weights / total.masked_fill(total == 0, 1.0)  # (..., N)
+    return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(dim=-1)
 
 
 # --- 6. The gated block ---------------------------------------------------------------------------
@@ -309,8 +309,8 @@ class Config:
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        one = isinstance(self.attention, str)
-        return (self.attention,) * self.num_layers if one else tuple(self.attention)
+        single = isinstance(self.attention, str)
+        return (self.attention,) * self.num_layers if single else tuple(self.attention)
 
 
 class BlockState(NamedTuple):
@@ -329,12 +329,12 @@ class LocalConv(nn.Module):
         conv, padding = (nn.Conv1d, 0) if causal else (nn.Conv2d, size // 2)
         self.conv = conv(dim, dim, size, padding=padding, groups=dim)
 
-    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if x.ndim == 4:
             return self.conv(x.movedim(-1, 1)).movedim(1, -1), None  # (B, R, S, E)
-        past = self.conv.kernel_size[0] - 1
-        x = F.pad(x, (0, 0, past, 0)) if before is None else torch.cat([before, x], dim=1)
-        return self.conv(x.mT).mT, x[:, x.shape[1] - past :]  # (B, N, E), (B, W - 1, E)
+        num_past = self.conv.kernel_size[0] - 1
+        x = F.pad(x, (0, 0, num_past, 0)) if past is None else torch.cat([past, x], dim=1)
+        return self.conv(x.mT).mT, x[:, x.shape[1] - num_past :]  # (B, N, E), (B, W - 1, E)
 
 
 class GatedAttention(nn.Module):
@@ -359,11 +359,11 @@ class GatedAttention(nn.Module):
         q, k, v, gate = self.project(x).chunk(4, dim=-1)  # (..., E)
         local, conv = self.local(v, state.conv)  # (..., E), (B, W - 1, E)
         q, k, v = (self.split_heads(y) for y in (q, k, v))  # (B, H, N, D)
-        past = {"causal": self.causal, "state": state.attention, "return_state": True}
-        o, memory = self.attend(q, k, v, **past, **self.options(x, state.position))
+        kwargs = {"causal": self.causal, "state": state.attention, "return_state": True}
+        o, new_state = self.attend(q, k, v, **kwargs, **self.options(x, state.position))
         o = o.transpose(1, 2).reshape(x.shape)  # (..., E)
         y = self.out(self.norm(o + local) * F.silu(gate))  # (..., E)
-        return y, BlockState(memory if self.causal else None, conv, state.position + x.shape[1])
+        return y, BlockState(new_state if self.causal else None, conv, state.position + x.shape[1])
 
     def split_heads(self, x: Tensor) -> Tensor:  # to (B, H, N, D); patches in row-major order
         return x.flatten(1, -2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -399,8 +399,8 @@ def initialise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-    for end in (x for block in model.blocks for x in (block.attention.out, block.mlp[-1])):
-        nn.init.normal_(end.weight, std=0.02 / math.sqrt(2 * len(model.blocks)))  # as in GPT-2
+    for output in (x for block in model.blocks for x in (block.attention.out, block.mlp[-1])):
+        nn.init.normal_(output.weight, std=0.02 / math.sqrt(2 * len(model.blocks)))  # as in GPT-2
 
 
 # --- 7. The two models ----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from nala_min.model import entropy
-from nala_min.runcard import write_whole
+from nala_min.runcard import write_atomically
 
 # Okabe and Ito's palette, safe for colour-blind readers.
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#d55e00", "#0072b2", "#009e73"
@@ -68,7 +68,7 @@ def figure(
 def write(picture: Figure, path: Path | str) -> None:
     """Write picture as a PNG, completely or not at all."""
     dpi = STYLE["savefig.dpi"]
-    write_whole(path, lambda file: picture.savefig(file, format="png", dpi=dpi))
+    write_atomically(path, lambda file: picture.savefig(file, format="png", dpi=dpi))
 
 
 @_styled

@@ -221,7 +221,13 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
     found = [getattr(module, name, None) for name in names]
     attention = getattr(module, "attention", None)
     if (attention is None) == (found == [None, None]) or None in found != [None, None]:
-        raise ValueError(f"{path} must define query_features and key_features, or attention")
+        defined = [
+            name for name in (*names, "attention") if getattr(module, name, None) is not None
+        ]
+        raise ValueError(
+            f"{path} must define query_features and key_features, or attention,"
+            f" got {', '.join(defined) or 'neither'}"
+        )
     try:
         with torch.random.fork_rng(devices=[]):
             if attention is None:
@@ -261,15 +267,16 @@ def _try_features(functions: dict[str, Callable], dim: int) -> None:
         phi = _called(name, function, x)
         shape = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
         if shape[:3] != (2, 3, 5) or len(shape) != 4:
-            raise ValueError(f"{name} must return (2, 3, 5, F) for {tuple(x.shape)}: {shape}")
+            raise ValueError(f"{name} must return (2, 3, 5, F) for {tuple(x.shape)}, got {shape}")
         if not phi.is_floating_point():
-            raise ValueError(f"{name} must return floating-point numbers: {phi.dtype}")
-        if not phi.isfinite().all() or phi.min() < 0:
-            raise ValueError(f"{name} must be finite and non-negative: {phi.min().item():.3g}")
+            raise ValueError(f"{name} must return floating-point numbers, got {phi.dtype}")
+        wrong = phi[~(phi.isfinite() & (phi >= 0))]
+        if wrong.numel():
+            raise ValueError(f"{name} must be finite and non-negative, got {wrong[0].item():.3g}")
         sizes.append(phi.shape[3])
     if sizes[0] != sizes[1]:
         raise ValueError(
-            "query_features and key_features must return the same number of features:"
+            "query_features and key_features must return the same number of features, got"
             f" {sizes[0]} and {sizes[1]}"
         )
 
@@ -282,15 +289,20 @@ def _try_attention(attention: Callable, dim: int, causal: bool) -> None:
         options = {"causal": causal, "state": state, "return_state": True}
         result = _called("attention", attention, *tensors, **options)
         if not isinstance(result, tuple) or len(result) != 2:
-            raise ValueError("attention must return output and state with return_state=True")
-        if not isinstance(result[0], Tensor) or result[0].shape != v[:, :, part].shape:
-            shape = tuple(getattr(result[0], "shape", ()))
-            raise ValueError(f"attention must return {tuple(v[:, :, part].shape)}: {shape}")
+            got = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+            raise ValueError(
+                f"attention must return output and state with return_state=True, got {got}"
+            )
+        out, shape = result[0], tuple(v[:, :, part].shape)
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if got != shape:
+            raise ValueError(f"attention must return {shape}, got {got}")
         return result
 
     whole, _ = run(slice(None))
-    if not whole.isfinite().all():
-        raise ValueError("attention must be finite")
+    wrong = whole[~whole.isfinite()]
+    if wrong.numel():
+        raise ValueError(f"attention must be finite, got {wrong[0].item()}")
     if causal:
         head, state = run(slice(4))
         tail, _ = run(slice(4, None), state)

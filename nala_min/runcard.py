@@ -54,9 +54,9 @@ def run_card(
 def _launcher() -> list[str]:
     if distributed.world_size() == 1:
         return ["python"]
-    local = distributed.local_size()
-    nodes = distributed.world_size() // local
-    return ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={local}"]
+    per_node = distributed.local_size()
+    nodes = distributed.world_size() // per_node
+    return ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={per_node}"]
 
 
 def _device_name(device: torch.device) -> str:
@@ -92,7 +92,7 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
     )
 
 
-def prove_writable(*paths: Path | str) -> None:
+def check_writable(*paths: Path | str) -> None:
     """Create the folders of paths and check that files can be written there, before any work
     begins. Leaves no file behind. Raises UsageError, which names --out."""
     for path in map(Path, paths if distributed.rank() == 0 else ()):  # only rank 0 writes
@@ -101,7 +101,7 @@ def prove_writable(*paths: Path | str) -> None:
             if path.is_dir():
                 raise IsADirectoryError("a folder is in the way")
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(trial, lambda file: file.write(b"?"))
+            write_atomically(trial, lambda file: file.write(b"?"))
             trial.unlink()
         except OSError as error:
             raise UsageError(
@@ -109,7 +109,7 @@ def prove_writable(*paths: Path | str) -> None:
             ) from error
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """value as read back from JSON: NumPy numbers, tensors and paths become plain values.
 
     Raises TypeError for values that JSON cannot hold.
@@ -126,9 +126,9 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Convert value with plain and write it as indented JSON, completely or not at all."""
-    text = json.dumps(plain(value), indent=2) + "\n"
-    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+    """Convert value with to_plain and write it as indented JSON, completely or not at all."""
+    text = json.dumps(to_plain(value), indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def read_json(path: Path | str) -> Any:
@@ -136,7 +136,7 @@ def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     """Write a file completely or not at all, through a temporary file and a rename."""
     path = Path(path)
     part = path.with_name(path.name + ".part")

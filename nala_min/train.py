@@ -80,16 +80,17 @@ class Settings:
                 setattr(self, name, default)
             value = getattr(self, name)
             if not (0 < value < 2**31 or (value == 0 and name in zero)):
-                wanted = "at least 0" if name in zero else "positive"
-                given = f"--{name.replace('_', '-')} {value}"
-                raise UsageError(f"{given} must be {wanted} and below 2^31")
+                allowed = "at least 0" if name in zero else "positive"
+                flag_name = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag_name} must be {allowed} and below 2^31, got {value}")
         if self.batch % distributed.world_size():
             processes = distributed.world_size()
             raise UsageError(
-                f"--batch {self.batch} must be divisible by the number of processes, {processes}"
+                "--batch must be divisible by the number of processes,"
+                f" got {self.batch} and {processes}"
             )
         if self.dropout >= 1:
-            raise UsageError(f"--dropout {self.dropout} must be a probability in [0, 1)")
+            raise UsageError(f"--dropout must be a probability in [0, 1), got {self.dropout}")
         self.files: dict[str, str] = {}  # SHA-256 of each file in --attention
         for name in filter(relatives.is_file, self.attention.split(",")):
             dim = max(1, self.dim // self.heads)
@@ -102,7 +103,7 @@ class Settings:
         except ValueError as error:
             raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
         if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed {self.seed} must be from 0 to 2^63 - 1")
+            raise UsageError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         names = self.attention.split(",")  # one, or one per block
         attention = "-".join(Path(n).stem if relatives.is_file(n) else n for n in names)
         run = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
@@ -358,7 +359,7 @@ def fit(
         if resume:
             run.load()
         elif distributed.rank() == 0:
-            run.begin()
+            run.save_first()
         if not distributed.is_same([run.extra, recipe, run.step]):
             raise UsageError("the processes of this job differ in flags, data or checkpoint")
         parallel = torch.compile(model) if compile and can_compile(device) else model
@@ -366,20 +367,20 @@ def fit(
             parallel = DistributedDataParallel(parallel)
         bar = _progress(run.step, recipe.steps)
         precision = _tensor_cores(recipe.bfloat16)
-        with in_mode(model, training=True), precision, bar, run.saying_how_to_go_on():
+        with in_mode(model, training=True), precision, bar, run.explain_resume():
             while True:
                 if run.losses and (run.step % recipe.eval_every == 0 or run.step == recipe.steps):
                     run.add_point(evaluate, bar)
                 if distributed.any_of(stop.requested):
                     run.save()
-                    distributed.wait()
+                    distributed.barrier()
                     raise KeyboardInterrupt
                 if run.step == recipe.steps:
                     break
                 torch.manual_seed(_mixed(recipe.seed, run.step, distributed.rank()))
                 for group in _groups(run.optimizers):
                     group["lr"] = recipe.learning_rate_at(run.step, group["initial_lr"])
-                part = (distributed.share(x) for x in batch(run.step))
+                part = (distributed.shard(x) for x in batch(run.step))
                 inputs, targets = (x.to(device, non_blocking=is_cuda) for x in part)
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
                     value = loss(parallel, inputs, targets)

@@ -29,7 +29,7 @@ FUNCTIONS = {
 CONFIGS = {"LMConfig": {"vocab_size": 7}, "ViTConfig": {}}
 
 q, k, x = torch.randn(3, B, H, N, D)
-RIGHT = {  # an example for each name; where a function wants another, it stands below
+VALID = {  # an example for each name; where a function wants another, it stands below
     **{"q": q, "k": k, "x": x, "v": torch.randn(B, H, N, M)},
     **{"norm": q.norm(dim=-1, keepdim=True), "direction": q, "magnitude": q.abs()},
     **{"power": torch.ones(B, H, N, 1), "weights": torch.rand(B, H, N, N), "features": q},
@@ -43,47 +43,47 @@ RIGHT = {  # an example for each name; where a function wants another, it stands
     **{"query_features": torch.relu, "key_features": torch.relu},
 }
 LM_STATE = LM(torch.zeros(B, 1, dtype=torch.long))[1]
-OTHER = {
+OTHER_VALID = {
     ("linear_attention", "state"): torch.zeros(B, H, D, M + 1),
     ("softmax_attention", "state"): (torch.zeros(B, H, 2, D), torch.zeros(B, H, 2, M)),
     ("NaLaLM", "state"): LM_STATE,
 }
-NUMBERS = {
+INVALID_BY_RULE = {
     arguments._POSITIVE: [math.nan, math.inf, -1.0, 0.0, "3", True, 1j, [1.0]],
     arguments._NOT_NEGATIVE: [math.nan, math.inf, -1.0, "3", True, 1j, [1.0]],
     arguments._COUNT: [0, -1, 1.5, math.nan, "3", True, 2**70, [1]],
-    arguments._truth: [0, 1, "yes", torch.tensor(True)],
+    arguments._boolean: [0, 1, "yes", torch.tensor(True)],
     arguments._names: [5, ["nala", 5], b"nala"],
     arguments.RULES["temperature"]: [math.nan, math.inf, -1.0, 1e-40, "3", True, 1j, [1.0]],
     arguments.RULES["dropout"]: [math.nan, 1.0, -0.1, "0.1", True],
     arguments.RULES["num_tokens"]: [-1, 1.5, "3", True, 2**70],
     arguments.RULES["seed"]: [-1, 1.5, "3", True, 2**70],
 }
-OTHER_WRONG = {
+OTHER_INVALID = {
     ("softmax_attention", "state"): ["3", torch.zeros(2)],
     ("NaLaLM", "state"): [3, LM_STATE[:1]],
     ("sequence_parallel_attention", "group"): [],
 }
 
 
-def right(function):
+def valid_arguments(function):
     """Arguments that FUNCTIONS[function] takes; those that may be None are."""
     parameters = inspect.signature(FUNCTIONS[function]).parameters.values()
     return {
-        p.name: OTHER.get((function, p.name), RIGHT[p.name])
+        p.name: OTHER_VALID.get((function, p.name), VALID[p.name])
         for p in parameters
         if p.kind is not p.VAR_KEYWORD and p.default is not None
     }
 
 
-def wrong_tensors(spec, tensor, known):
+def invalid_tensors(spec, tensor, known):
     """Tensors that are not spec. known: letters that other arguments bind."""
     *letters, last = spec.split()
     letters += [] if last in arguments.KINDS else [last]
     kinds = [torch.float32, torch.int64, torch.bool, torch.complex64]
-    right = arguments.KINDS[last if last in arguments.KINDS else "floating"]
+    is_valid = arguments.KINDS[last if last in arguments.KINDS else "floating"]
     for dtype in kinds:
-        if not right(torch.zeros(1, dtype=dtype)):
+        if not is_valid(torch.zeros(1, dtype=dtype)):
             yield torch.zeros(tensor.shape, dtype=dtype)
     yield from ([1.0], "tensor", 3j)
     if set(letters) - {"...", "1"}:  # sizes of 1 may be left out
@@ -102,7 +102,7 @@ def wrong_tensors(spec, tensor, known):
         yield tensor.to("meta")
 
 
-def wrong(function):
+def invalid_arguments(function):
     """(argument, value) for everything that FUNCTIONS[function] must refuse."""
     call = FUNCTIONS[function]
     specs, known = call.specs, set()
@@ -110,22 +110,22 @@ def wrong(function):
         name, spec = p.name, specs.get(p.name)
         if p.kind is p.VAR_KEYWORD:
             names = ["lam", "tau", "alpha", "norm_scale"]
-            yield from ((n, value) for n in names for value in NUMBERS[arguments.RULES[n]])
+            yield from ((n, value) for n in names for value in INVALID_BY_RULE[arguments.RULES[n]])
             continue
         if p.default is not None:
             yield name, None
-        if (function, name) in OTHER_WRONG:
-            yield from ((name, value) for value in OTHER_WRONG[function, name])
+        if (function, name) in OTHER_INVALID:
+            yield from ((name, value) for value in OTHER_INVALID[function, name])
         elif isinstance(spec, str):
-            example = RIGHT[name]
-            for value in wrong_tensors(spec, example, known):
+            example = VALID[name]
+            for value in invalid_tensors(spec, example, known):
                 if isinstance(value, torch.Tensor) or name not in arguments.RULES:
                     yield name, value
             known |= set(spec.split())
         elif spec is not None:
             yield from ((name, value) for value in ("nope", 5, b"split"))
         if name in arguments.RULES:
-            yield from ((name, value) for value in NUMBERS[arguments.RULES[name]])
+            yield from ((name, value) for value in INVALID_BY_RULE[arguments.RULES[name]])
 
 
 def assert_named(error, name, value):
@@ -143,16 +143,16 @@ def assert_named(error, name, value):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_right_arguments_are_taken(function):
     if function != "sequence_parallel_attention":  # it needs other processes
-        FUNCTIONS[function](**right(function))
+        FUNCTIONS[function](**valid_arguments(function))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_wrong_argument_is_named(function):
-    cases = list(wrong(function))
-    assert {name for name, _ in cases} >= set(right(function)) - {"group"}
+    cases = list(invalid_arguments(function))
+    assert {name for name, _ in cases} >= set(valid_arguments(function)) - {"group"}
     for name, value in cases:
         with pytest.raises((TypeError, ValueError)) as error:
-            FUNCTIONS[function](**right(function) | {name: value})
+            FUNCTIONS[function](**valid_arguments(function) | {name: value})
             pytest.fail(f"{function} took {name}={value}")
         assert_named(error, name, value)
 
@@ -161,7 +161,7 @@ def test_a_wrong_argument_is_named(function):
 def test_a_wrong_size_in_a_config_is_named(config):
     kind = getattr(nala_min, config)
     for item in dataclasses.fields(kind):
-        values = ["both", 5] if item.name == "rope" else NUMBERS[arguments.RULES[item.name]]
+        values = ["both", 5] if item.name == "rope" else INVALID_BY_RULE[arguments.RULES[item.name]]
         if item.name != "norm_scale":
             values = values + [None] * (item.name != "rope")
         for value in values:
@@ -174,12 +174,14 @@ def test_a_wrong_size_in_a_config_is_named(config):
 def test_float64_is_not_mixed_with_less():
     for name in ("k", "v"):
         with pytest.raises(TypeError, match=f"{name} must be torch.float32, like q, got float64"):
-            nala_min.nala_attention(**right("nala_attention") | {name: RIGHT[name].double()})
+            nala_min.nala_attention(
+                **valid_arguments("nala_attention") | {name: VALID[name].double()}
+            )
 
 
 def test_the_first_argument_is_the_measure_in_whatever_order_they_come():
     with pytest.raises(ValueError, match=r"k must be .* with N = 6, as in q"):
-        nala_min.nala_attention(v=RIGHT["v"], k=k[:, :, :5], q=q)
+        nala_min.nala_attention(v=VALID["v"], k=k[:, :, :5], q=q)
 
 
 @pytest.mark.parametrize(
@@ -194,32 +196,32 @@ def test_sizes_that_queries_keys_and_values_share_are_compared(function):
         shared["state"] = (0, 1, 3)  # how many features there are, only the features know
     for name in shared.keys() & inspect.signature(FUNCTIONS[function]).parameters.keys():
         for dim in shared[name]:
-            shape = list(RIGHT[name].shape)
+            shape = list(VALID[name].shape)
             shape[dim] += 1
-            tensor = torch.zeros(shape, dtype=RIGHT[name].dtype)
+            tensor = torch.zeros(shape, dtype=VALID[name].dtype)
             with pytest.raises(ValueError, match=rf"^{name} must "):
-                FUNCTIONS[function](**right(function) | {name: tensor})
+                FUNCTIONS[function](**valid_arguments(function) | {name: tensor})
 
 
 def test_a_missing_tensor_is_named():
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'q'"):
-        nala_min.nala_attention(k=k, v=RIGHT["v"])
+        nala_min.nala_attention(k=k, v=VALID["v"])
 
 
 def test_a_state_has_as_many_features_as_the_feature_map_makes(monkeypatch):
     """Also one that was edited."""
     monkeypatch.setattr(nala_min.model, "cosine_map", lambda magnitude, direction, alpha: magnitude)
-    _, state = nala_min.nala_attention(q, k, RIGHT["v"], causal=True, return_state=True)
+    _, state = nala_min.nala_attention(q, k, VALID["v"], causal=True, return_state=True)
     assert state.shape[2] == D
-    nala_min.nala_attention(q, k, RIGHT["v"], causal=True, state=state)
+    nala_min.nala_attention(q, k, VALID["v"], causal=True, state=state)
     with pytest.raises(ValueError, match=r"state must be .* with F = 4, got float32"):
-        nala_min.nala_attention(q, k, RIGHT["v"], causal=True, state=RIGHT["state"])
+        nala_min.nala_attention(q, k, VALID["v"], causal=True, state=VALID["state"])
 
 
 def test_tokens_that_the_model_does_not_know_are_named():
-    for wrong in (-1, 7):
+    for invalid in (-1, 7):
         with pytest.raises(ValueError, match=r"tokens must be from 0 to 6, got "):
-            LM(torch.tensor([[0, wrong]]))
+            LM(torch.tensor([[0, invalid]]))
 
 
 def test_sizes_that_do_not_go_together_are_named():
@@ -233,9 +235,9 @@ def test_sizes_that_do_not_go_together_are_named():
 
 def test_a_mask_with_a_softmax_state_is_refused():
     """It would say nothing of the keys that are in the state."""
-    state = OTHER["softmax_attention", "state"]
-    with pytest.raises(ValueError, match="key_mask must be None with a state"):
-        nala_min.softmax_attention(q, k, RIGHT["v"], state=state, key_mask=RIGHT["key_mask"])
+    state = OTHER_VALID["softmax_attention", "state"]
+    with pytest.raises(ValueError, match="key_mask must be None with a state, got bool"):
+        nala_min.softmax_attention(q, k, VALID["v"], state=state, key_mask=VALID["key_mask"])
 
 
 def test_an_argument_without_a_rule_is_refused_at_once():

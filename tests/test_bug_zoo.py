@@ -133,7 +133,7 @@ ZOO = {
         "return x.to(torch.promote_types(x.dtype, torch.float32))  # a",
         "return x  # a",
         proofs.test_half_precision_counts_to_many_tokens,
-        {"feature_map": "cosine", "readable": True, "causal": True, "dtype": torch.float16},
+        {"feature_map": "cosine", "reference": True, "causal": True, "dtype": torch.float16},
     ),
     "autocast lowers the sums": (
         'with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):',
@@ -163,7 +163,7 @@ ZOO = {
     ),
     # the mapping without its quarter of pi: cos(2) < 0
     "angles span more than a quarter turn": (
-        "return torch.cat([magnitude * rest.sin(), magnitude * theta.sin()], dim=-1)",
+        "return torch.cat([magnitude * complement.sin(), magnitude * theta.sin()], dim=-1)",
         "angle = torch.tanh(alpha * direction)\n"
         "    return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)",
         proofs.test_weights_are_not_negative,
@@ -171,7 +171,7 @@ ZOO = {
     ),
     # the published mapping, whose two features cancel
     "angles about zero round to negative weights": (
-        "return torch.cat([magnitude * rest.sin(), magnitude * theta.sin()], dim=-1)",
+        "return torch.cat([magnitude * complement.sin(), magnitude * theta.sin()], dim=-1)",
         "angle = theta - math.pi / 4\n"
         "    return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)",
         proofs.test_weights_are_not_negative,
@@ -226,7 +226,7 @@ SURE = ("n / (1 + n) for tanh", "a linear angle", "one factor more in the key")
 def test_a_gradient_that_is_silently_wrong_is_rejected(monkeypatch, name):
     broken = test_edits.edited(name)
     test_edits.check_gradients(broken, True, 17)
-    monkeypatch.setattr(test_edits.fast, "examined", test_edits.believing)
+    monkeypatch.setattr(test_edits.fast, "verify", test_edits.trusting)
     test_edits.check_outputs(broken, True, 17)
     with pytest.raises(AssertionError):
         test_edits.check_gradients(broken, True, 17)

@@ -68,7 +68,7 @@ def test_a_checkpoint_that_does_not_load_is_one_line_that_names_it(damage, tmp_p
 # --- Stop and resume -----------------------------------------------------------------------------
 
 
-def until(stop, number=signal.SIGINT, times=1):
+def interrupt_at(stop, number=signal.SIGINT, times=1):
     """A batch function in whose step stop the signal comes."""
 
     def interrupted(step):
@@ -91,7 +91,7 @@ def no_nohup():
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-CLOSED = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is closed, where that is told
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is closed, where that is told
 
 
 def assert_same_run(one, other):
@@ -114,7 +114,7 @@ def assert_same_run(one, other):
         (3, *SIGNALS[1:], None),
         (5, *SIGNALS[:1], 0.02),
         (6, *SIGNALS[1:], None),
-        (4, CLOSED, None),
+        (4, HANGUP, None),
     ],
 )
 def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, muon, tmp_path):
@@ -122,11 +122,11 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, 
     whole = small_model(seed=1, dropout=0.2)
     history, _ = train_small(whole, tmp_path / "whole.pt", recipe)
 
-    handlers = [signal.getsignal(each) for each in (*SIGNALS, CLOSED)]
+    handlers = [signal.getsignal(each) for each in (*SIGNALS, HANGUP)]
     stopped = small_model(seed=1, dropout=0.2)
     with pytest.raises(KeyboardInterrupt, match=f"continues from step {stop + 1}$"):
-        train_small(stopped, tmp_path / "parts.pt", recipe, batch=until(stop, number))
-    assert [signal.getsignal(each) for each in (*SIGNALS, CLOSED)] == handlers
+        train_small(stopped, tmp_path / "parts.pt", recipe, batch=interrupt_at(stop, number))
+    assert [signal.getsignal(each) for each in (*SIGNALS, HANGUP)] == handlers
     assert checkpoint.load_checkpoint(tmp_path / "parts.pt")["step"] == stop + 1
 
     torch.manual_seed(17)  # another random state
@@ -148,7 +148,7 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="at step 4: --resume continues from step 3"):
-        train_small(small_model(), tmp_path / "parts.pt", batch=until(4, times=2))
+        train_small(small_model(), tmp_path / "parts.pt", batch=interrupt_at(4, times=2))
     train_small(small_model(), tmp_path / "whole.pt")
     train_small(small_model(seed=2), tmp_path / "parts.pt", resume=True)
     assert_same_run(tmp_path / "whole.pt", tmp_path / "parts.pt")
@@ -156,14 +156,14 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
 
 def test_ctrl_c_while_the_first_checkpoint_is_written_says_how_to_go_on(tmp_path, monkeypatch):
     """Whoever sees a checkpoint may stop the run, before its first step too."""
-    write = checkpoint.write_whole
+    write = checkpoint.write_atomically
 
     def interrupted(path, function):
         write(path, function)
-        monkeypatch.setattr(checkpoint, "write_whole", write)
+        monkeypatch.setattr(checkpoint, "write_atomically", write)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(checkpoint, "write_whole", interrupted)
+    monkeypatch.setattr(checkpoint, "write_atomically", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"at step 0: --resume continues from step 0$"):
         train_small(small_model(), tmp_path / "checkpoint.pt")
 
@@ -182,7 +182,9 @@ def test_a_script_stopped_after_training_says_how_to_go_on(number, capsys):
 def test_a_second_sigterm_waits(tmp_path):
     """Launchers send it to a process and to its parent, which hands it on."""
     with pytest.raises(KeyboardInterrupt, match="continues from step 5"):
-        train_small(small_model(), tmp_path / "parts.pt", batch=until(4, signal.SIGTERM, times=2))
+        train_small(
+            small_model(), tmp_path / "parts.pt", batch=interrupt_at(4, signal.SIGTERM, times=2)
+        )
 
 
 def test_training_in_another_thread_leaves_signals_alone(tmp_path):
@@ -249,14 +251,14 @@ def test_an_evaluation_that_is_not_finite_ends_the_run_too(broken, tmp_path):
 def test_a_stop_after_a_loss_that_is_not_finite_saves_nothing(tmp_path):
     recipe = Recipe(steps=9, learning_rate=1e30, warmup=2, eval_every=9)
     with pytest.raises(UsageError, match="not finite at step 5: lower --lr"):
-        train_small(small_model(), tmp_path / "checkpoint.pt", recipe, batch=until(4))
+        train_small(small_model(), tmp_path / "checkpoint.pt", recipe, batch=interrupt_at(4))
     assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
 
 
 def test_a_run_that_is_not_finished_is_not_overwritten(tmp_path):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
-        train_small(small_model(), path, batch=until(3))
+        train_small(small_model(), path, batch=interrupt_at(3))
     before = path.read_bytes()
     with pytest.raises(UsageError, match="is at step 4 of 7: continue it with --resume"):
         train_small(small_model(), path)
@@ -281,7 +283,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_checkpoint(
     stop, tmp_path, monkeypatch
 ):
     """In the first checkpoint or a later one, half of which is written."""
-    write, count = checkpoint.write_whole, itertools.count()
+    write, count = checkpoint.write_atomically, itertools.count()
 
     def full(path, fill):
         def half(file):
@@ -292,7 +294,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_checkpoint(
 
         write(path, half)
 
-    monkeypatch.setattr(checkpoint, "write_whole", full)
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
     path = tmp_path / "run" / "checkpoint.pt"
     mend = ["fix that, or name another folder with --out", "", "--resume continues from step 3"]
     with pytest.raises(
@@ -427,11 +429,11 @@ def test_a_path_may_be_a_string(tmp_path):
     assert checkpoint.load_checkpoint(path)["history"] == history
 
 
-def of(name, digest, **more):
+def with_data(name, digest, **more):
     return EXTRA | {"data": {"name": name, "sha256": digest}} | more
 
 
-def by(attention, **digests):
+def with_attention(attention, **digests):
     files = {f"{name}.py": digest for name, digest in digests.items()}
     return EXTRA | {"attention": attention, "attention_sha256": files}
 
@@ -439,9 +441,12 @@ def by(attention, **digests):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (of("a.txt", "1"), of("b.txt", "1")),
-        (by("nala,a.py", a="1"), by("nala,b.py", b="1")),
-        (by("a.py,b.py,a.py", a="1", b="2"), by("b.py,a.py,b.py", a="2", b="1")),
+        (with_data("a.txt", "1"), with_data("b.txt", "1")),
+        (with_attention("nala,a.py", a="1"), with_attention("nala,b.py", b="1")),
+        (
+            with_attention("a.py,b.py,a.py", a="1", b="2"),
+            with_attention("b.py,a.py,b.py", a="2", b="1"),
+        ),
     ],
 )
 def test_data_and_attention_that_were_renamed_go_on(one, other, tmp_path):
@@ -453,10 +458,18 @@ def test_data_and_attention_that_were_renamed_go_on(one, other, tmp_path):
 @pytest.mark.parametrize(
     ("one", "other", "named"),
     [
-        (of("a.txt", "1"), of("a.txt", "2"), "data = .*'1'.*, not .*'2'"),
-        (by("a.py,nala", a="1"), by("a.py,nala", a="2"), "attention_sha256 = .*'1'.* not .*'2'"),
-        (by("a.py,nala", a="1"), by("nala,a.py", a="1"), "attention = "),
-        (by("a.py,b.py", a="1", b="2"), by("b.py,a.py", a="1", b="2"), "attention_sha256 = "),
+        (with_data("a.txt", "1"), with_data("a.txt", "2"), "data = .*'1'.*, not .*'2'"),
+        (
+            with_attention("a.py,nala", a="1"),
+            with_attention("a.py,nala", a="2"),
+            "attention_sha256 = .*'1'.* not .*'2'",
+        ),
+        (with_attention("a.py,nala", a="1"), with_attention("nala,a.py", a="1"), "attention = "),
+        (
+            with_attention("a.py,b.py", a="1", b="2"),
+            with_attention("b.py,a.py", a="1", b="2"),
+            "attention_sha256 = ",
+        ),
     ],
 )
 def test_other_content_of_the_same_name_does_not_go_on(one, other, named, tmp_path):
@@ -467,9 +480,9 @@ def test_other_content_of_the_same_name_does_not_go_on(one, other, named, tmp_pa
 
 def test_another_text_is_named_and_not_its_whole_vocabulary(tmp_path):
     path, letters = tmp_path / "checkpoint.pt", "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
-    train_small(small_model(), path, extra=of("a.txt", "1", characters=letters))
+    train_small(small_model(), path, extra=with_data("a.txt", "1", characters=letters))
     for digest, named in (("2", "data = .*a.txt.* not .*b.txt"), ("1", "characters = ")):
-        other = of("b.txt", digest, characters=letters[1:])
+        other = with_data("b.txt", digest, characters=letters[1:])
         with pytest.raises(UsageError, match=named) as error:
             train_small(small_model(), path, extra=other, resume=True)
         assert len(str(error.value)) < 800
@@ -491,7 +504,7 @@ def partly_compiled(model):
 def test_a_compiled_model_is_saved_under_plain_names_and_goes_on_as_any(first, second, tmp_path):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
-        train_small(first(small_model()), path, batch=until(4))
+        train_small(first(small_model()), path, batch=interrupt_at(4))
     assert checkpoint.load_checkpoint(path)["model"].keys() == small_model().state_dict().keys()
     history, _ = train_small(second(small_model(seed=2)), path, resume=True)
     want, _ = train_small(small_model(), tmp_path / "whole.pt")
@@ -504,7 +517,7 @@ def test_nohup_goes_on_when_the_terminal_is_closed(tmp_path):
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         history, _ = train_small(
-            small_model(), tmp_path / "checkpoint.pt", batch=until(4, signal.SIGHUP)
+            small_model(), tmp_path / "checkpoint.pt", batch=interrupt_at(4, signal.SIGHUP)
         )
     finally:
         signal.signal(signal.SIGHUP, handler)

@@ -503,7 +503,7 @@ def test_more_seeds_by_a_flag():
     assert card["command"] == "python -m nala_min.lab.compare --study recall --seeds 8"
     assert card["config"]["seeds"] == 8
     for count in (0, 21):
-        with pytest.raises(UsageError, match=f"--seeds must be from 1 to 20: {count}"):
+        with pytest.raises(UsageError, match=f"--seeds must be from 1 to 20, got {count}"):
             compare.Settings(seeds=count)
 
 
@@ -748,7 +748,7 @@ def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["compare", "--workers", "0"])
     with pytest.raises(SystemExit, match="2"):
         run_script(compare.main)
-    assert "--workers must be from 1 to 61: 0" in capsys.readouterr().err
+    assert "--workers must be from 1 to 61, got 0" in capsys.readouterr().err
     with pytest.raises(UsageError):
         compare.Settings(workers=-1)
     missing = str(tmp_path / "missing.txt")

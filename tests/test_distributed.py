@@ -55,11 +55,11 @@ def attend_to_pieces(rank, world, folder):
     piece = slice(start, start + PIECES[rank])
     sent, gather, result = [], dist.all_gather, {}
 
-    def noting(parts, tensor, **more):
+    def recorded_gather(parts, tensor, **more):
         sent.append(tuple(tensor.shape))
         gather(parts, tensor, **more)
 
-    dist.all_gather = noting
+    dist.all_gather = recorded_gather
     for name in OPTIONS:
         *tensors, options = whole(name)
         if "key_mask" in options:
@@ -78,8 +78,8 @@ def agree(rank, world, folder):
     assert distributed.any_of(rank == 1) and not distributed.any_of(False)
     assert distributed.is_same({"lr": 0.1}) and not distributed.is_same(f"lr {rank == 0}")
     batch = torch.arange(6)
-    assert distributed.share(batch).tolist() == batch.view(world, -1)[rank].tolist()
-    with distributed.first_alone():
+    assert distributed.shard(batch).tolist() == batch.view(world, -1)[rank].tolist()
+    with distributed.local_rank_0_first():
         (folder / f"{rank}").touch()
         assert rank == 0 or (folder / "0").exists()
         assert rank > 0 or not (folder / "1").exists()
@@ -93,7 +93,7 @@ def differentiate_twice(rank, world, folder):
     before = torch.stack([(whole[:r] ** 3).sum(dim=0) for r in range(world)])
     (first,) = torch.autograd.grad((before**2).sum(), whole, create_graph=True)
     (second,) = torch.autograd.grad((first * factors).sum(), whole)
-    before = distributed._SumOfOthers.apply(mine**3, None)
+    before = distributed._ExclusiveScan.apply(mine**3, None)
     (found,) = torch.autograd.grad((before**2).sum(), mine, create_graph=True)
     assert_close(found, first[rank])
     (found,) = torch.autograd.grad((found * factors[rank]).sum(), mine)
@@ -114,7 +114,7 @@ def die(rank, world, folder):
     with pytest.raises(SystemExit) as exit, (folder / "err").open("w", encoding="utf-8") as err:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.stderr", err)
-            run_script(distributed.wait)
+            run_script(distributed.barrier)
     assert exit.value.code == 1
 
 
@@ -145,8 +145,8 @@ def in_pieces(tmp_path_factory):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_sequence_in_pieces_is_the_whole_sequence(in_pieces, name):
     *tensors, options = whole(name)
-    readable = partial(nala_attention, causal=True, mode="chunked")
-    for i, want in enumerate(attend(readable, *tensors, options)):
+    reference = partial(nala_attention, causal=True, mode="chunked")
+    for i, want in enumerate(attend(reference, *tensors, options)):
         parts = [each[name]["found"][i] for each in in_pieces]
         found = sum(parts) if i == 4 else torch.cat(parts, dim=2)  # each process has norm_scale
         assert_close(found, want, rtol=1e-10, atol=1e-12)
@@ -162,13 +162,13 @@ def test_a_lost_process_is_one_line_that_says_how_to_go_on(tmp_path):
 
 
 def test_one_process_needs_no_other(tmp_path):
-    with distributed.job(), distributed.first_alone():
+    with distributed.job(), distributed.local_rank_0_first():
         assert (distributed.world_size(), distributed.rank(), distributed.local_rank()) == (1, 0, 0)
         assert distributed.mean(3.5) == 3.5 and distributed.is_same(object())
         assert distributed.any_of(True) and not distributed.any_of(False)
-        assert distributed.share(batch := torch.arange(5)).equal(batch)
-        distributed.wait()
-        distributed.leave()
+        assert distributed.shard(batch := torch.arange(5)).equal(batch)
+        distributed.barrier()
+        distributed.exit_together()
     assert not distributed.is_lost_peer(RuntimeError("Connection closed by peer"))
 
 

@@ -45,8 +45,11 @@ EDITS = {
         "theta = (math.pi / 2) * torch.sigmoid(2 * alpha * direction)",
         "theta = (math.pi / 2) * torch.sigmoid(3 * alpha * direction)",
     ),
-    "angles of both halves the same": ("magnitude * rest.sin()", "magnitude * theta.cos()"),
-    "no angles": ("magnitude * rest.sin(), magnitude * theta.sin()", "magnitude, 2 * magnitude"),
+    "angles of both halves the same": ("magnitude * complement.sin()", "magnitude * theta.cos()"),
+    "no angles": (
+        "magnitude * complement.sin(), magnitude * theta.sin()",
+        "magnitude, 2 * magnitude",
+    ),
     "a soft sign split": ("magnitude * (direction > 0)", "magnitude * direction.sigmoid()"),
     "a softplus for elu": ("F.relu(x) + x.masked_fill(x > 0, 0.0).exp()", "F.softplus(x)"),
     "a squared ReLU": ('"relu": F.relu,', '"relu": lambda x: F.relu(x).square(),'),
@@ -72,8 +75,8 @@ def inputs(num_tokens):
 
 
 def check_gradients(model, causal, num_tokens, **options):
-    """The derivative of a fixed reading of the output along each of q, k and v, by autograd and by
-    finite differences."""
+    """The derivative of a fixed weighted sum of the output along each of q, k and v, by autograd
+    and by finite differences."""
     tensors = [x.requires_grad_() for x in inputs(num_tokens)]
 
     def loss(q, k, v):
@@ -105,7 +108,7 @@ def check_outputs(model, causal, num_tokens, **options):
 def segments(monkeypatch):
     """Of 16 tokens, of which some are kept for the backward pass."""
     monkeypatch.setattr(fast, "SEGMENT", B * H * D * 16)
-    monkeypatch.setattr(fast, "KEEP", 3000)
+    monkeypatch.setattr(fast, "SAVED_ELEMENTS", 3000)
 
 
 def edited(name):
@@ -235,25 +238,25 @@ def test_a_module_that_is_loaded_again_is_noticed(tmp_path, monkeypatch):
 
 def test_a_function_from_elsewhere_is_noticed_whatever_its_name(monkeypatch):
     """What it does could change without notice: nothing is done by hand beside it."""
-    fast._known.clear()
+    fast._verdict_cache.clear()
     monkeypatch.setattr(nala_min.model, "__own", inputs, raising=False)
     nala_min.model.nala_attention(*inputs(17), causal=True)
-    (known,) = fast._known.values()
-    assert [verdict.by_hand for verdict in known.found.values()] == [False]
+    (entry,) = fast._verdict_cache.values()
+    assert [verdict.by_hand for verdict in entry.by_kind.values()] == [False]
 
 
 def test_the_paper_s_own_features_have_their_gradient_by_hand():
     """What all this must not cost; nor does torch.compile, which adds functions to model.py."""
     torch.compile(nala_min.model.entropy, backend="eager")(torch.rand(2, 3))
     assert any(name.startswith("__compiled_fn") for name in vars(nala_min.model))
-    fast._known.clear()
+    fast._verdict_cache.clear()
     q, k, v = inputs(17)
     for causal in (False, True):
         for feature_map in MAPS:
             nala_min.model.nala_attention(q, k, v, causal=causal, feature_map=feature_map)
             nala_min.model.nala_attention(q, k, v, causal=causal, feature_map=feature_map, lam=2)
-    (known,) = fast._known.values()
-    assert [verdict.by_hand for verdict in known.found.values()] == [True] * 16
+    (entry,) = fast._verdict_cache.values()
+    assert [verdict.by_hand for verdict in entry.by_kind.values()] == [True] * 16
 
 
 def test_an_edit_keeps_what_is_fast(segments):
@@ -265,11 +268,11 @@ def test_an_edit_keeps_what_is_fast(segments):
     }.items():
         model = edited(name)
         model.nala_attention(*inputs(17), causal=True)
-        (verdict,) = fast._known[model.linear_attention].found.values()
+        (verdict,) = fast._verdict_cache[model.linear_attention].by_kind.values()
         assert (verdict is not None) == served
         assert verdict is None or verdict.by_hand == by_hand
 
 
-def believing(readable, query, key, q, v, causal):
+def trusting(reference, query, key, q, v, causal):
     """fast.py as it was, sure of its gradient: one of the bugs of test_bug_zoo.py."""
     return fast.Verdict(isinstance(query, functools.partial), key(q[:1, :, :1]).shape[3])

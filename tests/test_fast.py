@@ -27,7 +27,7 @@ from nala_min import (
 
 B, H, D, M = 2, 3, 8, 5
 FEATURE_MAPS = ("cosine", "split", "elu", "relu")
-READABLE = {True: "chunked", False: "parallel"}
+REFERENCE = {True: "chunked", False: "parallel"}
 
 
 def inputs(num_tokens, dtype=torch.float64, *, zeros=False):
@@ -39,13 +39,13 @@ def inputs(num_tokens, dtype=torch.float64, *, zeros=False):
     return [x.requires_grad_() for x in (q, k, v)]
 
 
-def everything(attention, tensors, **options):
-    """What attention returns, and the gradients of a fixed random reading of all of it."""
+def outputs_and_grads(attention, tensors, **options):
+    """What attention returns, and the gradients of a fixed random weighted sum of it."""
     results = attention(*tensors[:3], **options)
     results = results if isinstance(results, tuple) else (results,)
     seeded = torch.Generator().manual_seed(1)
-    readings = [torch.randn(x.shape, generator=seeded).to(x) for x in results]
-    loss = sum((x * reading).sum() for x, reading in zip(results, readings, strict=True))
+    cotangents = [torch.randn(x.shape, generator=seeded).to(x) for x in results]
+    loss = sum((x * y).sum() for x, y in zip(results, cotangents, strict=True))
     unused = {"allow_unused": True, "materialize_grads": True}
     return *results, *torch.autograd.grad(loss, tensors, **unused)
 
@@ -53,8 +53,8 @@ def everything(attention, tensors, **options):
 def agree(model, tensors, *, causal, tolerance=1e-10, **options):
     """Whether the fast and the readable form of model's attention agree."""
     attention = functools.partial(model.nala_attention, causal=causal, **options)
-    got = everything(attention, tensors)
-    want = everything(attention, tensors, mode=READABLE[causal])
+    got = outputs_and_grads(attention, tensors)
+    want = outputs_and_grads(attention, tensors, mode=REFERENCE[causal])
     assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
@@ -64,7 +64,7 @@ def pieces(request, monkeypatch):
     if request.param != "one piece":
         monkeypatch.setattr(fast, "SEGMENT", B * H * D * 16)
         keep = {"many, kept": 2**30, "many, some kept": 10_000, "many, computed anew": 0}
-        monkeypatch.setattr(fast, "KEEP", keep[request.param])
+        monkeypatch.setattr(fast, "SAVED_ELEMENTS", keep[request.param])
 
 
 # --- The same numbers -----------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_states_in_and_out(model, pieces, feature_map, num_tokens):
 
 
 def results_and_gradients(attention, tensors):
-    """As everything, with zeros for what has no gradient."""
+    """As outputs_and_grads, with zeros for what has no gradient."""
     results = attention(*tensors[:3])
     loss = sum((x * torch.linspace(1, 2, x.numel()).to(x).view(x.shape)).sum() for x in results)
     return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
@@ -137,15 +137,15 @@ def test_a_learned_norm_scale(model, pieces, feature_map, causal, shape):
         options |= {"chunk_size": 16}
         torch.manual_seed(0)
         out = model.nala_attention(q, k, v, **options, **mode)
-        reading = torch.randn(out.shape, dtype=out.dtype)
+        cotangent = torch.randn(out.shape, dtype=out.dtype)
         return torch.autograd.grad(
-            (out * reading).sum(), (q, scale), allow_unused=True, materialize_grads=True
+            (out * cotangent).sum(), (q, scale), allow_unused=True, materialize_grads=True
         )
 
     torch.manual_seed(2)
     got = gradients()
     torch.manual_seed(2)
-    want = gradients(mode=READABLE[causal])
+    want = gradients(mode=REFERENCE[causal])
     assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert got[1].any() == (feature_map in ("cosine", "split"))
 
@@ -163,9 +163,9 @@ def test_every_option(model, causal, options):
 def test_low_precision_in_many_pieces(model, pieces, dtype, bound, causal):
     low = [x.detach().to(dtype).requires_grad_() for x in inputs(200)]
     high = [x.detach().double().requires_grad_() for x in low]
-    got = everything(functools.partial(model.nala_attention, causal=causal), low)
-    readable = functools.partial(model.nala_attention, mode=READABLE[causal], causal=causal)
-    for g, w in zip(got, everything(readable, high), strict=True):
+    got = outputs_and_grads(functools.partial(model.nala_attention, causal=causal), low)
+    reference = functools.partial(model.nala_attention, mode=REFERENCE[causal], causal=causal)
+    for g, w in zip(got, outputs_and_grads(reference, high), strict=True):
         assert g.dtype == dtype
         assert ((g.double() - w).square().mean() / w.square().mean()).sqrt() <= bound
 
@@ -194,19 +194,19 @@ def test_without_gradients_nothing_is_different(model, pieces):
 @pytest.mark.parametrize("keep", [0, 2**21])
 @pytest.mark.parametrize("causal", [False, True])
 def test_memory_of_long_texts_is_that_of_inputs_and_outputs(causal, keep, monkeypatch):
-    """Output and three gradients; beyond them at most what KEEP says and a few segments."""
-    monkeypatch.setattr(fast, "KEEP", keep)
+    """Output and three gradients; beyond them at most SAVED_ELEMENTS and a few segments."""
+    monkeypatch.setattr(fast, "SAVED_ELEMENTS", keep)
     shape = (1, 4, 8192, 64)
     q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
     needed = 4 * q.numel()
     peaks = {}
-    for mode in ("auto", READABLE[causal]):
+    for mode in ("auto", REFERENCE[causal]):
         with measure.Recorder() as recorder:
             out = nala_attention(q, k, v, causal=causal, mode=mode)
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         peaks[mode] = recorder.peak / 4  # float32
-    assert needed < peaks["auto"] < needed + q.numel() + fast.KEEP + 32 * fast.SEGMENT
-    assert peaks["auto"] < 0.6 * peaks[READABLE[causal]]
+    assert needed < peaks["auto"] < needed + q.numel() + fast.SAVED_ELEMENTS + 32 * fast.SEGMENT
+    assert peaks["auto"] < 0.6 * peaks[REFERENCE[causal]]
 
 
 def test_features_that_fit_are_not_computed_twice(monkeypatch):
@@ -219,9 +219,9 @@ def test_features_that_fit_are_not_computed_twice(monkeypatch):
     monkeypatch.setattr(fast, "SEGMENT", B * H * D * 16)
     for causal in (False, True):
         for keep, times in ((2**30, 3), (0, 6)):
-            monkeypatch.setattr(fast, "KEEP", keep)
+            monkeypatch.setattr(fast, "SAVED_ELEMENTS", keep)
             with torch.no_grad():
-                linear_attention(*inputs(40), query_features, torch.relu, causal=causal)  # examined
+                linear_attention(*inputs(40), query_features, torch.relu, causal=causal)  # verified
             monkeypatch.setattr(fast, "by_autograd", lambda features, x, grad: torch.zeros_like(x))
             calls.clear()
             out = linear_attention(
@@ -267,7 +267,7 @@ def test_inside_a_checkpoint(causal):
     tensors = inputs(70)
     attention = functools.partial(nala_attention, causal=causal)
     again = functools.partial(torch.utils.checkpoint.checkpoint, attention, use_reentrant=False)
-    assert_close(everything(again, tensors), everything(attention, tensors))
+    assert_close(outputs_and_grads(again, tensors), outputs_and_grads(attention, tensors))
 
 
 def test_a_state_of_another_dtype_and_without_a_gradient():
@@ -276,7 +276,9 @@ def test_a_state_of_another_dtype_and_without_a_gradient():
     for num_tokens in (5, 70):
         tensors = [x[:, :, :num_tokens] for x in (q, k, v)]
         low = functools.partial(nala_attention, causal=True, state=state.detach().bfloat16())
-        assert_close(everything(low, tensors), everything(low, tensors, mode="chunked"))
+        assert_close(
+            outputs_and_grads(low, tensors), outputs_and_grads(low, tensors, mode="chunked")
+        )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -314,7 +316,7 @@ def test_a_second_derivative_is_right(causal, feature_map):
 def test_whatever_asks_for_a_derivative_gets_the_right_one(causal):
     """A hessian, a gradient penalty, a vectorised jacobian, a derivative in forward mode."""
     q, k, v = (x.detach()[:1, :1] for x in inputs(7))
-    mode = READABLE[causal]
+    mode = REFERENCE[causal]
 
     def attention(q, mode="auto"):
         return nala_attention(q, k, v, causal=causal, mode=mode)
@@ -344,7 +346,7 @@ def test_the_compiler_meets_no_break_and_few_new_graphs(causal):
     compiled = torch.compile(attention, backend=graphs, fullgraph=True)
     for num_tokens in (128, 70, 333):
         tensors = inputs(num_tokens)
-        got, want = everything(compiled, tensors), everything(attention, tensors)
+        got, want = outputs_and_grads(compiled, tensors), outputs_and_grads(attention, tensors)
         assert_close(got, want, rtol=1e-9, atol=1e-9)
     assert graphs.frame_count <= 2
 
@@ -373,7 +375,7 @@ def test_a_compiled_model_trains_at_changing_sizes(kind):
 
 # --- Features of one's own ------------------------------------------------------------------------
 
-OWN = {
+OWN_FEATURES = {
     "two of them": (
         lambda q: torch.cat([q.exp(), q.square()], -1),
         lambda k: torch.cat([k.abs()] * 2, -1),
@@ -388,17 +390,19 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OWN_FEATURES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_own_features_take_the_general_way(pieces, name, causal):
-    tensors, own = inputs(70, zeros=True), OWN[name]
+    tensors, own = inputs(70, zeros=True), OWN_FEATURES[name]
     mask = torch.rand(B, 70) < 0.7
     attention = functools.partial(linear_attention, causal=causal, key_mask=mask)
-    got = everything(lambda q, k, v: attention(q, k, v, *own), tensors)
-    want = everything(lambda q, k, v: attention(q, k, v, *own, mode=READABLE[causal]), tensors)
+    got = outputs_and_grads(lambda q, k, v: attention(q, k, v, *own), tensors)
+    want = outputs_and_grads(
+        lambda q, k, v: attention(q, k, v, *own, mode=REFERENCE[causal]), tensors
+    )
     assert_close(got, want, rtol=1e-10, atol=1e-10)
     q, _, v = tensors
-    verdict = fast.examined(nala_min.model.linear_attention, *own, q, v, causal)
+    verdict = fast.verify(nala_min.model.linear_attention, *own, q, v, causal)
     assert verdict is not None and verdict.by_hand is False
 
 
@@ -407,7 +411,7 @@ def scaled(x, scale):
 
 
 WEIGHT = torch.full((D,), 2.0, dtype=torch.float64, requires_grad=True)
-UNFIT = {  # (query features, key features) that only the readable form serves
+UNSUPPORTED = {  # (query features, key features) that only the readable form serves
     "one learns": (lambda q: torch.relu(q) * WEIGHT, torch.relu),
     "a bound one learns": (functools.partial(scaled, scale=WEIGHT), torch.relu),
     "random": (lambda q: torch.relu(q) * torch.rand_like(q), torch.relu),
@@ -417,15 +421,15 @@ UNFIT = {  # (query features, key features) that only the readable form serves
 }
 
 
-@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_features_that_only_the_readable_form_serves(name):
     q, k, v = inputs(70)
     if name == "not to be hashed":
-        UNFIT[name][0].keywords["scale"] = WEIGHT.detach()[0].item()
-    verdict = fast.examined(nala_min.model.linear_attention, *UNFIT[name], q, v, True)
+        UNSUPPORTED[name][0].keywords["scale"] = WEIGHT.detach()[0].item()
+    verdict = fast.verify(nala_min.model.linear_attention, *UNSUPPORTED[name], q, v, True)
     assert verdict is None or name == "not to be hashed"
     state = torch.get_rng_state()
-    linear_attention(q, k, v, *UNFIT[name], causal=True).sum().backward()
+    linear_attention(q, k, v, *UNSUPPORTED[name], causal=True).sum().backward()
     if "learns" in name:
         assert WEIGHT.grad.abs().max() > 0
         WEIGHT.grad = None
@@ -435,34 +439,34 @@ def test_features_that_only_the_readable_form_serves(name):
 def test_the_proof_takes_no_part_in_what_goes_on_outside():
     """No random number, no recorded operation, no saved tensor, in any mode."""
     packed = []
-    fast._known.clear()
+    fast._verdict_cache.clear()
     state = torch.get_rng_state()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
-        first = [everything(nala_attention, inputs(9)), len(packed)]
+        first = [outputs_and_grads(nala_attention, inputs(9)), len(packed)]
         packed.clear()
         torch.set_rng_state(state)
-        assert [everything(nala_attention, inputs(9)), len(packed)][1] == first[1]
-    fast._known.clear()
+        assert [outputs_and_grads(nala_attention, inputs(9)), len(packed)][1] == first[1]
+    fast._verdict_cache.clear()
     for guard in (torch.no_grad(), torch.inference_mode()):
-        fast._known.clear()
+        fast._verdict_cache.clear()
         with guard:
             nala_attention(*inputs(9), causal=True)
-        (known,) = fast._known.values()
-        assert [verdict.by_hand for verdict in known.found.values()] == [True]
+        (entry,) = fast._verdict_cache.values()
+        assert [verdict.by_hand for verdict in entry.by_kind.values()] == [True]
 
 
 def test_another_default_device_does_not_turn_it_off():
-    fast._known.clear()
+    fast._verdict_cache.clear()
     tensors = inputs(9)
     with torch.device("meta"):
         nala_attention(*tensors, causal=True)
-    (known,) = fast._known.values()
-    assert [verdict.by_hand for verdict in known.found.values()] == [True]
+    (entry,) = fast._verdict_cache.values()
+    assert [verdict.by_hand for verdict in entry.by_kind.values()] == [True]
 
 
 def test_what_was_tried_is_not_tried_again(monkeypatch):
     nala_attention(*inputs(9))
-    monkeypatch.setattr(fast, "_examine", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(fast, "_verify", lambda *_: pytest.fail("tried again"))
     nala_attention(*inputs(11))
     nala_attention(*(x[:1] for x in inputs(12)))
 
@@ -472,21 +476,21 @@ def test_what_was_tried_is_not_tried_again(monkeypatch):
 SOURCE = inspect.getsource(fast)
 MISTAKES = {
     "the power's slope is lost": ("slope / norm_scale)", "0 * slope)"),
-    "the norm is not in the angle": ("direction, along, value=-1)", "direction, along, value=0)"),
+    "the norm is not in the angle": ("direction, radial, value=-1)", "direction, radial, value=0)"),
     "angles turn the other way": ("grad_cos, sin, value=-1)", "grad_cos, sin, value=1)"),
-    "the key's power is 1": ("mul_(lam).mul_(_inv", "mul_(1).mul_(_inv"),
+    "the key's power is 1": ("mul_(lam).mul_(_rec", "mul_(1).mul_(_rec"),
     "elu has slope 1": ("phi.clamp(max=1.0)", "phi.sign()"),
     "a key does not see its own token": (
         "grad_scores = (grad @ v.mT).tril_()",
         "grad_scores = (grad @ v.mT).tril_(-1)",
     ),
     "the state runs the wrong way": ("ones.triu_(1) if backwards", "ones.tril_(-1) if backwards"),
-    "the states before chunks are lost": ("scores, before\n", "scores, None\n"),
+    "the states before chunks are lost": ("scores, states\n", "scores, None\n"),
     "the last chunk is not in the state": (
-        "before[:, last] + sums[",
-        "before[:, last] + 0 * sums[",
+        "states[:, last] + sums[",
+        "states[:, last] + 0 * sums[",
     ),
-    "a token does not see later queries": ("dk.baddbmm_(v, later.mT)", "dk"),
+    "a token does not see later queries": ("dk.baddbmm_(v, grad_states.mT)", "dk"),
     "padding has a gradient": (
         "segment, None], 0.0)\n    return by_autograd",
         "segment, None], 1.0)\n    return by_autograd",
@@ -502,7 +506,7 @@ MISTAKES = {
         "phi_k = phi_k.masked_fill(~call.key_mask[:, None, segment, None], 1.0)",
     ),
     "a zero channel is divided by": ("return x.sign().div_(", "return torch.ones_like(x).div_("),
-    "no mass is divided by": ("mass == 0, math.inf", "mass < 0, math.inf"),
+    "no mass is divided by": ("normaliser == 0, math.inf", "normaliser < 0, math.inf"),
 }
 
 
@@ -520,8 +524,8 @@ def proofs(model):
         )
         tensors = inputs(70)
         got, want = (
-            everything(own, tensors, causal=causal, key_mask=mask, mode=mode)
-            for mode in ("auto", READABLE[causal])
+            outputs_and_grads(own, tensors, causal=causal, key_mask=mask, mode=mode)
+            for mode in ("auto", REFERENCE[causal])
         )
         assert_close(got, want)
     scale = torch.rand(H, 1, 1, dtype=torch.float64, requires_grad=True)
@@ -535,13 +539,13 @@ def proofs(model):
     assert_close(got, want)
 
 
-def believing(module):
-    """fast.py's examined, without its doubts."""
+def trusting(module):
+    """A verify for fast.py that trusts the hand-written gradient."""
 
-    def examined(readable, query, key, q, v, causal):
+    def verify(reference, query, key, q, v, causal):
         return module.Verdict(isinstance(query, functools.partial), key(q[:1, :, :1]).shape[3])
 
-    return examined
+    return verify
 
 
 def test_without_a_mistake_nothing_is_seen(model, monkeypatch):
@@ -560,8 +564,8 @@ def test_a_mistake_in_a_gradient_is_seen(model, mistake, monkeypatch):
     broken.SEGMENT = fast.SEGMENT
     monkeypatch.setattr(model, "fast", broken)
     proofs(model)
-    (known,) = broken._known.values()
-    assert any(verdict is None or not verdict.by_hand for verdict in known.found.values())
-    monkeypatch.setattr(broken, "examined", believing(broken))
+    (entry,) = broken._verdict_cache.values()
+    assert any(verdict is None or not verdict.by_hand for verdict in entry.by_kind.values())
+    monkeypatch.setattr(broken, "verify", trusting(broken))
     with pytest.raises(AssertionError):
         proofs(model)

@@ -51,7 +51,7 @@ def near(found, wanted, dtype, device):
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_attention_and_its_gradients(feature_map, mode, device, dtype):
     """Each form, in each dtype, with padding, a query of zeros and a key of zeros."""
-    q, k, v, reading = torch.randn(4, 2, 3, 70, 8).to(dtype)
+    q, k, v, cotangent = torch.randn(4, 2, 3, 70, 8).to(dtype)
     q[0, 0, 3] = k[0, 1, 5] = 0.0
     kept = torch.rand(2, 70) < 0.9
     causal = mode != "parallel"
@@ -60,7 +60,7 @@ def test_attention_and_its_gradients(feature_map, mode, device, dtype):
         inputs = [x.to(where, kind).requires_grad_() for x in (q, k, v)]
         options = {"feature_map": feature_map, "causal": causal, "mode": mode}
         out = nala_attention(*inputs, key_mask=kept.to(where), **options)
-        return [out, *torch.autograd.grad(out, inputs, reading.to(where, kind))]
+        return [out, *torch.autograd.grad(out, inputs, cotangent.to(where, kind))]
 
     wanted = outcome("cpu", torch.float64, "parallel")
     for found, want in zip(outcome(device, dtype, mode), wanted, strict=True):

@@ -228,7 +228,7 @@ def test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for(nam
 @pytest.mark.parametrize("name", ["nowhere", CIFAR10.file])
 def test_a_folder_that_is_none_is_named(name, tmp_path):
     (tmp_path / CIFAR10.file).touch()
-    with pytest.raises(ValueError, match=f"{name} must be a folder"):
+    with pytest.raises(ValueError, match=f"{name} must be a folder with .*, got (nothing|a file)"):
         data.load_images(folder=tmp_path / name)
 
 
@@ -433,7 +433,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_batch_of_more_than_all_images_is_refused(count):
-    with pytest.raises(ValueError, match=f"must be at most {count}, .*: 6"):
+    with pytest.raises(ValueError, match=f"must be at most {count}, .*, got 6"):
         chosen(count, 6, seed=1, step=0)
 
 
@@ -669,7 +669,7 @@ def test_what_is_no_png_raises_syntax_error_or_os_error(content, read):
     with suppress(AssertionError) if content in HARMLESS else nullcontext():
         with pytest.raises((SyntaxError, OSError)) as error:
             read(NO_PICTURE[content])
-        assert content != "too many pixels" or "pixels, not 8,192 x 8,193:" in str(error.value)
+        assert content != "too many pixels" or "pixels, got 8,192 x 8,193:" in str(error.value)
 
 
 def test_whatever_pillow_raises_is_a_syntax_error(read, monkeypatch):

@@ -36,10 +36,10 @@ def random_qkv(num_tokens, dtype=torch.float64, batch=B, heads=H):
 
 
 def output_and_gradients(attention, q, k, v):
-    """The output of attention(q, k, v), and the gradients of a fixed random reading of it."""
+    """The output of attention(q, k, v), and the gradients of a fixed random weighted sum."""
     out = attention(q, k, v)
-    reading = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return out, *torch.autograd.grad((out * reading).sum(), (q, k, v))
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, *torch.autograd.grad((out * cotangent).sum(), (q, k, v))
 
 
 def loop_attention(model, q, k, v, feature_map, causal):
@@ -197,14 +197,14 @@ def test_low_precision_is_near_float64(model, dtype, bound, feature_map, form):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("readable", [False, True])
+@pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_half_precision_counts_to_many_tokens(model, feature_map, readable, causal, dtype):
+def test_half_precision_counts_to_many_tokens(model, feature_map, reference, causal, dtype):
     """Sums of 5,000 tokens: a float16 sum of ones stops at 2,048, a bfloat16 one at 256. Large
     keys, whose cubes and sums float16 cannot hold."""
     q, k, v = (x.detach().to(dtype) for x in random_qkv(5000, batch=1, heads=1))
     options = {"causal": causal, "feature_map": feature_map}
-    options["mode"] = ("chunked" if causal else "parallel") if readable else "auto"
+    options["mode"] = ("chunked" if causal else "parallel") if reference else "auto"
     got = model.nala_attention(q, 40 * k, v, **options)
     want = model.nala_attention(q.double(), (40 * k).double(), v.double(), **options)
     assert rms_ratio(got, want) <= 2e-2
@@ -748,14 +748,14 @@ def test_heads_and_batches_do_not_mix(model, mode):
     ("change", "message"),
     [
         ({"mode": "fast"}, "mode must be one of .*, got 'fast'"),
-        ({"mode": "chunked"}, "causal must be True for mode='chunked'"),
+        ({"mode": "chunked"}, "causal must be True for mode='chunked', got False"),
         ({"mode": "recurrent"}, "causal must be True for mode='recurrent'"),
         ({"feature_map": "gelu"}, "feature_map must be one of .*, got 'gelu'"),
         ({"feature_map": "softmax"}, "feature_map must be one of .*, got 'softmax'"),
         ({"causal": True, "chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
         ({"key_mask": torch.ones(B, 7)}, r"key_mask must be bool \(B, N\), got float32"),
         ({"key_mask": torch.ones(B, 3, dtype=torch.bool)}, "with N = 7, as in q, got bool"),
-        ({"return_state": True}, "for a state, causal must be True"),
+        ({"return_state": True}, "causal must be True for a state, got False"),
         ({"causal": True, "state": torch.zeros(B, H, 2 * D, M)}, "state must be"),
         ({"causal": True, "state": torch.zeros(B, H, D, M + 1)}, "state must be .* with F = 8"),
         ({"k": torch.zeros(B, H, 6, D)}, r"k must be .* with N = 7, as in q, got float32 \(2, 3"),
@@ -764,8 +764,14 @@ def test_heads_and_batches_do_not_mix(model, mode):
         ({"norm_scale": torch.ones(D)}, r"norm_scale must be floating-point \(..., 1, 1\)"),
         ({"rope_positions": torch.zeros(7, 3)}, "D must be divisible by 2 x 3 axes, got 4"),
         ({"mode": "quadratic"}, "causal must be True for mode='quadratic'"),
-        ({"causal": True, "mode": "quadratic", "return_state": True}, "mode 'auto', 'chunked' or"),
-        ({"causal": True, "mode": "parallel", "return_state": True}, "mode 'auto', 'chunked' or"),
+        (
+            {"causal": True, "mode": "quadratic", "return_state": True},
+            "for a state, got 'quadratic'",
+        ),
+        (
+            {"causal": True, "mode": "parallel", "return_state": True},
+            "mode must be .*, got 'parallel'",
+        ),
         ({"k": torch.zeros(B, H, 7, D, dtype=torch.int64)}, "k must be floating-point .* int64"),
     ],
 )
@@ -784,8 +790,8 @@ def test_a_mode_runs_its_own_form(model, monkeypatch):
     ran, q, k, v = [], *(x[:, :, :3] for x in random_qkv(7))
     for name in FORM_NAMES:
         form = getattr(model, name)
-        noting = partial(lambda name, form, *x: (ran.append(name), form(*x))[1], name, form)
-        monkeypatch.setattr(model, name, noting)
+        recorded = partial(lambda name, form, *x: (ran.append(name), form(*x))[1], name, form)
+        monkeypatch.setattr(model, name, recorded)
     monkeypatch.setattr(model.fast, "attention", lambda *_, **__: None)
     for mode, causal in (("auto", False), ("parallel", False), ("parallel", True)):
         model.nala_attention(q, k, v, mode=mode, causal=causal)
@@ -1382,7 +1388,7 @@ def test_every_patch_sees_every_other(model, attention):
         assert ((after - before).abs().amax(-1) > 1e-9).all(), (r, s)
 
 
-KNOWS = {
+POSITION_SOURCES = {
     "nothing": ({}, False),
     "the stem": ({}, True),
     "the local convolution": ({"conv_size": 3}, True),
@@ -1394,7 +1400,7 @@ KNOWS = {
     ("source", "attention"),
     [
         (source, name)
-        for source in KNOWS
+        for source in POSITION_SOURCES
         for name in (*ATTENTIONS, ("nala", "softmax"))
         if source != "rope" or "softmax" not in (name, name[-1])
     ],
@@ -1402,7 +1408,7 @@ KNOWS = {
 )
 def test_position_comes_from_convolutions_and_rope_only(model, source, attention):
     """Pixels as patches, in another order: if nothing looks at neighbours, the same logits."""
-    options, knows = KNOWS[source]
+    options, knows = POSITION_SOURCES[source]
     options = {"conv_size": 1, "patch_size": 1, "attention": attention} | options
     vit = small_vit(model, **options).double()
     for name, parameter in vit.named_parameters():
@@ -1533,7 +1539,7 @@ def test_no_preset_of_an_image_model_has_more_than_four_million_parameters(prese
         ({"attention": ("nala",)}, "attention must be one name, or num_layers=2 names, got 1"),
         ({"attention": ["nala"] * 3}, "attention must be one name, or num_layers=2 names, got 3"),
         ({"rope": "both"}, "rope must be None or 'numerator', got 'both'"),
-        ({"rope": "numerator", "attention": "softmax"}, "rope must be None for 'softmax'"),
+        ({"rope": "numerator", "attention": "softmax"}, "rope must be None for 'softmax', got 'nu"),
         ({"rope": "numerator", "attention": ("nala", "softmax")}, "must be None for 'softmax'"),
     ],
 )

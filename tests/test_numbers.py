@@ -129,7 +129,7 @@ class Case:
             return x.clamp(min=-30 if elu else -math.inf).to(self.dtype)
 
         self.q, self.k = numbers(dim, q), numbers(dim, k)
-        self.v, self.reading = numbers(size, v), numbers(size, 0)
+        self.v, self.cotangent = numbers(size, v), numbers(size, 0)
         mask = torch.rand(batch, tokens, generator=generator) < 0.7
         self.mask = draw.choice([torch.ones_like(mask), mask])
         self.chunk_size = draw.choice([None, 1, 16, draw.randint(1, 250)])
@@ -166,7 +166,7 @@ def test_a_random_case(seed, monkeypatch):
         seed = int(os.environ.get("NALA_SEED", random.SystemRandom().randrange(10**6)))
     case = Case(seed)
     monkeypatch.setattr(fast, "SEGMENT", case.segment)
-    monkeypatch.setattr(fast, "KEEP", case.keep)
+    monkeypatch.setattr(fast, "SAVED_ELEMENTS", case.keep)
     low = [x.requires_grad_() for x in (case.q, case.k, case.v)]
     high = [x.detach().double().requires_grad_() for x in low]
     visible = visible_to(case.form, case.q.shape[2]) & case.mask[:, None, None]
@@ -180,10 +180,10 @@ def test_a_random_case(seed, monkeypatch):
     assert ((got - want).abs() <= rtol * terms + info.tiny)[~faint].all()
     if faint.any():
         return
-    wanted = torch.autograd.grad(want, high, case.reading.double())
-    gradients = torch.autograd.grad(got, low, case.reading)
+    wanted = torch.autograd.grad(want, high, case.cotangent.double())
+    gradients = torch.autograd.grad(got, low, case.cotangent)
     for name, x, g, w in zip("qkv", high, gradients, wanted, strict=True):
-        size = case.reading.double().abs().sum(-1).amax((1, 2))[:, None, None, None]
+        size = case.cotangent.double().abs().sum(-1).amax((1, 2))[:, None, None, None]
         if name != "v":  # x dy/dx, or for elu dy/dx, is up to 10 y or so
             y = high[2].abs().amax((1, 2, 3), keepdim=True).clamp_min(info.tiny)
             size = size * 10 * y / x.abs().clamp(max=1 if case.feature_map == "elu" else math.inf)
@@ -198,11 +198,11 @@ def numbers(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
 
-def everything(form, q, k, v, **options):
-    """The output, and the gradients of a fixed random reading of it."""
+def output_and_gradients(form, q, k, v, **options):
+    """The output, and the gradients of a fixed random weighted sum of it."""
     out = nala_attention(q, k, v, **FORMS[form], **options)
-    reading = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return out, *torch.autograd.grad(out, (q, k, v), reading)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, *torch.autograd.grad(out, (q, k, v), cotangent)
 
 
 RANGES = {  # of q, and of k: powers of 10
@@ -269,8 +269,8 @@ def test_what_is_not_finite_shows_and_stays_in_its_head(
     dirty, which = [x.detach().clone() for x in clean], "qkv".index(spoilt)
     dirty[which][0, 0, 13, 1] = value
     options = {"feature_map": feature_map, "chunk_size": 4}
-    want = everything(form, *clean, **options)
-    got = everything(form, *(x.requires_grad_() for x in dirty), **options)
+    want = output_and_gradients(form, *clean, **options)
+    got = output_and_gradients(form, *(x.requires_grad_() for x in dirty), **options)
     hit = torch.zeros(2, 2, 16, dtype=torch.bool)
     hit[0, 0, FIRST[form][which] : 14 if spoilt == "q" else None] = True
     assert torch.equal(got[0][~hit], want[0][~hit])
@@ -288,10 +288,10 @@ def test_a_masked_key_may_be_anything(feature_map, value, form):
     """It changes no output, and no gradient but its own."""
     clean = [numbers(2, 2, 12, size).requires_grad_() for size in (3, 3, 2)]
     options = {"feature_map": feature_map, "key_mask": torch.arange(12).expand(2, 12) != 5}
-    want = everything(form, *clean, **options)
+    want = output_and_gradients(form, *clean, **options)
     dirty = [x.detach().clone() for x in clean]
     dirty[1][:, :, 5] = value
-    got = everything(form, *(x.requires_grad_() for x in dirty), **options)
+    got = output_and_gradients(form, *(x.requires_grad_() for x in dirty), **options)
     got[2][:, :, 5] = want[2][:, :, 5] = 0
     assert all(map(torch.equal, got, want))
 
@@ -327,7 +327,7 @@ def test_a_quarter_of_a_million_tokens(form):
 def test_no_tokens_are_refused(form):
     q, k, v = (numbers(2, 2, 0, size) for size in (3, 3, 4))
     with pytest.raises(ValueError, match=r"q must be .* with N > 0"):
-        everything(form, q, k, v)
+        output_and_gradients(form, q, k, v)
 
 
 LAYOUTS = {
@@ -351,8 +351,8 @@ def test_how_tensors_lie_in_memory_does_not_matter(layout, form):
         assert not any(x.is_contiguous() for x in laid_out)
         laid_out = [x.contiguous() for x in laid_out] if contiguous else laid_out
         out = nala_attention(*laid_out, **FORMS[form])
-        reading = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-        results.append((out, *torch.autograd.grad(out, tensors, reading)))
+        cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        results.append((out, *torch.autograd.grad(out, tensors, cotangent)))
     assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
@@ -360,10 +360,10 @@ def test_how_tensors_lie_in_memory_does_not_matter(layout, form):
 @pytest.mark.parametrize("dtype", SIZES)
 def test_surroundings_change_no_bit(dtype, form):
     tensors = [numbers(2, 2, 70, size, dtype=dtype).requires_grad_() for size in (3, 3, 4)]
-    want = everything(form, *tensors)
+    want = output_and_gradients(form, *tensors)
     torch.use_deterministic_algorithms(True)  # fills with nan what is allocated and not written
     try:
-        assert all(map(torch.equal, everything(form, *tensors), want))
+        assert all(map(torch.equal, output_and_gradients(form, *tensors), want))
     finally:
         torch.use_deterministic_algorithms(False)
     for surroundings in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):

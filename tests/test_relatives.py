@@ -258,29 +258,29 @@ def test_a_file_is_registered_under_its_name(write, source, causal):
 
 
 BROKEN = {  # what a file says, and what is said of it
-    "x = 1": "must define query_features and key_features, or attention",
-    "def query_features(q): return q": "must define query_features and key_features",
-    FEATURES + ATTENTION: "must define query_features and key_features, or attention",
+    "x = 1": "must define query_features and key_features, or attention, got neither",
+    "def query_features(q): return q": "or attention, got query_features",
+    FEATURES + ATTENTION: "or attention, got query_features, key_features, attention",
     "def f(:": "does not run: SyntaxError",
     "import torch\nraise KeyError('k')": "does not run: KeyError",
     "import sys\nsys.exit(3)": "does not run: SystemExit",
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q"): (
-        "query_features must be finite and non-negative: -"
+        "query_features must be finite and non-negative, got -"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.relu()"): (
-        "query_features and key_features must return the same number of features: 4 and 8"
+        "query_features and key_features must return the same number of features, got 4 and 8"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.sum(-1)"): (
-        "query_features must return (2, 3, 5, F) for (2, 3, 5, 4): (2, 3, 5)"
+        "query_features must return (2, 3, 5, F) for (2, 3, 5, 4), got (2, 3, 5)"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return 3"): (
-        "query_features must return (2, 3, 5, F) for (2, 3, 5, 4): int"
+        "query_features must return (2, 3, 5, F) for (2, 3, 5, 4), got int"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q > 0"): (
-        "query_features must return floating-point numbers: torch.bool"
+        "query_features must return floating-point numbers, got torch.bool"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.log()"): (
-        "query_features must be finite and non-negative"
+        "query_features must be finite and non-negative, got nan"
     ),
     FEATURES.replace("[q.relu(), (-q).relu()]", "[q, q2]"): "query_features fails: NameError",
     FEATURES.replace("def query_features(q)", "def query_features()"): (
@@ -290,12 +290,12 @@ BROKEN = {  # what a file says, and what is said of it
         "query_features fails: TypeError: 'int' object is not callable"
     ),
     ATTENTION.replace("(2 * out, after) if return_state else 2 * out", "2 * out"): (
-        "attention must return output and state with return_state=True"
+        "attention must return output and state with return_state=True, got Tensor"
     ),
     ATTENTION.replace("(2 * out, after)", "(out[..., :1], after)"): (
-        "attention must return (2, 3, 6, 4): (2, 3, 6, 1)"
+        "attention must return (2, 3, 6, 4), got (2, 3, 6, 1)"
     ),
-    ATTENTION.replace("(2 * out, after)", "(out / 0, after)"): "attention must be finite",
+    ATTENTION.replace("(2 * out, after)", "(out / 0, after)"): "attention must be finite, got ",
     ATTENTION.replace("causal, state=None", "state=None"): "attention fails: TypeError",
     ATTENTION.replace("2 * out, after", "out - out.mean(2, keepdim=True), after"): (
         "attention sees the future"

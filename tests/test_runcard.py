@@ -14,15 +14,15 @@ from nala_min import runcard
 from nala_min.flags import UsageError
 
 
-def test_write_whole_writes_and_leaves_nothing_else(tmp_path):
+def test_write_atomically_writes_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old and longer")
-    runcard.write_whole(path, lambda file: file.write(b"new"))
+    runcard.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_write_whole_keeps_the_old_file_if_the_writer_breaks_half_way(tmp_path):
+def test_write_atomically_keeps_the_old_file_if_the_writer_breaks_half_way(tmp_path):
     def write(file):
         file.write(b"ne")
         file.flush()
@@ -31,7 +31,7 @@ def test_write_whole_keeps_the_old_file_if_the_writer_breaks_half_way(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(OSError, match="disk full"):
-        runcard.write_whole(path, write)
+        runcard.write_atomically(path, write)
     assert path.read_bytes() == b"old"
 
 
@@ -53,10 +53,10 @@ def test_json_takes_numpy_s_numbers_tensors_and_paths_and_a_path_may_be_a_string
 
 def test_a_place_to_write_to_is_tried_and_nothing_is_left(tmp_path):
     path = tmp_path / "new" / "folder" / "card.json"
-    runcard.prove_writable(path, str(path.with_suffix(".png")))
+    runcard.check_writable(path, str(path.with_suffix(".png")))
     assert list(path.parent.iterdir()) == []
     path.write_bytes(b"old")
-    runcard.prove_writable(path)
+    runcard.check_writable(path)
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == b"old"
 
 
@@ -87,7 +87,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag(why, tmp_pa
     UNWRITABLE[why](path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=r"--out: .*card\.json cannot be written") as error:
-        runcard.prove_writable(path)
+        runcard.check_writable(path)
     assert "\n" not in str(error.value)
     assert [p for p in sorted(tmp_path.rglob("*")) if p not in before] == []
 

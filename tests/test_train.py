@@ -228,9 +228,9 @@ def test_settings_that_no_run_can_have_are_a_mistake_that_names_the_flag(argv):
 @pytest.mark.parametrize("name", ["dropout", "shift"])
 def test_only_what_may_be_zero_may_be_zero(name):
     assert getattr(parse_flags(Run, [f"--{name}", "0"]), name) == 0
-    with pytest.raises(UsageError, match=f"--{name} -1.* must be at least 0 and below"):
+    with pytest.raises(UsageError, match=f"--{name} must be at least 0 and below .*, got -1"):
         parse_flags(Run, [f"--{name}", "-1"])
-    with pytest.raises(UsageError, match="--width 0 must be positive and below"):
+    with pytest.raises(UsageError, match=r"--width must be positive and below .*, got 0"):
         parse_flags(Run, ["--width", "0"])
 
 
@@ -571,7 +571,7 @@ def test_each_step_and_process_draws_its_own_random_numbers(tmp_path, monkeypatc
         recipe = Recipe(steps=3, learning_rate=0.01, seed=seed)
         drawn.clear()
         monkeypatch.setattr(train.distributed, "rank", lambda: rank)
-        monkeypatch.setattr(train.distributed, "share", lambda batch: batch)
+        monkeypatch.setattr(train.distributed, "shard", lambda batch: batch)
         train_small(small_model(), tmp_path / f"{seed}{rank}.pt", recipe, loss=drawing)
         return list(drawn)
 

@@ -436,9 +436,9 @@ def main() -> None:
     torch.manual_seed(1)
     instead = "peers" if settings.peers else "long" if settings.long else None
     if instead and settings.dtype != "float32":
-        raise UsageError(f"--dtype must be float32 with --{instead}: {settings.dtype}")
+        raise UsageError(f"--dtype must be float32 with --{instead}, got {settings.dtype}")
     name = f"speed_{device.type}_{instead or settings.dtype}"
-    runcard.prove_writable(settings.out / f"{name}.json", settings.out / f"{name}.png")
+    runcard.check_writable(settings.out / f"{name}.json", settings.out / f"{name}.png")
     config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
     print(f"q, k, v: ({BATCH}, {HEADS}, N, {DIM}), {settings.dtype}")

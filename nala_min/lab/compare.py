@@ -148,7 +148,7 @@ def _identity(task: Task, name: str) -> dict[str, Any]:
 
 def _extra(task: Task, name: str, seed: int) -> dict[str, Any]:
     """The description of a run in its checkpoint."""
-    return runcard.plain({"variant": name, "seed": seed} | _identity(task, name))
+    return runcard.to_plain({"variant": name, "seed": seed} | _identity(task, name))
 
 
 def finished(study: Study, folder: Path) -> dict[tuple[str, int], dict[str, Any] | None]:
@@ -175,7 +175,7 @@ def prove_runs(study: Study, folder: Path) -> None:
     for (name, seed), row in finished(study, folder).items():
         if row is None:
             path = _place(folder, name, seed) / "checkpoint.pt"
-            runcard.prove_writable(path, path.with_name("row.json"))
+            runcard.check_writable(path, path.with_name("row.json"))
             if path.exists() and load_checkpoint(path)["extra"] != _extra(study.task, name, seed):
                 raise UsageError(
                     f"{path} is from another task, other data or other code: move it aside, or"
@@ -370,12 +370,12 @@ class Settings:
         if self.workers is None:
             self.workers = processors() if self.device == "cpu" else 1
         if not 1 <= self.workers <= MOST:
-            raise UsageError(f"--workers must be from 1 to {MOST}: {self.workers}")
+            raise UsageError(f"--workers must be from 1 to {MOST}, got {self.workers}")
         most = len(STUDENT) + 1
         if self.seeds is not None and not 1 <= self.seeds <= most:
-            raise UsageError(f"--seeds must be from 1 to {most}: {self.seeds}")
+            raise UsageError(f"--seeds must be from 1 to {most}, got {self.seeds}")
         if self.attention is not None and not relatives.is_file(self.attention):
-            raise UsageError(f"--attention must be a file, FILE.py: {self.attention}")
+            raise UsageError(f"--attention must be a file, FILE.py, got {self.attention}")
 
 
 def with_data(task: Task, file: Path | None, folder: Path | None) -> Task:
@@ -406,7 +406,7 @@ def prove(study: Study, folder: Path, attention: str | None) -> None:
             _identity(study.task, attention)
         except ValueError as error:
             raise UsageError(f"--attention {error}") from error
-    runcard.prove_writable(folder.with_suffix(".json"), folder.with_suffix(".png"))
+    runcard.check_writable(folder.with_suffix(".json"), folder.with_suffix(".png"))
     prove_runs(study, folder)
 
 

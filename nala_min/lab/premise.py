@@ -37,7 +37,7 @@ class Settings:
 def main() -> None:
     start, settings = time.perf_counter(), parse_flags(Settings)
     card_file, picture = (settings.out / f"premise_{settings.study}.{x}" for x in ("json", "png"))
-    runcard.prove_writable(card_file, picture)
+    runcard.check_writable(card_file, picture)
     study = STUDIES[settings.study]
     task = compare.with_data(study.task, settings.data, settings.data_dir)
     try:

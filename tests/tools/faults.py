@@ -85,10 +85,10 @@ def child(script, phase, flags):
         return noting
 
     if phase:
-        fit, point, write = train.fit, checkpoint.Run.add_point, checkpoint.write_whole
+        fit, point, write = train.fit, checkpoint.Run.add_point, checkpoint.write_atomically
         train.fit = during("training", fit)
         checkpoint.Run.add_point = during("evaluation", point)
-        checkpoint.write_whole = during("writing", write)
+        checkpoint.write_atomically = during("writing", write)
         os.pwrite(place, b"-", 0)
     sys.argv = [f"{script}.py", *flags]
     run_script(module.main)
@@ -523,7 +523,7 @@ def main():
     parser.add_argument("--out", type=Path, default=runcard.RESULTS)
     settings = parser.parse_args()
     try:
-        runcard.prove_writable(settings.out / "faults.json")
+        runcard.check_writable(settings.out / "faults.json")
     except UsageError as error:
         parser.error(str(error))
     start, dice, results = time.perf_counter(), random.Random(settings.seed), {}

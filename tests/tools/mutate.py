@@ -388,7 +388,7 @@ def main() -> None:
         parser.error("--every and --jobs must be 1 or more")
     if flags.out is not None:
         try:
-            runcard.prove_writable(flags.out)
+            runcard.check_writable(flags.out)
         except UsageError as error:
             parser.error(str(error))
     start = time.perf_counter()
