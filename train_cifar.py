@@ -22,7 +22,7 @@ PRESETS = {
                 weight_decay=0.1, dropout=0.0, shift=4),
 }
 # fmt: on
-FEW = 1000  # test images per point of the curve; the final result uses all of them
+CURVE_TEST_IMAGES = 1000  # test images per point of the curve; the final result uses all of them
 
 
 @dataclass
@@ -35,17 +35,21 @@ class Settings(train.Settings):
     PRESETS = PRESETS
     CAUSAL = False
 
-    data: str = flag("cifar10", "training images", choices=["cifar10", "synthetic"], decides=False)
-    data_dir: Path | None = flag(
-        None, "folder with cifar-10-batches-bin or its archive (default: download)", decides=False
+    data: str = flag(
+        "cifar10", "training images", choices=["cifar10", "synthetic"], affects_result=False
     )
-    url: str | None = flag(None, "alternative download address", decides=False)
-    eval: bool = flag(False, "do not train: test the checkpoint", decides=False)
+    data_dir: Path | None = flag(
+        None,
+        "folder with cifar-10-batches-bin or its archive (default: download)",
+        affects_result=False,
+    )
+    url: str | None = flag(None, "alternative download address", affects_result=False)
+    eval: bool = flag(False, "do not train: test the checkpoint", affects_result=False)
     predict: Path | None = flag(
-        None, "do not train: classify this PNG with the checkpoint", decides=False
+        None, "do not train: classify this PNG with the checkpoint", affects_result=False
     )
     patch: int | None = flag(None, "side of a patch, in pixels")
-    shift: int | None = flag(None, "largest augmentation shift, in pixels", zero=True)
+    shift: int | None = flag(None, "largest augmentation shift, in pixels", allow_zero=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,8 +90,8 @@ def predict(model: NaLaViT, run: dict[str, Any], path: Path) -> None:
         image = data.read_png(path)
     except (OSError, SyntaxError) as error:
         raise UsageError(f"--predict {path}: {error}") from error
-    shares, classes = measure.classify(model, image[None])[0].softmax(dim=0).topk(3)
-    pairs = zip(shares.tolist(), classes.tolist(), strict=True)
+    probs, classes = measure.classify(model, image[None])[0].softmax(dim=0).topk(3)
+    pairs = zip(probs.tolist(), classes.tolist(), strict=True)
     names = (f"{run['classes'][i]} {share:.0%}" for share, i in pairs)
     print(f"{path}: {', '.join(names)} (trained on {run['data']['name']})")
 
@@ -111,7 +115,7 @@ def draw(model: NaLaViT, images: data.Images, results: dict[str, Any], title: st
     confusion = torch.tensor(results["confusion"])
     plots.write(plots.confusion(confusion, images.classes, title), out / "confusion.png")
     maps = measure.attention_maps(model, shown := images.test[0][:4])
-    trained_with = plots.name_of(model.config.attentions[-1])
+    trained_with = plots.display_name(model.config.attentions[-1])
     plots.write(plots.attention_maps(shown, maps, trained_with), out / "maps.png")
 
 
@@ -139,19 +143,20 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     model = build_model(settings.config()).to(device, memory_format=torch.channels_last)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    kind = f"attention {settings.attention} ({model.config.kind}), {parameters:,} parameters"
+    description = f"attention {settings.attention} ({model.config.kind}), {parameters:,} parameters"
     data_info = {"name": images.name, "sha256": images.sha256}
     print(
-        f"{images.name}: {len(images.train[0]):,} images to train on. NaLaViT on {device}, {kind}."
+        f"{images.name}: {len(images.train[0]):,} images to train on."
+        f" NaLaViT on {device}, {description}."
     )
     print(runcard.expected("cifar_*.json", settings.config(), images.sha256, "test_accuracy"))
     pictures, labels = (tensor.to(device) for tensor in images.train)
-    seed, few = settings.seed, [tensor[:FEW] for tensor in images.test]
+    seed, curve_set = settings.seed, [tensor[:CURVE_TEST_IMAGES] for tensor in images.test]
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        chosen, targets = data.shuffled_batch(pictures, labels, settings.batch, seed, step)
-        moved = data.augment(chosen, seed, step, shift=settings.shift, mirror=images.mirror)
-        return data.normalise(moved), targets
+        inputs, targets = data.shuffled_batch(pictures, labels, settings.batch, seed, step)
+        inputs = data.augment(inputs, seed, step, shift=settings.shift, mirror=images.mirror)
+        return data.normalise(inputs), targets
 
     runcard.check_writable(
         *(settings.out / name for name in ("card.json", "curve.png", "confusion.png", "maps.png"))
@@ -161,7 +166,7 @@ def main() -> None:
         settings.recipe(device),
         batch=batch,
         loss=smoothed_loss,
-        evaluate=lambda model: measure.score(measure.classify(model, few[0]), few[1]),
+        evaluate=lambda model: measure.score(measure.classify(model, curve_set[0]), curve_set[1]),
         checkpoint=settings.out / "checkpoint.pt",
         extra=settings.config() | {"data": data_info, "classes": list(images.classes)},
         resume=settings.resume,
@@ -174,7 +179,7 @@ def main() -> None:
     runcard.write_json(settings.out / "card.json", card)  # saved before steps that need more memory
     results["attention_stats"] = measure.attention_stats(model, images.test[0][:100])
     runcard.write_json(settings.out / "card.json", card)
-    draw(model, images, results, f"{kind}, seed {seed}", settings.out)
+    draw(model, images, results, f"{description}, seed {seed}", settings.out)
     print(f"{seconds:.0f} s of training. Checkpoint, run card and pictures: {settings.out}")
 
 

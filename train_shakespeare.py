@@ -34,12 +34,14 @@ class Settings(train.Settings):
     PRESETS = PRESETS
 
     data: Path | None = flag(
-        None, "UTF-8 text to train on (default: Tiny Shakespeare)", decides=False
+        None, "UTF-8 text to train on (default: Tiny Shakespeare)", affects_result=False
     )
     sample: int | None = flag(
-        None, "do not train: generate this many characters from the checkpoint", decides=False
+        None,
+        "do not train: generate this many characters from the checkpoint",
+        affects_result=False,
     )
-    prompt: str = flag("", "start of the sample (default: a newline)", decides=False)
+    prompt: str = flag("", "start of the sample (default: a newline)", affects_result=False)
     block: int | None = flag(
         None, "characters per training window; longer ones shrink the batch, then the steps"
     )
@@ -66,7 +68,7 @@ def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:
     return NaLaLM(LMConfig(vocab_size=len(vocabulary.characters), **train.block_options(config)))
 
 
-def continued(
+def generate_text(
     model: NaLaLM, vocabulary: data.Vocabulary, prompt: Tensor, length: int, seed: int
 ) -> str:
     """prompt (1, N), continued by length characters, as text."""
@@ -91,7 +93,7 @@ def sample(settings: Settings, device: torch.device) -> None:
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)
     model.load_state_dict(saved["model"])
-    print(continued(model, vocabulary, prompt, settings.sample, settings.seed))
+    print(generate_text(model, vocabulary, prompt, settings.sample, settings.seed))
 
 
 def main() -> None:
@@ -142,7 +144,7 @@ def main() -> None:
     runcard.write_json(settings.out / "card.json", card)  # saved before steps that need more memory
     inputs, _ = next(data.all_windows(validation, settings.block, 64))
     results["attention_stats"] = measure.attention_stats(model, inputs)
-    results["sample"] = continued(model, vocabulary, prompt, 500, settings.seed)
+    results["sample"] = generate_text(model, vocabulary, prompt, 500, settings.seed)
     runcard.write_json(settings.out / "card.json", card)
     title = f"attention {settings.attention}, {parameters:,} parameters, seed {settings.seed}"
     plots.write(plots.curve(history, title), settings.out / "curve.png")

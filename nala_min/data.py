@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nala_min.synthetic import DRAWN, STAND_IN, drawn_digits, python_manual
+from nala_min.synthetic import DIGITS_NAME, MANUAL_NAME, drawn_digits, python_manual
 
 # --- Downloads ------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ class Source:
     size: int  # bytes
     sha256: str
 
-    def is_at(self, path: Path | str) -> bool:
+    def matches(self, path: Path | str) -> bool:
         """Whether the file at path has exactly this content."""
         path = Path(path)
         return (
@@ -65,7 +65,7 @@ CIFAR10 = Source(
 )
 
 # The exceptions that download raises.
-NO_DOWNLOAD = (OSError, ValueError, http.client.HTTPException)
+DOWNLOAD_ERRORS = (OSError, ValueError, http.client.HTTPException)
 
 
 def cache_dir() -> Path:
@@ -86,7 +86,7 @@ def fetch(source: Source, hint: str = "") -> Path:
     Raises the same errors as download.
     """
     path = cache_dir() / source.file
-    if not source.is_at(path):
+    if not source.matches(path):
         print(f"Downloading {source.name} ({source.size:,} bytes) from {source.url}{hint}")
         download(source, path)
     return path
@@ -113,10 +113,10 @@ def download(source: Source, path: Path | str, timeout: float = 20.0) -> None:
     finally:
         if part.exists() and part.stat().st_size == 0:
             part.unlink()
-    if source.is_at(path):  # another process was faster, and wrote the same bytes
+    if source.matches(path):  # another process was faster, and wrote the same bytes
         part.unlink(missing_ok=True)
         return
-    if not source.is_at(part):
+    if not source.matches(part):
         found = f"{part.stat().st_size:,} bytes with SHA-256 {source.hash(part)}"
         part.unlink()
         raise ValueError(
@@ -131,18 +131,18 @@ def _transfer(source, file, timeout):
     with tqdm(
         desc=source.name, total=source.size, initial=file.tell(), unit="B", unit_scale=True
     ) as bar:
-        while (have := file.tell()) < source.size:
+        while (received := file.tell()) < source.size:
             request = urllib.request.Request(source.url)
-            if have:
-                request.add_header("Range", f"bytes={have}-")
-            error = ConnectionError(f"{source.url} stopped sending after {have:,} bytes")
+            if received:
+                request.add_header("Range", f"bytes={received}-")
+            error = ConnectionError(f"{source.url} stopped sending after {received:,} bytes")
             try:
                 with urllib.request.urlopen(request, timeout=timeout) as response:
                     if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # starts over
-                        offered = int(response.headers.get("Content-Length", source.size))
-                        if offered != source.size:  # such as a login page
+                        length = int(response.headers.get("Content-Length", source.size))
+                        if length != source.size:  # such as a login page
                             raise ValueError(
-                                f"{source.url} has {offered:,} bytes, not {source.size:,}"
+                                f"{source.url} has {length:,} bytes, not {source.size:,}"
                             )
                         file.seek(0)
                         bar.reset()
@@ -153,7 +153,7 @@ def _transfer(source, file, timeout):
                 error = failure
                 if isinstance(failure, urllib.error.HTTPError):
                     failure.close()
-            if file.tell() <= have:
+            if file.tell() <= received:
                 raise error
 
 
@@ -181,17 +181,17 @@ def load_text(path: Path | str | None = None, *, source: Source = SHAKESPEARE) -
     """
     if path is not None:
         path = Path(path)
-        name = source.name if source.is_at(path) else path.name
+        name = source.name if source.matches(path) else path.name
         return Text(name, path.read_bytes().decode("utf-8"))
     try:
         return Text(source.name, fetch(source).read_bytes().decode("utf-8"))
-    except NO_DOWNLOAD as error:
+    except DOWNLOAD_ERRORS as error:
         print(
             f"NO SHAKESPEARE: {error}\n"
-            f"Training on the {STAND_IN} instead. Its loss is not comparable with Shakespeare's."
+            f"Training on the {MANUAL_NAME} instead. Its loss is not comparable with Shakespeare's."
             " Use --data FILE to train on your own text."
         )
-        return Text(STAND_IN, python_manual())
+        return Text(MANUAL_NAME, python_manual())
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def random_windows(
     """
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - block_size, batch_size)
     offsets = torch.arange(block_size + 1, device=tokens.device)
-    windows = tokens[_sent(torch.from_numpy(starts), tokens)[:, None] + offsets]
+    windows = tokens[_to_device_of(torch.from_numpy(starts), tokens)[:, None] + offsets]
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -261,10 +261,10 @@ def all_windows(
 # --- Images ---------------------------------------------------------------------------------------
 
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
-BATCHES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
-BATCH = 10_000  # images per file
-RECORD = 1 + 3 * 32 * 32  # bytes per image: label, then red, green and blue planes, row by row
-SLOW = (
+CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+IMAGES_PER_FILE = 10_000
+BYTES_PER_IMAGE = 1 + 3 * 32 * 32  # label, then red, green and blue planes, row by row
+SLOW_HOST_HINT = (
     ".\nSince June 2026 this host has served only 50 to 80 kB/s, so this may take an hour. Press"
     " Ctrl-C to stop; the next run resumes the download.\nAlternatives: --url MIRROR, --data-dir"
     " FOLDER (with the archive or its files), or --data synthetic (digits drawn on this machine)."
@@ -307,16 +307,16 @@ def load_images(
     if name == "synthetic":
         return drawn_images()
     if folder is not None:
-        return _images_in(Path(folder), source)
+        return _load_folder(Path(folder), source)
     try:
         mirrored = replace(source, url=url or source.url)
-        return _images(source.name, _read_archive(fetch(mirrored, "" if url else SLOW)))
-    except NO_DOWNLOAD as error:
+        return _decode(source.name, _read_archive(fetch(mirrored, "" if url else SLOW_HOST_HINT)))
+    except DOWNLOAD_ERRORS as error:
         if url is not None:
             raise ValueError(str(error)) from error
         print(
             f"NO CIFAR-10: {error}\n"
-            f"Training on {DRAWN} instead. The accuracy is not comparable with CIFAR-10's."
+            f"Training on {DIGITS_NAME} instead. The accuracy is not comparable with CIFAR-10's."
             " Use --data-dir or --url for another source."
         )
         return drawn_images()
@@ -325,16 +325,16 @@ def load_images(
 def drawn_images(num_train: int = 20_000, num_test: int = 4_000) -> Images:
     """The drawn digits. They are not mirrored: a mirror image of a digit is not that digit."""
     train, test = drawn_digits(num_train, num_test)
-    return Images(DRAWN, tuple("0123456789"), train, test, mirror=False)
+    return Images(DIGITS_NAME, tuple("0123456789"), train, test, mirror=False)
 
 
-def _images_in(folder: Path, source: Source) -> Images:
+def _load_folder(folder: Path, source: Source) -> Images:
     """CIFAR-10 from its extracted files in folder or in cifar-10-batches-bin below it, or from its
     archive in folder."""
-    for place in (folder / "cifar-10-batches-bin", folder):
-        if any((place / name).exists() for name in BATCHES):
-            files = {str(place / name): (place / name).read_bytes() for name in BATCHES}
-            return _images(f"{source.name} (files in a folder)", files)
+    for location in (folder / "cifar-10-batches-bin", folder):
+        if any((location / name).exists() for name in CIFAR10_FILES):
+            files = {str(location / name): (location / name).read_bytes() for name in CIFAR10_FILES}
+            return _decode(f"{source.name} (files in a folder)", files)
     archive = folder / source.file
     if not archive.exists():
         if not folder.is_dir():
@@ -342,16 +342,18 @@ def _images_in(folder: Path, source: Source) -> Images:
             raise ValueError(
                 f"{folder} must be a folder with {source.file} or its files, got {got}"
             )
-        for other in ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"):
-            if (folder / other).exists():
+        for python_file in ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"):
+            if (folder / python_file).exists():
                 raise ValueError(
-                    f"{folder / other} is the Python version of CIFAR-10: download the binary"
+                    f"{folder / python_file} is the Python version of CIFAR-10: download the binary"
                     f" version, {source.file}, from {source.url}"
                 )
-        raise ValueError(f"{folder} has neither {source.file} nor its files, such as {BATCHES[0]}")
-    if not source.is_at(archive):
+        raise ValueError(
+            f"{folder} has neither {source.file} nor its files, such as {CIFAR10_FILES[0]}"
+        )
+    if not source.matches(archive):
         raise ValueError(f"{archive} is corrupt or truncated: its SHA-256 is not {source.sha256}")
-    return _images(source.name, _read_archive(archive))
+    return _decode(source.name, _read_archive(archive))
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
@@ -361,22 +363,23 @@ def _read_archive(path: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path, "r|gz") as archive:
             for member in archive:
-                if member.isfile() and Path(member.name).name in BATCHES:
+                if member.isfile() and Path(member.name).name in CIFAR10_FILES:
                     found[Path(member.name).name] = archive.extractfile(member).read()
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not a readable archive ({error})") from error
-    return {f"{name} in {path}": found.get(name, b"") for name in BATCHES}
+    return {f"{name} in {path}": found.get(name, b"") for name in CIFAR10_FILES}
 
 
-def _images(name: str, files: dict[str, bytes]) -> Images:
+def _decode(name: str, files: dict[str, bytes]) -> Images:
     """Images from the contents of the six files. Checks their sizes and labels."""
     decoded = []
     for path, content in files.items():
-        if len(content) != BATCH * RECORD:
+        if len(content) != IMAGES_PER_FILE * BYTES_PER_IMAGE:
             raise ValueError(
-                f"{path} has {len(content):,} bytes, not {BATCH * RECORD:,}: truncated or corrupt"
+                f"{path} has {len(content):,} bytes, not {IMAGES_PER_FILE * BYTES_PER_IMAGE:,}:"
+                " truncated or corrupt"
             )
-        records = np.frombuffer(content, np.uint8).reshape(BATCH, RECORD)
+        records = np.frombuffer(content, np.uint8).reshape(IMAGES_PER_FILE, BYTES_PER_IMAGE)
         if records[:, 0].max() >= len(CIFAR10_CLASSES):
             raise ValueError(f"{path} has a label above {len(CIFAR10_CLASSES) - 1}: corrupt")
         decoded.append(records)
@@ -403,13 +406,13 @@ def shuffled_batch(
         )
     epoch, i = divmod(step, len(images) // batch_size)
     order = _order_of_epoch(len(images), seed, epoch)
-    chosen = _sent(order[i * batch_size : (i + 1) * batch_size], images)
-    return images[chosen], labels[chosen]
+    index = _to_device_of(order[i * batch_size : (i + 1) * batch_size], images)
+    return images[index], labels[index]
 
 
-def _sent(places: Tensor, to: Tensor) -> Tensor:
-    """Copy places to the device of `to`, without waiting for work queued on a CUDA card."""
-    return places.to(to.device, non_blocking=to.device.type == "cuda")
+def _to_device_of(index: Tensor, reference: Tensor) -> Tensor:
+    """Copy index to the device of reference, without waiting for work queued on a CUDA card."""
+    return index.to(reference.device, non_blocking=reference.device.type == "cuda")
 
 
 @lru_cache(maxsize=2)  # drawn once per epoch, not per step
@@ -426,19 +429,19 @@ def augment(images: Tensor, seed: int, step: int, *, shift: int, mirror: bool) -
     random = np.random.default_rng([seed, step, 1])
     count, channels, *sides = images.shape
 
-    def moved(side: int) -> np.ndarray:
+    def source_indices(side: int) -> np.ndarray:
         """Source of each pixel along one side, (B, side)."""
-        places = np.arange(side) + random.integers(-shift, shift + 1, (count, 1))
-        places %= (period := max(1, 2 * (side - 1)))
-        return np.minimum(places, period - places)  # reflected at both ends
+        index = np.arange(side) + random.integers(-shift, shift + 1, (count, 1))
+        index %= (period := max(1, 2 * (side - 1)))
+        return np.minimum(index, period - index)  # reflected at both ends
 
-    rows, columns = map(moved, sides)
+    rows, columns = map(source_indices, sides)
     if mirror:
         columns = np.where(random.random((count, 1)) < 0.5, columns[:, ::-1], columns)
-    rows, columns = (_sent(torch.from_numpy(x), images) for x in (rows, columns))
-    which, channel = (torch.arange(n, device=images.device) for n in (count, channels))
+    rows, columns = (_to_device_of(torch.from_numpy(x), images) for x in (rows, columns))
+    image, channel = (torch.arange(n, device=images.device) for n in (count, channels))
     return images[
-        which[:, None, None, None],
+        image[:, None, None, None],
         channel[:, None, None],
         rows[:, None, :, None],
         columns[:, None, None, :],
@@ -450,7 +453,7 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() - 120) / 64
 
 
-PIXELS = 2**26  # limit for a picture: a file of kilobytes can decode to gigabytes
+MAX_PIXELS = 2**26  # limit for a picture: a file of kilobytes can decode to gigabytes
 
 
 def read_png(path: Path | str) -> Tensor:
@@ -459,7 +462,7 @@ def read_png(path: Path | str) -> Tensor:
 
     matplotlib reads the file; it does not support 2-bit and 4-bit grey or a single transparent
     colour (tRNS). Raises OSError or SyntaxError if the file is missing, is not a PNG or has more
-    than PIXELS pixels.
+    than MAX_PIXELS pixels.
     """
     from matplotlib.image import imread
     from PIL.PngImagePlugin import PngImageFile  # what imread uses
@@ -467,9 +470,9 @@ def read_png(path: Path | str) -> Tensor:
     with Path(path).open("rb") as file:
         try:
             width, height = PngImageFile(file).size
-            if width * height > PIXELS:
+            if width * height > MAX_PIXELS:
                 raise SyntaxError(
-                    f"the picture must be at most {PIXELS:,} pixels, got"
+                    f"the picture must be at most {MAX_PIXELS:,} pixels, got"
                     f" {width:,} x {height:,}: shrink it"
                 )
             file.seek(0)

@@ -27,7 +27,7 @@ import torch
 from nala_min import distributed
 
 # PyTorch's out-of-memory errors contain these words: the first on a GPU, the second on a CPU.
-NO_MEMORY = ("out of memory", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class UsageError(ValueError):
@@ -39,15 +39,16 @@ def flag(
     help: str,
     choices: Sequence[str] | None = None,
     *,
-    decides: bool = True,
-    zero: bool = False,
+    affects_result: bool = True,
+    allow_zero: bool = False,
 ) -> Any:
     """A dataclass field that parse_flags turns into a command-line flag.
 
-    decides: whether the flag affects the result, not only where and how the script runs. zero:
-    whether a number from PRESETS may be 0.
+    affects_result: False if it only says where and how the script runs. allow_zero: whether a
+    number from PRESETS may be 0.
     """
-    metadata = {"help": help, "choices": choices, "decides": decides, "zero": zero}
+    metadata = {"help": help, "choices": choices}
+    metadata |= {"affects_result": affects_result, "allow_zero": allow_zero}
     return field(default=default, metadata=metadata)
 
 
@@ -55,8 +56,8 @@ def path(text: str) -> Path:
     """A path from the command line. ~ is the home folder, even after "--out="."""
     expanded = os.path.expanduser(text)  # Path.expanduser also expands ./~
     if expanded.startswith("~"):
-        mend = "give the full path, or write ./ before ~"
-        raise argparse.ArgumentTypeError(f"{text}: no such home folder: {mend}")
+        remedy = "give the full path, or write ./ before ~"
+        raise argparse.ArgumentTypeError(f"{text}: no such home folder: {remedy}")
     return Path(expanded)
 
 
@@ -90,8 +91,8 @@ def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
         if kind is bool:
             options["action"] = "store_true"
         else:
-            read = path if kind is Path else kind
-            options |= {"type": read, "choices": item.metadata["choices"]}
+            parse = path if kind is Path else kind
+            options |= {"type": parse, "choices": item.metadata["choices"]}
             options["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
         parser.add_argument("--" + item.name.replace("_", "-"), **options)
     return settings(**vars(parser.parse_args(argv)))
@@ -108,9 +109,9 @@ def run_script(main: Callable[[], None]) -> None:
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, signal.default_int_handler)
-    with _output() as nowhere, _usual_defaults(), distributed.job():
+    with _safe_streams() as devnull, _torch_defaults(), distributed.job():
         try:
-            with redirect_stdout(nowhere) if distributed.rank() else nullcontext():
+            with redirect_stdout(devnull) if distributed.rank() else nullcontext():
                 main()
             distributed.exit_together()
         except UsageError as error:
@@ -127,14 +128,16 @@ def run_script(main: Callable[[], None]) -> None:
                     f" --resume continues from the last checkpoint ({error})",
                     1,
                 )
-            if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            if isinstance(error, MemoryError) or any(
+                words in str(error) for words in OUT_OF_MEMORY
+            ):
                 _exit("error: out of memory: make the batch, the model or the input smaller", 1)
             raise
         except OSError as error:  # such as a full disk or a read-only folder
             _exit(f"error: {error}", 1)
 
 
-class _Output:
+class _SafeStream:
     """Wraps a standard stream. Drops output that cannot be written and never raises."""
 
     def __init__(self, stream: TextIO):
@@ -166,29 +169,29 @@ class _Output:
         """After a broken pipe, point the descriptor at the null device; otherwise Python's flush at
         exit fails with exit code 120. Keep a stream that is only busy: it may recover."""
         if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-            with suppress(Exception), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            with suppress(Exception), Path(os.devnull).open("w", encoding="utf-8") as devnull:
+                os.dup2(devnull.fileno(), self._stream.fileno())
 
 
 @contextmanager
-def _output() -> Iterator[TextIO]:
+def _safe_streams() -> Iterator[TextIO]:
     """Make both standard streams safe to write to inside the block. Yields a stream that discards
     everything."""
     with ExitStack() as stack:
         for _ in range(3):  # take the descriptors of standard streams that were closed at startup:
             # libraries print to them, so no file of the run may get one
-            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-        stack.enter_context(redirect_stdout(out := _Output(sys.stdout or nowhere)))
-        stack.enter_context(redirect_stderr(err := _Output(sys.stderr or nowhere)))
+            devnull = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        stack.enter_context(redirect_stdout(out := _SafeStream(sys.stdout or devnull)))
+        stack.enter_context(redirect_stderr(err := _SafeStream(sys.stderr or devnull)))
         try:
-            yield nowhere
+            yield devnull
         finally:
             out.flush()
             err.flush()
 
 
 @contextmanager
-def _usual_defaults() -> Iterator[None]:
+def _torch_defaults() -> Iterator[None]:
     """Make new tensors float32 on the CPU inside the block, whatever a calling notebook has set."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)

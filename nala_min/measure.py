@@ -39,7 +39,7 @@ from nala_min.model import (
 MAPS = ("cosine", "softmax", "relu")  # NaLa, and the two whose strengths it combines
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BUDGET = 2**20  # most numbers in the residual stream, (B, N, E), of an evaluation batch
-QUERIES = 64  # at most, per image: the weights of all queries would be N x N
+MAX_QUERIES = 64  # at most, per image: the weights of all queries would be N x N
 
 
 def entropy_against_norm(
@@ -57,9 +57,9 @@ def entropy_against_norm(
     generator; options: as for attention_weights, such as norm_scale. Returns (K,), in nats, at most
     log(num_keys).
     """
-    kind = {"dtype": torch.float32, "device": norms.device}
-    _, direction = decompose(torch.randn(draws, 1, 1, dim, **kind))
-    k = torch.randn(draws, 1, num_keys, dim, **kind)
+    factory_kwargs = {"dtype": torch.float32, "device": norms.device}
+    _, direction = decompose(torch.randn(draws, 1, 1, dim, **factory_kwargs))
+    k = torch.randn(draws, 1, num_keys, dim, **factory_kwargs)
     means = []
     for norm in norms:
         q = (norm * direction).expand_as(k)  # the same query at every position
@@ -80,25 +80,25 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.held = self.peak = 0
+        self.operations = self.allocated = self.peak = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operations += 1
-        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        inputs = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
         for storage in (x.untyped_storage() for x in _tensors(out)):
             key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self._alive:  # not a view of an earlier tensor
+            if key not in inputs and key not in self._alive:  # not a view of an earlier tensor
                 self._alive.add(key)
-                self.held += size
-                self.peak = max(self.peak, self.held)
+                self.allocated += size
+                self.peak = max(self.peak, self.allocated)
                 weakref.finalize(storage, self._forget, key, size)
         return out
 
     def _forget(self, key: int, size: int) -> None:
         self._alive.discard(key)
-        self.held -= size
+        self.allocated -= size
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -108,7 +108,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 # --- A trained model ------------------------------------------------------------------------------
 
 
-def at_once(model: NaLaLM | NaLaViT, inputs: Tensor) -> int:
+def eval_batch_size(model: NaLaLM | NaLaViT, inputs: Tensor) -> int:
     """Evaluation batch size of model for inputs, texts (B, N) or images (B, 3, height, width): as
     many as fit BUDGET, but at least 1. So memory does not grow with the number of inputs."""
     num_tokens = inputs.shape[1]
@@ -121,15 +121,15 @@ def at_once(model: NaLaLM | NaLaViT, inputs: Tensor) -> int:
 def classify(model: NaLaViT, images: Tensor) -> Tensor:
     """Logits (n, Y), on the CPU, of images (n, 3, height, width) uint8."""
     weight = model.head.weight
-    parts = (part.to(weight.device) for part in images.split(at_once(model, images)))
+    parts = (part.to(weight.device) for part in images.split(eval_batch_size(model, images)))
     with in_mode(model, training=False):
         return torch.cat([model(normalise(part).to(weight.dtype)).cpu() for part in parts])
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Mean cross-entropy in nats and accuracy, from logits (n, Y)."""
-    right = (logits.argmax(dim=1) == labels).float().mean().item()
-    return {"test_loss": F.cross_entropy(logits, labels).item(), "test_accuracy": right}
+    accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+    return {"test_loss": F.cross_entropy(logits, labels).item(), "test_accuracy": accuracy}
 
 
 def smoothed_loss(model: NaLaViT, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int = 1) -> float:
     """Mean loss over consecutive windows of tokens, or over every n-th window."""
-    device, windows = model.head.weight.device, at_once(model, tokens[None, :block_size])
+    device, windows = model.head.weight.device, eval_batch_size(model, tokens[None, :block_size])
     total, count = 0.0, 0
     with in_mode(model, training=False):
         for inputs, targets in all_windows(tokens, block_size, windows, every):
@@ -174,7 +174,7 @@ class AttentionInputs(NamedTuple):
             self.q, self.k, causal=self.layer.causal, feature_map=attention, **options
         )
 
-    def rows(self, queries: Sequence[int]) -> Tensor:
+    def weights_of(self, queries: Sequence[int]) -> Tensor:
         """The weights (B, H, n, N) of these n queries only, in memory linear in N. The output is
         linear in the values, so its derivative with respect to them gives the weights."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -185,14 +185,14 @@ class AttentionInputs(NamedTuple):
             rows = [torch.autograd.grad(x, v, retain_graph=True)[0][..., 0] for x in firsts]
         return torch.stack(rows, dim=2)
 
-    def tokens(self) -> range:
+    def sampled_queries(self) -> range:
         """The queries to inspect: the last token of a text, which sees all others, or at most
-        QUERIES evenly spaced patches of an image."""
+        MAX_QUERIES evenly spaced patches of an image."""
         count = self.q.shape[2]
-        first, stride = (count - 1, 1) if self.layer.causal else (0, -(-count // QUERIES))
+        first, stride = (count - 1, 1) if self.layer.causal else (0, -(-count // MAX_QUERIES))
         return range(first, count, stride)
 
-    def told(self) -> dict[str, Any]:
+    def all_options(self) -> dict[str, Any]:
         """Options of the layer's attention, from its entry in ATTENTIONS and from the config."""
         return getattr(self.layer.attend, "keywords", {}) | self.options
 
@@ -200,24 +200,24 @@ class AttentionInputs(NamedTuple):
         """Whether the layer's attention is function, with any options."""
         return getattr(self.layer.attend, "func", self.layer.attend) is function
 
-    def mass(self) -> Tensor | None:
+    def normaliser(self) -> Tensor | None:
         """The normaliser of linear attention over all keys, (B, H, N): phi(q) . z, Eq. (5). NaLa
         scales a query's largest channel to 1, Eq. (12). None for other attentions."""
-        told = self.told()
+        options = self.all_options()
         if self.uses(nala_attention):
-            shared = chosen(told, "feature_map", "lam", "alpha")
-            query = partial(query_features, **shared, **chosen(told, "tau", "norm_scale"))
+            shared = select(options, "feature_map", "lam", "alpha")
+            query = partial(query_features, **shared, **select(options, "tau", "norm_scale"))
             key = partial(key_features, **shared)
         elif self.uses(linear_attention):
-            query, key = told["query_features"], told["key_features"]
+            query, key = options["query_features"], options["key_features"]
         else:
             return None
         return (query(self.q) * key(self.k).sum(dim=2, keepdim=True)).sum(dim=-1)
 
 
-def chosen(told: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The entries of told with these names."""
-    return {name: x for name, x in told.items() if name in names}
+def select(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The entries of options with these names."""
+    return {name: x for name, x in options.items() if name in names}
 
 
 @torch.no_grad()
@@ -250,30 +250,30 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
 @torch.no_grad()
 def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
     """Statistics of each block's attention, first to last, when model reads inputs. Uses only the
-    first at_once(model, inputs) of them. Arguments as for attention_inputs.
+    first eval_batch_size(model, inputs) of them. Arguments as for attention_inputs.
 
     Each dict has the name of the attention, and QUANTILES over all heads and examples. query_norm
     and, for NaLa, power, Eq. (7), are over all tokens. entropy, in nats, and top, the largest
-    weight, are over AttentionInputs.tokens. A module's weights may differ between the channels of a
-    value, so it has neither. Linear attention has least_normaliser, the smallest value that it
-    divides by.
+    weight, are over AttentionInputs.sampled_queries. A module's weights may differ between the
+    channels of a value, so it has neither. Linear attention has least_normaliser, the smallest
+    value that it divides by.
     """
-    blocks, inputs = [], inputs[: at_once(model, inputs)]
+    blocks, inputs = [], inputs[: eval_batch_size(model, inputs)]
     for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):
         norm, _ = decompose(block.q)  # (B, H, N, 1)
         numbers = {"query_norm": norm}
-        told = block.told()
-        if block.uses(nala_attention) and told.get("feature_map") not in ("elu", "relu"):
-            numbers["power"] = query_power(norm, **chosen(told, "lam", "tau", "norm_scale"))
-        tokens = block.tokens()
+        options = block.all_options()
+        if block.uses(nala_attention) and options.get("feature_map") not in ("elu", "relu"):
+            numbers["power"] = query_power(norm, **select(options, "lam", "tau", "norm_scale"))
+        queries = block.sampled_queries()
         if not isinstance(block.layer.attend, nn.Module):
-            weights = block.rows(tokens)  # (B, H, n, N)
+            weights = block.weights_of(queries)  # (B, H, n, N)
             numbers |= {"entropy": entropy(weights), "top": weights.amax(dim=-1)}
         found = {
             key: np.quantile(x.float().cpu(), QUANTILES).tolist() for key, x in numbers.items()
         }
-        if (mass := block.mass()) is not None:
-            found["least_normaliser"] = mass[:, :, tokens.start :].min().item()
+        if (normaliser := block.normaliser()) is not None:
+            found["least_normaliser"] = normaliser[:, :, queries.start :].min().item()
         blocks.append({"attention": name} | found)
     return blocks
 
@@ -283,17 +283,19 @@ def norms_and_entropies(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[st
     (H, n).
 
     inputs: as for attention_inputs, but any number of them. The tokens are those of
-    AttentionInputs.tokens: the last one of each text, or at most QUERIES patches of each image.
+    AttentionInputs.sampled_queries: the last one of each text, or at most MAX_QUERIES patches of
+    each image.
     """
-    batches = [attention_inputs(model, part) for part in inputs.split(at_once(model, inputs))]
+    batch_size = eval_batch_size(model, inputs)
+    batches = [attention_inputs(model, part) for part in inputs.split(batch_size)]
     found = []
     for parts in zip(*batches, strict=True):
         numbers: dict[str, list[Tensor]] = {"query_norm": [], "key_norm": [], "entropy": []}
         for block in parts:
-            tokens = block.tokens()
+            queries = block.sampled_queries()
             for name, x in (("query_norm", block.q), ("key_norm", block.k)):
-                numbers[name].append(torch.linalg.vector_norm(x[:, :, tokens], dim=-1))
-            numbers["entropy"].append(entropy(block.rows(tokens)))  # (B, H, n)
+                numbers[name].append(torch.linalg.vector_norm(x[:, :, queries], dim=-1))
+            numbers["entropy"].append(entropy(block.weights_of(queries)))  # (B, H, n)
         found.append({name: torch.cat(x).transpose(0, 1).flatten(1) for name, x in numbers.items()})
     return found
 
@@ -316,10 +318,10 @@ def attention_maps(
     a query at (r, s) over the grid, on the CPU, averaged over the heads. A head where the query has
     no mass contributes zeros.
     """
-    chosen = attention_inputs(model, images)[block]
-    grid = chosen.x.shape[1:3]
+    inputs = attention_inputs(model, images)[block]
+    grid = inputs.x.shape[1:3]
     return {
-        name: chosen.weights(name).mean(dim=1).cpu().unflatten(2, grid).unflatten(1, grid)
+        name: inputs.weights(name).mean(dim=1).cpu().unflatten(2, grid).unflatten(1, grid)
         for name in feature_maps
     }
 
@@ -340,8 +342,8 @@ def worst_pairs(confusion: Tensor) -> list[tuple[int, int, int]]:
     confusion: (Y, Y), from confusion_matrix.
     """
     mistakes = (confusion + confusion.T).triu(1)
-    places = mistakes.flatten().argsort(descending=True, stable=True)[:3].tolist()
-    pairs = [(*divmod(i, len(confusion)), int(mistakes.flatten()[i])) for i in places]
+    indices = mistakes.flatten().argsort(descending=True, stable=True)[:3].tolist()
+    pairs = [(*divmod(i, len(confusion)), int(mistakes.flatten()[i])) for i in indices]
     return [pair for pair in pairs if pair[2] > 0]
 
 

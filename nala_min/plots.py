@@ -1,4 +1,4 @@
-"""Every picture of the project, in one style, with one look per attention."""
+"""Every picture of the project, in one style, with one line style per attention."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from nala_min.runcard import write_atomically
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#d55e00", "#0072b2", "#009e73"
 PURPLE, YELLOW = "#cc79a7", "#e69f00"
 
-# The look of each attention in every plot, by the name of its feature map.
-LOOKS = {
+# The line style of each attention in every plot, by the name of its feature map.
+STYLES = {
     "softmax": {"label": "softmax", "color": BLACK, "linestyle": "--"},
     "cosine": {"label": "NaLa", "color": ORANGE, "linestyle": "-"},
     "split": {"label": "NaLa, sign split", "color": PURPLE, "linestyle": (0, (5, 1))},
     "elu": {"label": "linear, elu + 1", "color": BLUE, "linestyle": "-."},
     "relu": {"label": "linear, ReLU", "color": GREEN, "linestyle": ":"},
 }
-STYLE = {
+RC_PARAMS = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.prop_cycle": matplotlib.cycler(color=[ORANGE, BLUE, GREEN, PURPLE, YELLOW, BLACK]),
@@ -50,7 +50,7 @@ STYLE = {
     "lines.linewidth": 2,
     "savefig.dpi": 150,
 }
-_styled = matplotlib.rc_context(STYLE)  # decorator: applies STYLE while a function runs
+_styled = matplotlib.rc_context(RC_PARAMS)  # decorator: applies RC_PARAMS while a function runs
 
 
 @_styled
@@ -61,23 +61,23 @@ def figure(
 
     options: as for matplotlib's Figure.subplots. Avoids pyplot, its display and its global state.
     """
-    made = Figure(figsize=(width, height))
-    return made, made.subplots(rows, columns, **options)
+    fig = Figure(figsize=(width, height))
+    return fig, fig.subplots(rows, columns, **options)
 
 
-def write(picture: Figure, path: Path | str) -> None:
-    """Write picture as a PNG, completely or not at all."""
-    dpi = STYLE["savefig.dpi"]
-    write_atomically(path, lambda file: picture.savefig(file, format="png", dpi=dpi))
+def write(fig: Figure, path: Path | str) -> None:
+    """Write fig as a PNG, completely or not at all."""
+    dpi = RC_PARAMS["savefig.dpi"]
+    write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=dpi))
 
 
 @_styled
 def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Figure:
     """Entropy and effective number of keys against the norm of the query, one line per feature
     map."""
-    picture, axes = figure(height=3.9)
+    fig, axes = figure(height=3.9)
     for name, values in entropies.items():
-        axes.plot(norms, np.exp(values), **LOOKS[name])
+        axes.plot(norms, np.exp(values), **STYLES[name])
     axes.set_xscale("log")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:.0f}")
@@ -88,61 +88,62 @@ def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Fi
     nats.tick_params(which="minor", right=False)
     nats.set_ylabel("entropy (nats)")
     axes.legend(loc="lower left")
-    return picture
+    return fig
 
 
 @_styled
 def curve(history: list[dict[str, float]], title: str) -> Figure:
     """The losses and accuracies in history against the step, in separate panels."""
     units = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
-    shown = [what for what in units if any(name.endswith(what) for name in history[0])]
-    picture, panels = figure(len(shown), height=1.2 + 2.8 * len(shown), sharex=True, squeeze=False)
-    picture.suptitle(title)
+    shown = [quantity for quantity in units if any(name.endswith(quantity) for name in history[0])]
+    fig, panels = figure(len(shown), height=1.2 + 2.8 * len(shown), sharex=True, squeeze=False)
+    fig.suptitle(title)
     steps = [point["step"] for point in history]
-    for what, axes in zip(shown, panels[:, 0], strict=True):
+    for quantity, axes in zip(shown, panels[:, 0], strict=True):
         for name in history[0]:
-            if name.endswith(what):
+            if name.endswith(quantity):
                 training = name.startswith("train")
                 colour, style = (BLUE, "--") if training else (ORANGE, "-")
                 values = [point[name] for point in history]
                 label = name.replace("_", " ")
                 axes.plot(steps, values, style, color=colour, marker="o", markersize=3, label=label)
-        axes.set(ylabel=units[what])
+        axes.set(ylabel=units[quantity])
         axes.legend()
     panels[-1, 0].set(xlabel="step")
-    return picture
+    return fig
 
 
 @_styled
-def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str) -> Figure:
-    """One row per picture. The query patch, at the middle of the grid, is framed. Next to the
-    picture are its attention weights under each kernel, relative to uniform attention.
+def attention_maps(images: Tensor, maps: dict[str, Tensor], trained_with: str) -> Figure:
+    """One row per image. The query patch, at the middle of the grid, is framed. Next to the
+    image are its attention weights under each kernel, relative to uniform attention.
 
-    pictures: (B, 3, height, width) uint8; maps: from measure.attention_maps.
+    images: (B, 3, height, width) uint8; maps: from measure.attention_maps.
     """
-    height, width = pictures.shape[2:]
-    drawn, grid = figure(
-        len(pictures),
+    height, width = images.shape[2:]
+    fig, grid = figure(
+        len(images),
         1 + len(maps),
         width=1.9 * (1 + len(maps)) + 0.8,
-        height=1.9 * len(pictures) + 0.9,
+        height=1.9 * len(images) + 0.9,
         squeeze=False,
     )
-    drawn.suptitle(
+    fig.suptitle(
         f"What the framed patch attends to, in the last block of a {trained_with} model:\n"
         "the same queries and keys under each kernel"
     )
     rows, columns = next(iter(maps.values())).shape[1:3]
-    r, s, even = rows // 2, columns // 2, 1 / (rows * columns)
-    place = {"extent": (0, width, height, 0)}
-    for i, (picture, (first, *others)) in enumerate(zip(pictures, grid, strict=True)):
-        first.imshow(picture.movedim(0, -1).numpy(), **place)
+    r, s, uniform = rows // 2, columns // 2, 1 / (rows * columns)
+    extent = {"extent": (0, width, height, 0)}
+    for i, (image, (first, *others)) in enumerate(zip(images, grid, strict=True)):
+        first.imshow(image.movedim(0, -1).numpy(), **extent)
         for axes, weights in zip(others, maps.values(), strict=True):
-            own = weights[i, r, s]  # (rows, columns)
-            times = (own / even).clamp_min(1e-9).numpy()  # a weight of 0 has no logarithm
-            image = axes.imshow(times, cmap="PuOr_r", norm=LogNorm(1 / 16, 16), **place)
-            spread = entropy(own.flatten()).exp().item()
-            axes.set_xlabel(f"effectively {spread:.0f} of {rows * columns}", fontsize="small")
+            query_weights = weights[i, r, s]  # (rows, columns)
+            relative = (query_weights / uniform).clamp_min(1e-9).numpy()  # 0 has no logarithm
+            heatmap = axes.imshow(relative, cmap="PuOr_r", norm=LogNorm(1 / 16, 16), **extent)
+            effective_keys = entropy(query_weights.flatten()).exp().item()
+            label = f"effectively {effective_keys:.0f} of {rows * columns}"
+            axes.set_xlabel(label, fontsize="small")
         for axes in (first, *others):
             patch = (s * width / columns, r * height / rows), width / columns, height / rows
             colour = ORANGE if axes is first else BLACK
@@ -150,12 +151,12 @@ def attention_maps(pictures: Tensor, maps: dict[str, Tensor], trained_with: str)
             axes.grid(False)
             axes.spines[:].set_visible(True)
             axes.set(xticks=[], yticks=[])
-    for axes, title in zip(grid[0], ["image", *(LOOKS[x]["label"] for x in maps)], strict=True):
+    for axes, title in zip(grid[0], ["image", *(STYLES[x]["label"] for x in maps)], strict=True):
         axes.set_title(title)
-    bar = drawn.colorbar(image, ax=grid, extend="both", shrink=0.5, aspect=30)
+    bar = fig.colorbar(heatmap, ax=grid, extend="both", shrink=0.5, aspect=30)
     bar.set_ticks([1 / 16, 1 / 4, 1, 4, 16], labels=["1/16", "1/4", "1", "4", "16"])
     bar.set_label("weight ÷ that of even attention")
-    return drawn
+    return fig
 
 
 @_styled
@@ -163,47 +164,50 @@ def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
     """The confusion matrix counts, (Y, Y), in per cent of each true class."""
     counts = counts.double()  # a quotient of integers would have the default dtype
     shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
-    picture, axes = figure(height=5.8)
+    fig, axes = figure(height=5.8)
     axes.grid(False)
     axes.imshow(shares.numpy(), vmin=0, vmax=100)
     for i, row in enumerate(shares.tolist()):
         for j, share in enumerate(row):
             colour = "#000000" if share > 50 else "#ffffff"
             axes.text(j, i, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    places = range(len(classes))
-    axes.set_xticks(places, classes, rotation=45, ha="right")
-    axes.set_yticks(places, classes)
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes, rotation=45, ha="right")
+    axes.set_yticks(ticks, classes)
     axes.set(xlabel="predicted", ylabel="true class (each row in per cent)", title=title)
-    return picture
+    return fig
 
 
 @_styled
 def attention_stats(
-    blocks: list[dict[str, Any]], beside: list[dict[str, Any]], num_keys: int | None = None
+    nala_blocks: list[dict[str, Any]],
+    softmax_blocks: list[dict[str, Any]],
+    num_keys: int | None = None,
 ) -> Figure:
     """measure.attention_stats of two models, block by block: medians, with bars from the 5th to the
     95th percentile.
 
-    blocks: from a model with NaLa in every block; beside: from one with softmax; num_keys: number
-    of keys per query, for a line at the highest possible entropy.
+    nala_blocks: from a model with NaLa in every block; softmax_blocks: from one with softmax;
+    num_keys: number of keys per query, for a line at the highest possible entropy.
     """
-    wanted = {
+    labels = {
         "query_norm": "norm of the query",
         "power": "power p, Eq. (7)",
         "entropy": "entropy of its attention (nats)",
     }
-    picture, panels = figure(1, 3, width=9.6, height=3.5)
-    for axes, (name, label) in zip(panels, wanted.items(), strict=True):
-        for offset, look, rows in ((-0.12, "cosine", blocks), (0.12, "softmax", beside)):
+    fig, panels = figure(1, 3, width=9.6, height=3.5)
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
+        sides = (-0.12, "cosine", nala_blocks), (0.12, "softmax", softmax_blocks)
+        for offset, key, rows in sides:
             if any(name not in row for row in rows):
                 continue
-            low, _, middle, _, high = np.array([row[name] for row in rows]).T
-            places = np.arange(1, len(rows) + 1) + offset
-            bars = {"yerr": [middle - low, high - middle], "fmt": "o", "capsize": 4}
-            colour = {"color": LOOKS[look]["color"], "label": LOOKS[look]["label"]}
-            axes.errorbar(places, middle, **bars, **colour)
-        axes.set(xlabel="block", ylabel=label, xticks=range(1, len(blocks) + 1))
-        axes.set_xlim(0.5, len(blocks) + 0.5)
+            low, _, median, _, high = np.array([row[name] for row in rows]).T
+            positions = np.arange(1, len(rows) + 1) + offset
+            bars = {"yerr": [median - low, high - median], "fmt": "o", "capsize": 4}
+            style = {"color": STYLES[key]["color"], "label": STYLES[key]["label"]}
+            axes.errorbar(positions, median, **bars, **style)
+        axes.set(xlabel="block", ylabel=label, xticks=range(1, len(nala_blocks) + 1))
+        axes.set_xlim(0.5, len(nala_blocks) + 0.5)
         axes.set_ylim(bottom=0)
         axes.grid(False, axis="x")
     panels[0].axhspan(0, 2, color=YELLOW, alpha=0.25, linewidth=0, zorder=0)
@@ -211,64 +215,64 @@ def attention_stats(
     panels[1].set_ylim(1.2, 5.0)
     bounds = [(panels[1], 1.5, "lowest possible", 4), (panels[1], 4.5, "highest possible", 4)]
     if num_keys is not None:
-        highest = float(np.log(num_keys))
-        panels[2].set_ylim(top=1.18 * highest)
-        bounds.append((panels[2], highest, f"even over {num_keys} keys: {highest:.2f}", 4))
+        max_entropy = float(np.log(num_keys))
+        panels[2].set_ylim(top=1.18 * max_entropy)
+        bounds.append((panels[2], max_entropy, f"even over {num_keys} keys: {max_entropy:.2f}", 4))
     for axes, height, text, above in bounds:
         axes.axhline(height, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
-        place = {"xytext": (0, above), "textcoords": "offset points", "fontsize": "small"}
+        offset_text = {"xytext": (0, above), "textcoords": "offset points", "fontsize": "small"}
         axes.annotate(
-            text, (0.55, height), **place, bbox={"color": "white", "pad": 0.5}, zorder=1.5
+            text, (0.55, height), **offset_text, bbox={"color": "white", "pad": 0.5}, zorder=1.5
         )
     panels[1].legend(*panels[0].get_legend_handles_labels(), loc="center")  # this spot is empty
-    return picture
+    return fig
 
 
 @_styled
 def speed(results: dict[str, Any]) -> Figure:
     """Time and memory of a forward and a backward pass against the number of tokens, and time per
     decoded token against the context. results: from a card of nala_min.lab.bench."""
-    looks = {
-        "softmax": LOOKS["softmax"] | {"label": "softmax, fused"},
-        "nala": LOOKS["cosine"],
-        "compiled": LOOKS["cosine"] | {"label": "NaLa, compiled", "linestyle": (0, (3, 1, 1, 1))},
+    styles = {
+        "softmax": STYLES["softmax"] | {"label": "softmax, fused"},
+        "nala": STYLES["cosine"],
+        "compiled": STYLES["cosine"] | {"label": "NaLa, compiled", "linestyle": (0, (3, 1, 1, 1))},
         "readable": {"label": "NaLa, as in model.py", "color": BLUE, "linestyle": "-."},
         "quadratic": {"label": "NaLa, quadratic (13c)", "color": PURPLE, "linestyle": ":"},
         "softmax_grown": {"label": "softmax, growing cache", "color": GREEN, "linestyle": ":"},
     }
-    picture, panels = figure(1, 3, width=11.5, height=4.2)
+    fig, panels = figure(1, 3, width=11.5, height=4.2)
     causal = [r for r in results["attention"] if r["causal"] and r["pass"] == "forward + backward"]
-    drawn = (
+    curves = (
         (panels[0], causal, "length", "median", 1e3),
         (panels[1], causal, "length", "peak", 2**-20),
         (panels[2], results["decode"], "context", "median", 1e3),
     )
-    for axes, rows, along, what, unit in drawn:
-        for form, look in looks.items():
+    for axes, rows, x_name, y_name, unit in curves:
+        for form, style in styles.items():
             points = [
-                (row[along], unit * row[what])
+                (row[x_name], unit * row[y_name])
                 for row in rows
-                if row["form"] == form and row[what] is not None
+                if row["form"] == form and row[y_name] is not None
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **look)
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        ticks = sorted({row[along] for row in rows})[::2]
+        ticks = sorted({row[x_name] for row in rows})[::2]
         axes.set_xticks(ticks, [f"{n:,}" if n < 2**10 else f"{n // 2**10}k" for n in ticks])
         axes.legend(loc="upper left", fontsize="x-small")
-    told = (
+    titles = (
         ("Time: softmax grows as N², NaLa as N", "number of tokens", "forward and backward (ms)"),
         ("Memory: softmax and NaLa grow as N", "number of tokens", "peak beyond q, k and v (MiB)"),
         ("Next token: NaLa's time is constant", "tokens read so far", "time per token (ms)"),
     )
-    for axes, (title, along, unit) in zip(panels, told, strict=True):
-        axes.set(title=title, xlabel=along, ylabel=unit)
-    if (place := results["crossover"]["causal, forward + backward"]) is not None:
-        panels[0].axvline(place, ymax=0.65, color=YELLOW, linewidth=1.5)  # below the legend
-        note = f" NaLa is faster\n from {place:,} tokens"
-        panels[0].annotate(note, (place, 0.04), xycoords=("data", "axes fraction"))
-    return picture
+    for axes, (title, xlabel, ylabel) in zip(panels, titles, strict=True):
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if (crossover := results["crossover"]["causal, forward + backward"]) is not None:
+        panels[0].axvline(crossover, ymax=0.65, color=YELLOW, linewidth=1.5)  # below the legend
+        note = f" NaLa is faster\n from {crossover:,} tokens"
+        panels[0].annotate(note, (crossover, 0.04), xycoords=("data", "axes fraction"))
+    return fig
 
 
 @_styled
@@ -279,28 +283,28 @@ def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Fi
     cards: run cards by name of the feature map; result: the key to plot, in their history and
     results; label: its name and unit.
     """
-    picture, (left, right) = figure(1, 2, width=9.6, height=3.8)
+    fig, (left, right) = figure(1, 2, width=9.6, height=3.8)
     for row, (name, runs) in enumerate(cards.items()):
-        look = LOOKS[name]
+        style = STYLES[name]
         steps = [point["step"] for point in runs[0]["results"]["history"]]
         values = np.array([[p[result] for p in run["results"]["history"]] for run in runs])
         left.fill_between(
-            steps, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15
+            steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15
         )
-        left.plot(steps, values.mean(axis=0), **look)
+        left.plot(steps, values.mean(axis=0), **style)
         finals = [run["results"][result] for run in runs]
-        right.plot(finals, [row] * len(finals), "o", color=look["color"], alpha=0.7)
+        right.plot(finals, [row] * len(finals), "o", color=style["color"], alpha=0.7)
         mean = sum(finals) / len(finals)
-        right.plot([mean, mean], [row - 0.3, row + 0.3], color=look["color"])
+        right.plot([mean, mean], [row - 0.3, row + 0.3], color=style["color"])
         right.annotate(f"{mean:.3f}", (mean, row - 0.37), ha="center", fontsize="small")
     left.set(xlabel="training step", ylabel=label)
     left.legend()
-    right.set_yticks(range(len(cards)), [LOOKS[name]["label"] for name in cards])
+    right.set_yticks(range(len(cards)), [STYLES[name]["label"] for name in cards])
     right.set_ylim(len(cards) - 0.4, -0.7)  # the first on top
     right.set(xlabel=f"at the end: {label}")
     right.locator_params(axis="x", nbins=6)
     right.grid(False, axis="y")
-    return picture
+    return fig
 
 
 @_styled
@@ -308,32 +312,31 @@ def premise(results: dict[str, Any]) -> Figure:
     """Entropy against the norms of the query and the key, one point per token and head, one column
     per attention. results: from a card of nala_min.lab.premise."""
     points, labels = results["points"], {"query_norm": "query", "key_norm": "key"}
-    picture, grid = figure(2, len(points), width=9.6, height=5.2, sharey=True)
-    picture.suptitle(
-        "How evenly trained models attend, last block: a point for each token and head"
-    )
+    fig, grid = figure(2, len(points), width=9.6, height=5.2, sharey=True)
+    fig.suptitle("How evenly trained models attend, last block: a point for each token and head")
     last = max(row["block"] for row in results["correlations"])
     for column, (name, found) in zip(grid.T, points.items(), strict=True):
-        look = LOOKS[{"nala": "cosine"}.get(name, name)]
-        column[0].set_title(look["label"])
+        style = STYLES[{"nala": "cosine"}.get(name, name)]
+        column[0].set_title(style["label"])
         for axes, (norm, label) in zip(column, labels.items(), strict=True):
             for heads in zip(found[norm], found["entropy"], strict=True):
-                axes.plot(*heads, ".", color=look["color"], markersize=2.5, alpha=0.6)
-            (here,) = (
+                axes.plot(*heads, ".", color=style["color"], markersize=2.5, alpha=0.6)
+            (correlation,) = (
                 row[norm]
                 for row in results["correlations"]
                 if (row["variant"], row["seed"], row["block"]) == (name, 1, last)
             )
             axes.set(xlabel=f"norm of the {label}")
-            axes.annotate(f"rank correlation {here:+.2f}", (0.04, 0.03), xycoords="axes fraction")
+            note = f"rank correlation {correlation:+.2f}"
+            axes.annotate(note, (0.04, 0.03), xycoords="axes fraction")
     lowest = min(min(head) for found in points.values() for head in found["entropy"])
     for axes in grid[:, 0]:
         axes.set(ylabel="entropy (nats)", ylim=(lowest - 0.6, None))
-    return picture
+    return fig
 
 
 # Display names of a study's variants. Suffixes such as ", same state" are kept.
-NAMES = {
+DISPLAY_NAMES = {
     "nala": "NaLa",
     "split": "NaLa, sign split",
     "softmax": "softmax",
@@ -355,49 +358,49 @@ NAMES = {
 }
 
 
-def name_of(variant: str) -> str:
+def display_name(variant: str) -> str:
     """Display name of a study's variant. A user's file keeps its own name."""
     first, *rest = variant.split(", ")
-    return ", ".join([NAMES.get(first, first), *rest])
+    return ", ".join([DISPLAY_NAMES.get(first, first), *rest])
 
 
 # Line styles of a study's variants. In dot plots, all others are grey.
-VARIANTS = {
-    "softmax": LOOKS["softmax"],
-    "nala": LOOKS["cosine"],
+VARIANT_STYLES = {
+    "softmax": STYLES["softmax"],
+    "nala": STYLES["cosine"],
     "no query norm": {"color": YELLOW, "linestyle": "-"},
     "no cosine map, same state": {"color": YELLOW, "linestyle": ":"},
-    "elu, same state": LOOKS["elu"],
-    "relu, same state": LOOKS["relu"],
+    "elu, same state": STYLES["elu"],
+    "relu, same state": STYLES["relu"],
 }
 
 
 @_styled
 def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
-    """Accuracy against the number of pairs, for VARIANTS and user files in rows: the mean over
-    seeds, in a band from lowest to highest.
+    """Accuracy against the number of pairs, for VARIANT_STYLES and user files in rows: the mean
+    over seeds, in a band from lowest to highest.
 
     rows: the runs of a card of nala_min.lab.compare.
     """
-    picture, axes = figure()
+    fig, axes = figure()
     files = {row["variant"] for row in rows if row["variant"].endswith(".py")}  # a user's own
-    own = {name: {"color": "#666666", "linestyle": "-."} for name in sorted(files)}
-    for name, look in (VARIANTS | own).items():
+    file_styles = {name: {"color": "#666666", "linestyle": "-."} for name in sorted(files)}
+    for name, style in (VARIANT_STYLES | file_styles).items():
         runs = [row for row in rows if row["variant"] == name]
         if not runs:
             continue
         values = np.array([[run[f"accuracy at {n} pairs"] for n in pairs] for run in runs])
         axes.fill_between(
-            pairs, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.12
+            pairs, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.12
         )
-        axes.plot(pairs, values.mean(axis=0), **look | {"label": name_of(name)})
+        axes.plot(pairs, values.mean(axis=0), **style | {"label": display_name(name)})
     axes.set_xscale("log", base=2)
     axes.set_xticks(pairs, [str(n) for n in pairs])
     axes.set(xlabel="pairs of a key and a value in the text", ylabel="share of values recalled")
     axes.set_title("How much a state can recall")
     axes.set_ylim(0, 1.03)
     axes.legend(loc="lower left", fontsize="small")
-    return picture
+    return fig
 
 
 @_styled
@@ -408,17 +411,17 @@ def study(panels: dict[str, list[dict[str, Any]]], title: str = "") -> Figure:
     """
     names = list(dict.fromkeys(row["variant"] for rows in panels.values() for row in rows))
     size = {"width": 2.6 + 3.4 * len(panels), "height": 1.2 + 0.27 * len(names)}
-    picture, drawn = figure(1, len(panels), squeeze=False, sharey=True, **size)
-    picture.suptitle(title)
-    for axes, (result, rows) in zip(drawn[0], panels.items(), strict=True):
-        for place, name in enumerate(names):
+    fig, grid = figure(1, len(panels), squeeze=False, sharey=True, **size)
+    fig.suptitle(title)
+    for axes, (result, rows) in zip(grid[0], panels.items(), strict=True):
+        for position, name in enumerate(names):
             found = [row[result] for row in rows if row["variant"] == name]
-            colour = VARIANTS.get(name, {"color": "#666666"})["color"]
-            axes.plot(found, [place] * len(found), "o", color=colour, alpha=0.6, markersize=5)
-            middle = sum(found) / len(found)
-            axes.plot([middle, middle], [place - 0.35, place + 0.35], color=colour)
+            colour = VARIANT_STYLES.get(name, {"color": "#666666"})["color"]
+            axes.plot(found, [position] * len(found), "o", color=colour, alpha=0.6, markersize=5)
+            average = sum(found) / len(found)
+            axes.plot([average, average], [position - 0.35, position + 0.35], color=colour)
         axes.set(xlabel=result)
         axes.locator_params(axis="x", nbins=5)
-    axes.set_yticks(range(len(names)), map(name_of, names))
+    axes.set_yticks(range(len(names)), map(display_name, names))
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
-    return picture
+    return fig

@@ -58,11 +58,11 @@ def clipped_key_features(k: Tensor) -> Tensor:
 
 def clipped_power(x: Tensor, power: Tensor | float) -> Tensor:
     """ReLU(x)^power, with a finite slope at 0."""
-    kept = x > 0
-    return torch.where(kept, x, 1.0).pow(power) * kept
+    positive = x > 0
+    return torch.where(positive, x, 1.0).pow(power) * positive
 
 
-def given(features: Tensor) -> Tensor:
+def identity(features: Tensor) -> Tensor:
     """The identity, for features that are already computed."""
     return features
 
@@ -85,7 +85,9 @@ class Polar(nn.Module):
         same, opposite = (torch.cat(x, dim=-1) for x in ((plus_k, minus_k), (minus_k, plus_k)))
         halves = zip((same, opposite), v.chunk(2, dim=-1), state or (None, None), strict=True)
         results = [
-            linear_attention(phi_q, *x, given, given, causal=causal, state=y, return_state=True)
+            linear_attention(
+                phi_q, *x, identity, identity, causal=causal, state=y, return_state=True
+            )
             for *x, y in halves
         ]
         (first, second), states = zip(*results, strict=True)
@@ -103,21 +105,22 @@ def magnitude_aware(
 
     phi is elu + 1. We divide a_i by n sqrt(D), so S does not grow with n.
     """
-    linear, values, read = state or (None, 0.0, 0)  # [S z] of Eq. (14), sum of v, number of tokens
+    # [S z] of Eq. (14), sum of v, number of tokens read.
+    sums, value_sum, position = state or (None, 0.0, 0)
     o, after = nala_attention(
-        q, k, v, feature_map="elu", causal=causal, state=linear, return_state=True
+        q, k, v, feature_map="elu", causal=causal, state=sums, return_state=True
     )  # (B, H, N, M), (B, H, F, M + 1)
     phi_q, phi_k = query_features(q, "elu"), key_features(k, "elu")  # (B, H, N, D) each
     if causal:
-        keys = phi_k.cumsum(dim=2)
-        keys = keys if linear is None else keys + linear[..., -1].unsqueeze(2)  # (B, H, N, D)
-        values = v.cumsum(dim=2) + values  # (B, H, N, M)
-        n = read + torch.arange(1, q.shape[2] + 1, device=q.device)[:, None]  # (N, 1)
+        key_sum = phi_k.cumsum(dim=2)
+        key_sum = key_sum if sums is None else key_sum + sums[..., -1].unsqueeze(2)  # (B, H, N, D)
+        value_sum = v.cumsum(dim=2) + value_sum  # (B, H, N, M)
+        n = position + torch.arange(1, q.shape[2] + 1, device=q.device)[:, None]  # (N, 1)
     else:
-        keys, values, n = phi_k.sum(2, keepdim=True), v.sum(2, keepdim=True), k.shape[2]
-    s = (phi_q * keys / n).sum(dim=-1, keepdim=True) / math.sqrt(q.shape[-1])  # (B, H, N, 1)
-    out = ((1 + s) * o - s * values / n).to(v.dtype)
-    state = (after, values[:, :, -1:], read + q.shape[2]) if causal else None
+        key_sum, value_sum, n = phi_k.sum(2, keepdim=True), v.sum(2, keepdim=True), k.shape[2]
+    s = (phi_q * key_sum / n).sum(dim=-1, keepdim=True) / math.sqrt(q.shape[-1])  # (B, H, N, 1)
+    out = ((1 + s) * o - s * value_sum / n).to(v.dtype)
+    state = (after, value_sum[:, :, -1:], position + q.shape[2]) if causal else None
     return (out, state) if return_state else out
 
 
@@ -133,46 +136,47 @@ def injective(
     """Injective linear attention (InLine, arXiv 2412.06590): weights a_i - mean a + 1 / n over n
     visible keys, with a_i = q k_i. They sum to 1 without a division, can be negative, and differ
     more for longer queries. We divide a_i by n sqrt(D), so they do not grow with n."""
-    kind = v.dtype
+    dtype = v.dtype
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     values = F.pad(v, (0, 1), value=1.0)  # (B, H, N, M + 1)
-    nothing = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1)
-    sums, told, read = state or (nothing, 0.0, 0)  # sums of k^T [v 1] and v; number of tokens
+    zeros = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1)
+    # Sums of k^T [v 1] and of v; number of tokens read.
+    sums, value_sum, position = state or (zeros, 0.0, 0)
     if causal:
         total, sums = chunked(q, k, values, sums)  # (B, H, N, M + 1), (B, H, D, M + 1)
-        told = v.cumsum(dim=2) + told  # (B, H, N, M)
-        n = read + torch.arange(1, q.shape[2] + 1, device=q.device)[:, None]  # (N, 1)
+        value_sum = v.cumsum(dim=2) + value_sum  # (B, H, N, M)
+        n = position + torch.arange(1, q.shape[2] + 1, device=q.device)[:, None]  # (N, 1)
     else:
-        total, told, n = parallel(q, k, values), v.sum(2, keepdim=True), k.shape[2]
-    mean = told / n  # of the values
+        total, value_sum, n = parallel(q, k, values), v.sum(2, keepdim=True), k.shape[2]
+    mean = value_sum / n
     out = mean + (total[..., :-1] - total[..., -1:] * mean) / (n * math.sqrt(q.shape[3]))
-    state = (sums, told[:, :, -1:], read + q.shape[2]) if causal else None
-    return (out.to(kind), state) if return_state else out.to(kind)
+    state = (sums, value_sum[:, :, -1:], position + q.shape[2]) if causal else None
+    return (out.to(dtype), state) if return_state else out.to(dtype)
 
 
 class Delta(nn.Module):
-    """DeltaNet (arXiv 2406.06484): before a key's value is written, a share of its old value is
-    erased from the state. S_t = S_{t-1} + share k_t^T (v_t - k_t S_{t-1}), o_t = q_t S_t, with the
-    directions of SiLU(q) and SiLU(k). Each head learns one share; DeltaNet computes it from the
+    """DeltaNet (arXiv 2406.06484): before a key's value is written, a share beta of its old value
+    is erased from the state. S_t = S_{t-1} + beta k_t^T (v_t - k_t S_{t-1}), o_t = q_t S_t, with
+    the directions of SiLU(q) and SiLU(k). Each head learns one beta; DeltaNet computes it from the
     token. This loops over tokens, so use it for short texts. For images, all patches are written
     before any is read."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.share = nn.Parameter(torch.zeros(config.num_heads))  # before the sigmoid
+        self.share = nn.Parameter(torch.zeros(config.num_heads))  # beta before the sigmoid
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal, state=None, return_state=False):
-        kind = v.dtype
+        dtype = v.dtype
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         q, k = (decompose(F.silu(x))[1] for x in (q, k))  # (B, H, N, D)
-        share = torch.sigmoid(self.share)[:, None, None]
+        beta = torch.sigmoid(self.share)[:, None, None]
         if state is None:
             state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
         outputs = []
         for q_t, k_t, v_t in zip(*(x.split(1, dim=2) for x in (q, k, v)), strict=True):
-            state = state + k_t.mT @ (share * (v_t - k_t @ state))  # (B, H, D, M)
+            state = state + k_t.mT @ (beta * (v_t - k_t @ state))  # (B, H, D, M)
             outputs.append(q_t @ state)
-        out = (torch.cat(outputs, dim=2) if causal else q @ state).to(kind)  # (B, H, N, M)
+        out = (torch.cat(outputs, dim=2) if causal else q @ state).to(dtype)  # (B, H, N, M)
         return (out, state if causal else None) if return_state else out
 
 
@@ -218,9 +222,9 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
     digest = hashlib.sha256(content).hexdigest()
     module = _run_file(path, f"attention_{digest[:12]}")
     names = ("query_features", "key_features")
-    found = [getattr(module, name, None) for name in names]
+    functions = [getattr(module, name, None) for name in names]
     attention = getattr(module, "attention", None)
-    if (attention is None) == (found == [None, None]) or None in found != [None, None]:
+    if (attention is None) == (functions == [None, None]) or None in functions != [None, None]:
         defined = [
             name for name in (*names, "attention") if getattr(module, name, None) is not None
         ]
@@ -231,8 +235,8 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
     try:
         with torch.random.fork_rng(devices=[]):
             if attention is None:
-                _try_features(dict(zip(names, found, strict=True)), dim)
-                attention = partial(linear_attention, **dict(zip(names, found, strict=True)))
+                _try_features(dict(zip(names, functions, strict=True)), dim)
+                attention = partial(linear_attention, **dict(zip(names, functions, strict=True)))
             elif not isinstance(attention, type):
                 _try_attention(attention, dim, causal)
     except ValueError as error:
@@ -251,7 +255,7 @@ def _run_file(path: str, name: str) -> ModuleType:
     return module
 
 
-def _called(name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+def _call(name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except Exception as error:
@@ -264,7 +268,7 @@ def _try_features(functions: dict[str, Callable], dim: int) -> None:
     x[:, :, 3] = 0
     sizes = []
     for name, function in functions.items():
-        phi = _called(name, function, x)
+        phi = _call(name, function, x)
         shape = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
         if shape[:3] != (2, 3, 5) or len(shape) != 4:
             raise ValueError(f"{name} must return (2, 3, 5, F) for {tuple(x.shape)}, got {shape}")
@@ -287,7 +291,7 @@ def _try_attention(attention: Callable, dim: int, causal: bool) -> None:
     def run(part: slice, state: Any = None) -> tuple[Tensor, Any]:
         tensors = (x[:, :, part] for x in (q, k, v))
         options = {"causal": causal, "state": state, "return_state": True}
-        result = _called("attention", attention, *tensors, **options)
+        result = _call("attention", attention, *tensors, **options)
         if not isinstance(result, tuple) or len(result) != 2:
             got = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
             raise ValueError(

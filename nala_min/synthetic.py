@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Their names in results.
-STAND_IN = "Python manual (stand-in)"
-DRAWN = "drawn digits (stand-in)"
+MANUAL_NAME = "Python manual (stand-in)"
+DIGITS_NAME = "drawn digits (stand-in)"
 
 Pair = tuple[Tensor, Tensor]
 
@@ -68,34 +68,36 @@ def draw_glyphs(size: int = 48) -> Tensor:
 
 def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """count images (count, 3, 32, 32) uint8 and their digits (count,)."""
-    here = {"generator": random, "device": "cpu"}
-    floats = here | {"dtype": torch.float32}
+    options = {"generator": random, "device": "cpu"}
+    float_options = options | {"dtype": torch.float32}
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(count, *shape, **floats)
+        return low + (high - low) * torch.rand(count, *shape, **float_options)
 
-    def smooth(cells):  # a coarse grid of noise, resized to the image
-        coarse = torch.randn(count, 3, cells, cells, **floats)
+    def smooth_noise(cells):  # a coarse grid of noise, resized to the image
+        coarse = torch.randn(count, 3, cells, cells, **float_options)
         return F.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=True)
 
-    def write(digits, shift, scale, turn):
+    def draw_ink(digits, max_shift, scale_range, max_angle):
         """Ink (count, 1, 32, 32) of digits in random fonts, shifted, scaled, rotated and warped."""
-        fonts = torch.randint(len(glyphs), (count,), **here)
-        angle, size = uniform(-turn, turn), uniform(*scale)
+        fonts = torch.randint(len(glyphs), (count,), **options)
+        angle, size = uniform(-max_angle, max_angle), uniform(*scale_range)
         cos, sin = angle.cos() / size, angle.sin() / size
-        rows = torch.stack([cos, -sin, uniform(-shift, shift), sin, cos, uniform(-shift, shift)], 1)
+        rows = torch.stack(
+            [cos, -sin, uniform(-max_shift, max_shift), sin, cos, uniform(-max_shift, max_shift)], 1
+        )
         grid = F.affine_grid(rows.view(count, 2, 3), (count, 1, 32, 32), align_corners=False)
-        grid = grid + 0.06 * smooth(4)[:, :2].movedim(1, -1)
+        grid = grid + 0.06 * smooth_noise(4)[:, :2].movedim(1, -1)
         return F.grid_sample(glyphs[fonts, digits][:, None], grid, align_corners=False)
 
-    labels = torch.randint(10, (count,), **here)
-    picture = uniform(0.1, 0.9, 3, 1, 1) + 0.12 * smooth(5)
+    labels = torch.randint(10, (count,), **options)
+    images = uniform(0.1, 0.9, 3, 1, 1) + 0.12 * smooth_noise(5)
     for _ in range(3):  # clutter: faint pieces of larger, off-centre digits
-        other = torch.randint(10, (count,), **here)
-        ink = write(other, shift=1.6, scale=(0.6, 1.6), turn=3.1)
-        picture = picture + uniform(-0.35, 0.35, 3, 1, 1) * ink
-    ink = write(labels, shift=0.25, scale=(0.7, 1.1), turn=0.45)
+        clutter_digits = torch.randint(10, (count,), **options)
+        ink = draw_ink(clutter_digits, max_shift=1.6, scale_range=(0.6, 1.6), max_angle=3.1)
+        images = images + uniform(-0.35, 0.35, 3, 1, 1) * ink
+    ink = draw_ink(labels, max_shift=0.25, scale_range=(0.7, 1.1), max_angle=0.45)
     sign = uniform(-1, 1, 1, 1, 1).sign()  # lighter or darker than the background
-    picture = picture + sign * uniform(0.3, 0.7, 3, 1, 1) * ink
-    picture = picture + 0.03 * torch.randn(picture.shape, **floats)
-    return (picture.clamp(0, 1) * 255).to(torch.uint8), labels
+    images = images + sign * uniform(0.3, 0.7, 3, 1, 1) * ink
+    images = images + 0.03 * torch.randn(images.shape, **float_options)
+    return (images.clamp(0, 1) * 255).to(torch.uint8), labels

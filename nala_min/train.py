@@ -49,38 +49,40 @@ class Settings:
     )
     seed: int = flag(1, "seed for the weights, the data order and dropout")
     out: Path | None = flag(
-        None, "folder for this run (default: in runs/, named after the flags)", decides=False
+        None, "folder for this run (default: in runs/, named after the flags)", affects_result=False
     )
     device: str = flag(
-        "auto", "device to train on", choices=["auto", "cpu", "cuda", "mps"], decides=False
+        "auto", "device to train on", choices=["auto", "cpu", "cuda", "mps"], affects_result=False
     )
-    resume: bool = flag(False, "continue from the checkpoint in --out", decides=False)
-    compile: bool = flag(False, "train with torch.compile, if there is a compiler", decides=False)
+    resume: bool = flag(False, "continue from the checkpoint in --out", affects_result=False)
+    compile: bool = flag(
+        False, "train with torch.compile, if there is a compiler", affects_result=False
+    )
     steps: int | None = flag(None, "number of training steps")
     batch: int | None = flag(None, "examples per batch")
     lr: float | None = flag(None, "peak learning rate of AdamW")
     muon: float | None = flag(
-        None, "peak learning rate of Muon, for matrices; 0: AdamW for everything", zero=True
+        None, "peak learning rate of Muon, for matrices; 0: AdamW for everything", allow_zero=True
     )
-    weight_decay: float | None = flag(None, "decoupled weight decay of matrices", zero=True)
+    weight_decay: float | None = flag(None, "decoupled weight decay of matrices", allow_zero=True)
     schedule: str = flag(
         "linear", "learning-rate decay: linear to 0, or cosine to a tenth", choices=list(SCHEDULES)
     )
-    dropout: float | None = flag(None, "dropout probability", zero=True)
+    dropout: float | None = flag(None, "dropout probability", allow_zero=True)
     layers: int | None = flag(None, "number of blocks")
     heads: int | None = flag(None, "attention heads per block")
     dim: int | None = flag(None, "width of the model")
 
     def __post_init__(self) -> None:
-        on_a_card = self.device in ("auto", "cuda") and torch.cuda.is_available()
-        self.preset = self.preset or ("gpu" if on_a_card else "cpu")
-        zero = {item.name for item in fields(self) if item.metadata["zero"]}
+        on_cuda = self.device in ("auto", "cuda") and torch.cuda.is_available()
+        self.preset = self.preset or ("gpu" if on_cuda else "cpu")
+        may_be_zero = {item.name for item in fields(self) if item.metadata["allow_zero"]}
         for name, default in self.defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
             value = getattr(self, name)
-            if not (0 < value < 2**31 or (value == 0 and name in zero)):
-                allowed = "at least 0" if name in zero else "positive"
+            if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
+                allowed = "at least 0" if name in may_be_zero else "positive"
                 flag_name = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag_name} must be {allowed} and below 2^31, got {value}")
         if self.batch % distributed.world_size():
@@ -91,11 +93,11 @@ class Settings:
             )
         if self.dropout >= 1:
             raise UsageError(f"--dropout must be a probability in [0, 1), got {self.dropout}")
-        self.files: dict[str, str] = {}  # SHA-256 of each file in --attention
+        self.attention_sha256: dict[str, str] = {}  # SHA-256 of each file in --attention
         for name in filter(relatives.is_file, self.attention.split(",")):
             dim = max(1, self.dim // self.heads)
             try:
-                self.files[name] = relatives.register(name, dim, causal=self.CAUSAL)
+                self.attention_sha256[name] = relatives.register(name, dim, causal=self.CAUSAL)
             except ValueError as error:
                 raise UsageError(f"--attention {error}") from error
         try:
@@ -106,13 +108,13 @@ class Settings:
             raise UsageError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         names = self.attention.split(",")  # one, or one per block
         attention = "-".join(Path(n).stem if relatives.is_file(n) else n for n in names)
-        run = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
+        run_name = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
         for name, default in self.defaults().items():  # add values that differ from the preset's
             if getattr(self, name) != default:
-                run += f"_{name}{getattr(self, name):g}"
-        run += f"_{self.schedule}" if self.schedule != "linear" else ""
-        run += "_compiled" if self.compile else ""
-        self.out = Path(self.out or Path("runs") / run)
+                run_name += f"_{name}{getattr(self, name):g}"
+        run_name += f"_{self.schedule}" if self.schedule != "linear" else ""
+        run_name += "_compiled" if self.compile else ""
+        self.out = Path(self.out or Path("runs") / run_name)
 
     def defaults(self) -> dict[str, Any]:
         """The values of the chosen preset."""
@@ -120,9 +122,12 @@ class Settings:
 
     def config(self) -> dict[str, Any]:
         """Everything that determines the result, ready for JSON."""
-        flags = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
+        flags = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.metadata["affects_result"]
+        }
         flags |= {"compile": True} if self.compile else {}  # compilation changes rounding
-        return flags | ({"attention_sha256": self.files} if self.files else {})
+        digests = self.attention_sha256
+        return flags | ({"attention_sha256": digests} if digests else {})
 
     def recipe(self, device: torch.device) -> Recipe:
         """The recipe, with ten points on the curve, and bfloat16 on CUDA cards that support it."""
@@ -145,11 +150,11 @@ def load_attentions(config: dict[str, Any], settings: Settings) -> None:
 
     Raises UsageError if a file is missing or has changed.
     """
-    places = {digest: name for name, digest in settings.files.items()}
+    paths_by_sha256 = {digest: name for name, digest in settings.attention_sha256.items()}
     for name, digest in config.get("attention_sha256", {}).items():
-        place, dim = places.get(digest, name), config["dim"] // config["heads"]
+        path, dim = paths_by_sha256.get(digest, name), config["dim"] // config["heads"]
         try:
-            found = relatives.register(place, dim, causal=settings.CAUSAL)
+            found = relatives.register(path, dim, causal=settings.CAUSAL)
         except ValueError as error:
             raise UsageError(
                 f"the run's attention: {error}: give its file with --attention"
@@ -158,7 +163,7 @@ def load_attentions(config: dict[str, Any], settings: Settings) -> None:
             raise UsageError(
                 f"{name} has changed since the run was trained: give the original with --attention"
             )
-        ATTENTIONS[name] = ATTENTIONS[place]
+        ATTENTIONS[name] = ATTENTIONS[path]
 
 
 def block_options(config: dict[str, Any]) -> dict[str, Any]:
@@ -179,21 +184,21 @@ def choose_device(name: str) -> torch.device:
 
     Raises UsageError if the device is not available, or if there are fewer cards than processes.
     """
-    several = distributed.world_size() > 1
-    there = {
+    distributed_run = distributed.world_size() > 1
+    available = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available() and not several,
+        "mps": torch.backends.mps.is_available() and not distributed_run,
         "cpu": True,
     }
     if name == "auto":
-        name = next(kind for kind, is_there in there.items() if is_there)
-    if not there[name]:
+        name = next(kind for kind, is_available in available.items() if is_available)
+    if not available[name]:
         raise UsageError(f"--device {name} is not available here: use --device auto")
-    if name == "cuda" and several:
-        cards, processes = torch.cuda.device_count(), distributed.local_size()
-        if cards < processes:
+    if name == "cuda" and distributed_run:
+        gpus, processes = torch.cuda.device_count(), distributed.local_size()
+        if gpus < processes:
             raise UsageError(
-                f"{processes} processes on a machine with {cards} CUDA cards: start one process"
+                f"{processes} processes on a machine with {gpus} CUDA cards: start one process"
                 " per card, or use --device cpu"
             )
         torch.cuda.set_device(distributed.local_rank())
@@ -225,10 +230,10 @@ class Recipe:
     bfloat16: bool = False
     seed: int = 1  # for dropout
 
-    def learning_rate_at(self, step: int, highest: float) -> float:
-        """Learning rate at step 0, 1, ..., steps - 1, with peak highest."""
+    def learning_rate_at(self, step: int, peak: float) -> float:
+        """Learning rate at step 0, 1, ..., steps - 1, with this peak."""
         warm = min(1.0, (step + 1) / self.warmup)
-        return highest * warm * SCHEDULES[self.schedule](step / self.steps)
+        return peak * warm * SCHEDULES[self.schedule](step / self.steps)
 
 
 class Muon(torch.optim.Optimizer):
@@ -245,18 +250,18 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:  # not frozen, and used
-                    alike.setdefault(weight.shape, []).append(weight)
-            for weights in alike.values():  # stack matrices of one shape: a few large products
-                steps = orthogonal(torch.stack([self._ahead(weight) for weight in weights]))
+                    by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():  # stack matrices of one shape: a few large products
+                steps = orthogonal(torch.stack([self._nesterov(weight) for weight in weights]))
                 rate = group["lr"] * max(1.0, steps.shape[1] / steps.shape[2]) ** 0.5
                 for weight, step in zip(weights, steps, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.sub_(rate * step.view_as(weight))
 
-    def _ahead(self, weight: nn.Parameter) -> Tensor:
+    def _nesterov(self, weight: nn.Parameter) -> Tensor:
         """Nesterov momentum, as a matrix with one row per output."""
         state = self.state[weight]
         if not state:
@@ -286,17 +291,23 @@ def orthogonal(x: Tensor) -> Tensor:
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW, with weight decay on matrices but not on biases and normalisation gains. With
     recipe.muon, Muon trains all matrices except the embedding and the head."""
-    ends = [getattr(model, name).weight for name in ("embed", "head") if hasattr(model, name)]
-    inner = []
+    embed_and_head = [
+        getattr(model, name).weight for name in ("embed", "head") if hasattr(model, name)
+    ]
+    muon_params = []
     if recipe.muon:
-        inner = [p for p in model.parameters() if p.ndim >= 2 and all(p is not end for end in ends)]
-    rest = [p for p in model.parameters() if all(p is not matrix for matrix in inner)]
+        muon_params = [
+            p for p in model.parameters() if p.ndim >= 2 and all(p is not x for x in embed_and_head)
+        ]
+    adam_params = [p for p in model.parameters() if all(p is not x for x in muon_params)]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in adam_params if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in adam_params if p.ndim < 2], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
-    optimizers = [adam, Muon(inner, recipe.muon, recipe.weight_decay)] if inner else [adam]
+    optimizers = (
+        [adam, Muon(muon_params, recipe.muon, recipe.weight_decay)] if muon_params else [adam]
+    )
     for group in _groups(optimizers):
         group["initial_lr"] = group["lr"]  # the peak; PyTorch's schedulers use this name
     return optimizers
@@ -362,11 +373,11 @@ def fit(
             run.save_first()
         if not distributed.is_same([run.extra, recipe, run.step]):
             raise UsageError("the processes of this job differ in flags, data or checkpoint")
-        parallel = torch.compile(model) if compile and can_compile(device) else model
+        wrapped = torch.compile(model) if compile and can_compile(device) else model
         if distributed.world_size() > 1:
-            parallel = DistributedDataParallel(parallel)
-        bar = _progress(run.step, recipe.steps)
-        precision = _tensor_cores(recipe.bfloat16)
+            wrapped = DistributedDataParallel(wrapped)
+        bar = _progress_bar(run.step, recipe.steps)
+        precision = _tf32_matmul(recipe.bfloat16)
         with in_mode(model, training=True), precision, bar, run.explain_resume():
             while True:
                 if run.losses and (run.step % recipe.eval_every == 0 or run.step == recipe.steps):
@@ -377,28 +388,28 @@ def fit(
                     raise KeyboardInterrupt
                 if run.step == recipe.steps:
                     break
-                torch.manual_seed(_mixed(recipe.seed, run.step, distributed.rank()))
+                torch.manual_seed(_mix_seeds(recipe.seed, run.step, distributed.rank()))
                 for group in _groups(run.optimizers):
                     group["lr"] = recipe.learning_rate_at(run.step, group["initial_lr"])
                 part = (distributed.shard(x) for x in batch(run.step))
                 inputs, targets = (x.to(device, non_blocking=is_cuda) for x in part)
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-                    value = loss(parallel, inputs, targets)
-                update(parallel, run.optimizers, value, recipe.clip)
-                run.losses.append(value.detach())
+                    loss_value = loss(wrapped, inputs, targets)
+                update(wrapped, run.optimizers, loss_value, recipe.clip)
+                run.losses.append(loss_value.detach())
                 run.step += 1
                 bar.update()
                 if run.step % 20 == 1:  # reading a loss synchronises the GPU
-                    bar.set_postfix(loss=f"{value.item():.3f}")
+                    bar.set_postfix(loss=f"{loss_value.item():.3f}")
     return run.history, run.seconds()
 
 
 @contextmanager
-def _tensor_cores(wanted: bool) -> Iterator[None]:
-    """If wanted, compute float32 matrix products in TF32 inside the block. It is much faster, and
+def _tf32_matmul(enabled: bool) -> Iterator[None]:
+    """If enabled, compute float32 matrix products in TF32 inside the block. It is much faster, and
     more precise than bfloat16, which the run's other products use."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if wanted else before)
+    torch.set_float32_matmul_precision("high" if enabled else before)
     try:
         yield
     finally:
@@ -416,7 +427,7 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
-def _progress(first: int, steps: int) -> tqdm:
+def _progress_bar(first: int, steps: int) -> tqdm:
     """One progress bar for all processes."""
     return tqdm(
         total=steps,
@@ -428,6 +439,6 @@ def _progress(first: int, steps: int) -> tqdm:
     )
 
 
-def _mixed(*numbers: int) -> int:
+def _mix_seeds(*numbers: int) -> int:
     """A seed that depends on all numbers."""
     return random.Random(repr(numbers)).getrandbits(63)

@@ -84,7 +84,7 @@ def test_softmax_written_out_is_softmax_and_its_memory_is_counted_not_used(monke
     assert [row["form"] for row in rows] == ["softmax", "nala", "written out"]
     weights = bench.HEADS * 200 * 200 * 4
     assert 2 * weights < rows[2]["peak"] < 4 * weights
-    inputs = [bench.heads(200, CPU, torch.float32).requires_grad_() for _ in range(3)]
+    inputs = [bench.random_heads(200, CPU, torch.float32).requires_grad_() for _ in range(3)]
     call = bench.passes(bench.written_out, inputs)["forward + backward"]
     assert rows[2]["peak"] == bench.peak_of(call, CPU, compiled=False)
 
@@ -340,7 +340,7 @@ def test_the_committed_cards_are_whole_and_consistent():
         for what in ("forward", "forward + backward"):
             for form in forms:
                 found = bench.select(rows, form=form, causal=causal, **{"pass": what})
-                longest = bench.LONGEST.get(form, lengths[-1])
+                longest = bench.MAX_LENGTH.get(form, lengths[-1])
                 assert [r["length"] for r in found] == [n for n in lengths if n <= longest], form
                 assert all(0 < r["low"] <= r["median"] <= r["high"] for r in found)
             place = bench.crossover(rows, causal=causal, **{"pass": what})
@@ -354,11 +354,11 @@ def test_the_committed_cards_are_whole_and_consistent():
         "performer_pytorch",
     }
     assert {(r["form"], r["block"]) for r in RESULTS["steps"]} == set(
-        itertools.product(("softmax", "nala", "elu"), bench.STEPS)
+        itertools.product(("softmax", "nala", "elu"), bench.WINDOWS)
     )
     long = CARDS["long"]["results"]
     assert {(r["form"], r["block"]) for r in long["steps"]} == set(
-        itertools.product(("softmax", "nala", "elu"), bench.LONG_STEPS)
+        itertools.product(("softmax", "nala", "elu"), bench.LONG_WINDOWS)
     )
     assert {r["length"] for r in long["long"]} == {bench.LONG}
 

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("small_files")
 def small_files():
     """Files of COUNT images are whole."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "BATCH", COUNT)
+        patch.setattr(data, "IMAGES_PER_FILE", COUNT)
         yield
 
 
@@ -73,7 +73,7 @@ def write_images(folder, seed=0):
     """
     random = np.random.default_rng(seed)
     folder.mkdir()
-    for name in data.BATCHES:
+    for name in data.CIFAR10_FILES:
         records = np.empty((COUNT, 1 + 3 * 32 * 32), np.uint8)
         records[:, 0] = random.permutation(COUNT) % 10
         for record in records:
@@ -275,15 +275,15 @@ def test_without_network_and_folder_the_stand_in_is_announced_and_named(run, fil
     result = run(*FLAGS, "--steps", 2, "--out", "digits")
     assert result.returncode == 0, result.stderr
     assert "\nNO CIFAR-10: " in result.stdout
-    assert f"\n{synthetic.DRAWN}: 60 images to train on." in result.stdout
-    assert f", on 30 images of {synthetic.DRAWN}. Most often" in result.stdout
+    assert f"\n{synthetic.DIGITS_NAME}: 60 images to train on." in result.stdout
+    assert f", on 30 images of {synthetic.DIGITS_NAME}. Most often" in result.stdout
     card = runcard.read_json(files / "digits" / "card.json")
-    assert card["data"] == {"name": synthetic.DRAWN, "sha256": few_digits.sha256}
+    assert card["data"] == {"name": synthetic.DIGITS_NAME, "sha256": few_digits.sha256}
     assert sum(map(sum, card["results"]["confusion"])) == 30
     assert list((files / "cache" / "nala_min").iterdir()) == []
     imsave(files / "picture.png", np.zeros((32, 32)))
     assert (
-        f" (trained on {synthetic.DRAWN})\n"
+        f" (trained on {synthetic.DIGITS_NAME})\n"
         in run("--out", "digits", "--predict", "picture.png", "--device", "cpu").stdout
     )
 
@@ -292,7 +292,7 @@ def test_digits_that_are_asked_for_are_no_stand_in(run, files, few_digits):
     result = run(*FLAGS, "--steps", 1, "--data", "synthetic", "--out", "digits")
     assert result.returncode == 0
     assert "NO CIFAR-10" not in result.stdout and "Downloading" not in result.stdout
-    assert f", on 30 images of {synthetic.DRAWN}. Most often" in result.stdout
+    assert f", on 30 images of {synthetic.DIGITS_NAME}. Most often" in result.stdout
     assert not (files / "cache").exists()
 
 

@@ -19,7 +19,7 @@ from nala_min import ATTENTIONS, data, measure, nala_attention, plots, runcard, 
 from nala_min.flags import UsageError, run_script
 from nala_min.lab import compare, premise, studies
 from nala_min.lab.studies import (
-    CHANGED,
+    CHANGED_OPTIONS,
     STUDIES,
     VARIANTS,
     PairEmbedding,
@@ -27,7 +27,7 @@ from nala_min.lab.studies import (
     Sharpness,
     Study,
     Variant,
-    lam_apart,
+    separate_lambdas,
 )
 from nala_min.model import key_features, linear_attention, query_features
 
@@ -98,19 +98,19 @@ def test_recall_counts_the_right_answers():
 def test_sharpness_wants_one_value_or_the_mean_of_many(of):
     task = replace(SHARPNESS, of=of)
     inputs, targets = task.examples(3, seed=1, step=0)
-    asks, told, values = inputs.split([20, 20, 8], dim=-1)
+    queries, codes, values = inputs.split([20, 20, 8], dim=-1)
     wanted, unit = targets.split([8, 1], dim=-1)
     assert {round(u, 4) for u in unit.unique().tolist()} == {1.0, round(of**-0.5, 4)}
     for b in range(3):
         for t in range(16):
-            group = told[b, :, :4] @ told[b, t, :4] > 0
+            group = codes[b, :, :4] @ codes[b, t, :4] > 0
             chosen = torch.ones(16, dtype=torch.bool) if of == 16 else group
             assert chosen.sum() == of
             if unit[b, t] == 1:
-                assert_close(asks[b, t], 4 * told[b, t])
+                assert_close(queries[b, t], 4 * codes[b, t])
                 assert_close(wanted[b, t], values[b, t])
             else:
-                assert_close(asks[b, t], told[b, t] / 4)
+                assert_close(queries[b, t], codes[b, t] / 4)
                 assert_close(wanted[b, t] * unit[b, t], values[b, chosen].mean(dim=0))
 
 
@@ -128,8 +128,8 @@ def test_knowing_nothing_gives_an_error_of_one():
 def test_what_is_blind_to_the_norm_answers_both_questions_alike(name, blind):
     model = built(SHARPNESS, name).double()
     inputs, _ = SHARPNESS.examples(2, seed=1, step=0)
-    asks, told, values = inputs.double().split([20, 20, 8], dim=-1)
-    short, long = model(asks / 2, told, values), model(asks * 2, told, values)
+    queries, codes, values = inputs.double().split([20, 20, 8], dim=-1)
+    short, long = model(queries / 2, codes, values), model(queries * 2, codes, values)
     assert torch.allclose(short, long, rtol=0, atol=1e-9) == blind
 
 
@@ -202,11 +202,11 @@ def test_a_variant_attends_as_it_says(name, options):
 def test_queries_and_keys_with_a_lam_each(lam):
     q, k, v = torch.randn(3, 2, 2, 9, 16)
     maps = partial(query_features, lam=lam), partial(key_features, lam=2.0)
-    apart = lam_apart(q, k, v, queries=lam, keys=2.0, causal=True)
+    apart = separate_lambdas(q, k, v, queries=lam, keys=2.0, causal=True)
     assert_close(apart, linear_attention(q, k, v, *maps, causal=True))
     for name, told in (("queries", {"queries": 1.0}), ("keys", {"keys": 1.0})):
         layer = built(RECALL, f"lam 1 of {name}").blocks[0].attention
-        assert layer.attend.keywords == told and layer.attend.func is lam_apart
+        assert layer.attend.keywords == told and layer.attend.func is separate_lambdas
 
 
 def test_lams_that_learn_begin_with_nala_s_and_all_learn():
@@ -218,7 +218,7 @@ def test_lams_that_learn_begin_with_nala_s_and_all_learn():
     assert all((lam.grad != 0).all() for lam in (layer.attend.queries, layer.attend.keys))
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGED if name != "no query norm"])
+@pytest.mark.parametrize("name", [name for name in CHANGED_OPTIONS if name != "no query norm"])
 def test_a_changed_number_is_the_one_in_the_name(name):
     option, value = name.split()
     assert VARIANTS[name] == Variant(name)
@@ -358,7 +358,7 @@ def test_an_interval_holds_the_truth_in_95_of_100_studies(pairs):
 
 @pytest.mark.parametrize("pairs", [2, 3, 5, 8, 20])
 def test_a_p_value_is_0_05_at_the_end_of_an_interval(pairs):
-    end = compare.STUDENT[pairs - 2]
+    end = compare.T_QUANTILES[pairs - 2]
     assert compare.p_value(end, pairs) == pytest.approx(0.05, abs=1e-4)
     assert compare.p_value(-end, pairs) == compare.p_value(end, pairs)
     assert compare.p_value(0.0, pairs) == 1.0
@@ -382,12 +382,14 @@ def test_a_study_s_questions_are_answered_with_their_number_in_mind():
     for row in found:
         row[task.result] = row.pop("loss")
     first, second, third = compare.answers(found, study)
-    assert (first.variant, first.than) == ("elu", "nala")
-    assert (first.away, first.half) == compare.difference(numbers["elu"], numbers["nala"])
-    t = 4.303 * first.away / first.half
+    assert (first.variant, first.baseline) == ("elu", "nala")
+    assert (first.difference, first.half_width) == compare.difference(
+        numbers["elu"], numbers["nala"]
+    )
+    t = 4.303 * first.difference / first.half_width
     assert first.p == pytest.approx(3 * compare.p_value(t, 3))
-    assert second.away == pytest.approx(0.1) and first.p < second.p
-    assert (third.away, third.p) == (0.0, 1.0)
+    assert second.difference == pytest.approx(0.1) and first.p < second.p
+    assert (third.difference, third.p) == (0.0, 1.0)
 
 
 def test_softmax_with_one_norm_knows_a_query_by_its_direction():
@@ -437,9 +439,9 @@ def test_every_study_can_be_drawn_and_tabled(name):
 
 def test_the_picture_of_recall_has_a_line_and_a_band_for_each_attention():
     shares = {f"accuracy at {pairs} pairs": 1 / pairs for pairs in RECALL.pairs}
-    found = [{"variant": name} | shares for name in plots.VARIANTS for _ in range(2)]
+    found = [{"variant": name} | shares for name in plots.VARIANT_STYLES for _ in range(2)]
     (axes,) = RECALL.draw(found).axes
-    assert len(axes.lines) == len(axes.collections) == len(plots.VARIANTS)
+    assert len(axes.lines) == len(axes.collections) == len(plots.VARIANT_STYLES)
     for line in axes.lines:
         assert list(line.get_ydata()) == pytest.approx([1 / pairs for pairs in RECALL.pairs])
 
@@ -496,9 +498,9 @@ def test_the_time_a_study_takes_is_that_of_its_steps(tmp_path, monkeypatch):
 
 
 def test_more_seeds_by_a_flag():
-    study = compare.chosen(compare.Settings(seeds=8), "recall")
-    assert (study.seeds, compare.chosen(compare.Settings(), "recall").seeds) == (8, 5)
-    assert compare.chosen(compare.Settings(seeds=2, quick=True), "recall").seeds == 2
+    study = compare.configured_study(compare.Settings(seeds=8), "recall")
+    assert (study.seeds, compare.configured_study(compare.Settings(), "recall").seeds) == (8, 5)
+    assert compare.configured_study(compare.Settings(seeds=2, quick=True), "recall").seeds == 2
     card = compare.study_card(compare.Settings(seeds=8), "recall", study, [{"seconds": 1.0}])
     assert card["command"] == "python -m nala_min.lab.compare --study recall --seeds 8"
     assert card["config"]["seeds"] == 8
@@ -528,7 +530,7 @@ def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     def never(*args):
         raise AssertionError("run again")
 
-    monkeypatch.setattr(compare, "_work", never)
+    monkeypatch.setattr(compare, "_run_in_worker", never)
     run_script(compare.main)
     assert runcard.read_json(tmp_path / "sharpness.json")["results"] == card["results"]
     assert "6/6" in capsys.readouterr().err
@@ -602,12 +604,12 @@ def test_the_premise_is_read_off_the_models_that_a_study_left(tmp_path, monkeypa
     """Two steps of every attention; the card's correlations and points are the models' own."""
     (tmp_path / "text.txt").write_text("to be, or not to be: " * 60, encoding="utf-8")
     task = replace(STUDIES["text"].task, steps=2, sizes=(2, 2, 16), block=16, windows=2)
-    monkeypatch.setitem(premise.STUDIES, "text", Study(task, {}, studies.SIMPLE, seeds=2))
+    monkeypatch.setitem(premise.STUDIES, "text", Study(task, {}, studies.MAIN_ATTENTIONS, seeds=2))
     here = replace(task, file=tmp_path / "text.txt")
     runs = tmp_path / "runs" / "text"
-    for name in studies.SIMPLE:
+    for name in studies.MAIN_ATTENTIONS:
         for seed in (1, 2):
-            compare.run(here, name, seed, compare._place(runs, name, seed))
+            compare.run(here, name, seed, compare._run_folder(runs, name, seed))
     flags = ["--runs", runs.parent, "--data", tmp_path / "text.txt", "--out", tmp_path]
     monkeypatch.setattr("sys.argv", ["premise.py", *map(str, flags)])
     run_script(premise.main)
@@ -616,9 +618,9 @@ def test_the_premise_is_read_off_the_models_that_a_study_left(tmp_path, monkeypa
     assert card["command"] == "python -m nala_min.lab.premise --study text"
     inputs = here.inputs(1000)
     assert card["config"] == {"study": "text", "seeds": 2, "inputs": len(inputs)}
-    for name in studies.SIMPLE:
+    for name in studies.MAIN_ATTENTIONS:
         for seed in (1, 2):
-            model = compare.trained(here, name, seed, runs)
+            model = compare.load_trained(here, name, seed, runs)
             found = measure.norms_and_entropies(model, inputs)
             rows = [
                 row
@@ -637,7 +639,7 @@ def test_the_premise_is_read_off_the_models_that_a_study_left(tmp_path, monkeypa
                     ]
     capsys.readouterr()
     for mistake, named in ((["--data-dir", "x", "--study", "images"], "--data-dir"), ([], "split")):
-        monkeypatch.setattr(premise, "SIMPLE", ("split",))  # which has no run there
+        monkeypatch.setattr(premise, "MAIN_ATTENTIONS", ("split",))  # which has no run there
         monkeypatch.setattr("sys.argv", ["premise.py", *map(str, flags), *mistake])
         with pytest.raises(SystemExit, match="2"):
             run_script(premise.main)
@@ -647,17 +649,17 @@ def test_the_premise_is_read_off_the_models_that_a_study_left(tmp_path, monkeypa
 
 def test_a_run_of_another_recipe_or_an_unfinished_one_is_not_taken_for_a_model(tmp_path):
     task = replace(SHARPNESS, steps=2)
-    compare.run(task, "nala", 1, compare._place(tmp_path, "nala", 1))
-    assert isinstance(compare.trained(task, "nala", 1, tmp_path), studies.Bare)
+    compare.run(task, "nala", 1, compare._run_folder(tmp_path, "nala", 1))
+    assert isinstance(compare.load_trained(task, "nala", 1, tmp_path), studies.SingleLayer)
     other = replace(task, learning_rate=1.0)
     with pytest.raises(UsageError, match="is not from a finished run of this study"):
-        compare.trained(other, "nala", 1, tmp_path)
+        compare.load_trained(other, "nala", 1, tmp_path)
     with pytest.raises(UsageError, match="nala_seed2"):
-        compare.trained(task, "nala", 2, tmp_path)
-    path = compare._place(tmp_path, "nala", 1) / "checkpoint.pt"
+        compare.load_trained(task, "nala", 2, tmp_path)
+    path = compare._run_folder(tmp_path, "nala", 1) / "checkpoint.pt"
     torch.save(torch.load(path, weights_only=True) | {"step": 1}, path)
     with pytest.raises(UsageError, match="is not from a finished run of this study"):
-        compare.trained(task, "nala", 1, tmp_path)
+        compare.load_trained(task, "nala", 1, tmp_path)
 
 
 # --- Before the first hour ------------------------------------------------------------------------
@@ -680,7 +682,7 @@ def test_as_many_workers_as_processors_that_may_be_used(
     monkeypatch.setattr(os, "cpu_count", lambda: 500)  # the host's
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)), raising=False)
     monkeypatch.setattr(os, "process_cpu_count", lambda: affinity, raising=False)
-    monkeypatch.setattr(compare, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(compare, "CPU_QUOTA", tmp_path / "cpu.max")
     if quota:
         (tmp_path / "cpu.max").write_text(f"{quota}\n", encoding="ascii")
     assert compare.processors() == count
@@ -692,7 +694,7 @@ def test_where_no_system_tells_of_affinity_all_processors_count(told, count, tmp
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.delattr(os, "process_cpu_count", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: told)
-    monkeypatch.setattr(compare, "QUOTA", tmp_path / "none")
+    monkeypatch.setattr(compare, "CPU_QUOTA", tmp_path / "none")
     assert compare.processors() == count
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nala_min import data
 from nala_min.data import SHAKESPEARE, Vocabulary, all_windows, random_windows
-from nala_min.synthetic import STAND_IN
+from nala_min.synthetic import MANUAL_NAME
 
 CONTENT = "".join(f"Bürger {i}: Höre mich!\n" for i in range(8000)).encode("utf-8")  # 4 reads
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -149,7 +149,7 @@ def test_a_given_file_may_be_a_string(tmp_path):
     (path := tmp_path / "text.txt").write_bytes(CONTENT)
     source = source_at("http://unused")
     assert data.load_text(str(path)) == data.load_text(path)
-    assert source.is_at(str(path)) and source.hash(str(path)) == source.hash(path)
+    assert source.matches(str(path)) and source.hash(str(path)) == source.hash(path)
 
 
 def test_a_given_file_that_is_not_utf8_raises_value_error(tmp_path):
@@ -169,13 +169,13 @@ def test_a_given_file_that_is_missing_raises_os_error(tmp_path):
 
 def test_a_source_is_at_a_file_with_its_bytes_and_nowhere_else(tmp_path):
     source, path = source_at("http://unused"), tmp_path / "file"
-    assert not source.is_at(path)
-    assert not source.is_at(tmp_path)  # a folder
+    assert not source.matches(path)
+    assert not source.matches(tmp_path)  # a folder
     path.write_bytes(CONTENT)
-    assert source.is_at(path)
-    assert not replace(source, size=source.size + 1).is_at(path)
+    assert source.matches(path)
+    assert not replace(source, size=source.size + 1).matches(path)
     path.write_bytes(WRONG_BYTE)
-    assert not source.is_at(path)
+    assert not source.matches(path)
 
 
 def test_a_download_is_cached_and_not_fetched_twice(server, cached, capsys):
@@ -216,7 +216,7 @@ def test_a_corrupt_cached_file_is_fetched_again(corrupt, server, cached):
 def test_a_corrupt_cached_file_is_not_used_without_a_network(source_of, cached):
     cached.parent.mkdir(parents=True)
     cached.write_bytes(CONTENT[:-1])
-    assert data.load_text(source=source_of("refused")).name == STAND_IN
+    assert data.load_text(source=source_of("refused")).name == MANUAL_NAME
 
 
 @failures
@@ -224,20 +224,20 @@ def test_without_a_download_the_stand_in_is_announced_and_nothing_is_cached(
     failure, source_of, cached, capsys
 ):
     text = data.load_text(source=source_of(failure))
-    assert text.name == STAND_IN
+    assert text.name == MANUAL_NAME
     assert len(text.text) > 400_000
-    assert STAND_IN in capsys.readouterr().out.partition("NO SHAKESPEARE")[2]
+    assert MANUAL_NAME in capsys.readouterr().out.partition("NO SHAKESPEARE")[2]
     assert files_below(cached.parents[1]) == []
 
 
 def test_a_cache_that_cannot_be_written_gives_the_stand_in(server, cached):
     cached.parents[1].write_text("a file where the folder should be", encoding="utf-8")
-    assert data.load_text(source=server.source).name == STAND_IN
+    assert data.load_text(source=server.source).name == MANUAL_NAME
 
 
 def test_a_text_that_broke_off_is_a_stand_in_at_first_and_whole_at_the_next_call(server, cached):
     server.answers = [BROKEN_OFF, b""]
-    assert data.load_text(source=server.source).name == STAND_IN
+    assert data.load_text(source=server.source).name == MANUAL_NAME
     assert files_below(cached.parent) == [f"{cached.name}.part"]
     server.answers = [rest(HALF)]
     assert data.load_text(source=server.source).text == CONTENT.decode("utf-8")

@@ -56,7 +56,10 @@ def wrong_values(settings):
         if kind is bool:
             yield from ((flag, [value.format(flag)]) for value in values)
             continue
-        if any(item.name in preset for preset in presets.values()) and not item.metadata["zero"]:
+        if (
+            any(item.name in preset for preset in presets.values())
+            and not item.metadata["allow_zero"]
+        ):
             values = [*values, "0"]
         yield from ((flag, [f"--{flag}={value}"]) for value in values)
 

@@ -19,8 +19,8 @@ from scripts import assert_ambient_has_no_say
 from torch.testing import assert_close
 
 from nala_min import data
-from nala_min.data import BATCHES, CIFAR10, RECORD
-from nala_min.synthetic import DRAWN
+from nala_min.data import BYTES_PER_IMAGE, CIFAR10, CIFAR10_FILES
+from nala_min.synthetic import DIGITS_NAME
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -29,18 +29,18 @@ COUNT = 4  # images in a file, here
 
 def content_of(i):
     """The bytes of the i-th file: random images, whose labels begin with i."""
-    records = np.random.default_rng(i).integers(0, 256, (COUNT, RECORD), dtype=np.uint8)
+    records = np.random.default_rng(i).integers(0, 256, (COUNT, BYTES_PER_IMAGE), dtype=np.uint8)
     records[:, 0] = [i, 9, 0, 5]
     return records.tobytes()
 
 
-FILES = {name: content_of(i) for i, name in enumerate(BATCHES)}
+FILES = {name: content_of(i) for i, name in enumerate(CIFAR10_FILES)}
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Files of COUNT images, few drawn digits, and a cache of this test's own."""
-    monkeypatch.setattr(data, "BATCH", COUNT)
+    monkeypatch.setattr(data, "IMAGES_PER_FILE", COUNT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -123,9 +123,13 @@ def everything_below(folder):
 def assert_is_cifar10(images):
     """Decoded by hand: five files to train on in order, the sixth to test on."""
     parts = [images.train, images.test]
-    for (pictures, labels), names in zip(parts, [BATCHES[:5], BATCHES[5:]], strict=True):
+    for (pictures, labels), names in zip(
+        parts, [CIFAR10_FILES[:5], CIFAR10_FILES[5:]], strict=True
+    ):
         content = b"".join(FILES[name] for name in names)
-        records = [content[i : i + RECORD] for i in range(0, len(content), RECORD)]
+        records = [
+            content[i : i + BYTES_PER_IMAGE] for i in range(0, len(content), BYTES_PER_IMAGE)
+        ]
         assert pictures.shape == (len(records), 3, 32, 32) and pictures.dtype == torch.uint8
         assert labels.shape == (len(records),) and labels.dtype == torch.int64
         assert labels.tolist() == [record[0] for record in records]
@@ -139,11 +143,13 @@ def assert_is_cifar10(images):
 
 
 def test_a_record_is_a_label_and_a_red_a_green_and_a_blue_plane_row_by_row(folder):
-    record = bytearray(RECORD)
+    record = bytearray(BYTES_PER_IMAGE)
     record[0] = 7
     for plane, row, column, value in [(0, 0, 1, 11), (0, 1, 0, 12), (1, 2, 3, 13), (2, 31, 31, 14)]:
         record[1 + 1024 * plane + 32 * row + column] = value
-    (folder / "data_batch_3.bin").write_bytes(bytes(COUNT * RECORD - RECORD) + record)
+    (folder / "data_batch_3.bin").write_bytes(
+        bytes(COUNT * BYTES_PER_IMAGE - BYTES_PER_IMAGE) + record
+    )
     pictures, labels = data.load_images(folder=folder).train
     place = 3 * COUNT - 1  # the last of the third file
     assert labels[place] == 7
@@ -167,7 +173,7 @@ def test_the_archive_is_found_in_a_folder(tmp_path):
     assert everything_below(tmp_path) == [CIFAR10.file]  # and is not unpacked
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", CIFAR10_FILES)
 def test_a_file_that_is_missing_in_a_folder_is_named(name, folder):
     (folder / name).unlink()
     with pytest.raises(OSError, match=name):
@@ -181,10 +187,12 @@ def test_a_folder_of_nothing_is_named(tmp_path):
         assert str(given) in str(error.value) and CIFAR10.file in str(error.value)
 
 
-LABELS_TO_TEN = bytes(COUNT * RECORD - RECORD) + b"\n" + bytes(RECORD - 1)  # 10, the last
+LABELS_TO_TEN = (
+    bytes(COUNT * BYTES_PER_IMAGE - BYTES_PER_IMAGE) + b"\n" + bytes(BYTES_PER_IMAGE - 1)
+)  # 10, the last
 CORRUPT = {
     "truncated": content_of(0)[:-1],
-    "a record short": content_of(0)[:-RECORD],
+    "a record short": content_of(0)[:-BYTES_PER_IMAGE],
     "overlong": content_of(0) + b"\0",
     "empty": b"",
     "label above 9": LABELS_TO_TEN,
@@ -242,9 +250,9 @@ def load_archive(members, tmp_path):
     return data.load_images(folder=folder, source=source_of(content))
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", CIFAR10_FILES)
 def test_a_file_that_an_archive_lacks_is_named(name, tmp_path):
-    members = [MEMBERS[other] for other in BATCHES if other != name]
+    members = [MEMBERS[other] for other in CIFAR10_FILES if other != name]
     with pytest.raises(ValueError, match=f"{name} in .*{CIFAR10.file}"):
         load_archive(members, tmp_path)
 
@@ -350,14 +358,14 @@ def test_without_the_archive_the_stand_in_is_announced(path, mirror, tmp_path, s
     source = source_of(ARCHIVE, f"{mirror}/{path}")
     images = data.load_images(source=source)
     message = capsys.readouterr().out.partition("NO CIFAR-10")[2]
-    assert images is stand_in and DRAWN in message
+    assert images is stand_in and DIGITS_NAME in message
     assert ("404" if path == "nothing.tar.gz" else source.url) in message
     assert everything_below(tmp_path / "cache" / "nala_min") == []
 
 
 def test_synthetic_is_the_drawn_digits_without_a_word(folder, stand_in, tmp_path, capsys):
     images = data.load_images("synthetic", source=source_of(ARCHIVE))
-    assert images is stand_in and images.name == DRAWN
+    assert images is stand_in and images.name == DIGITS_NAME
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "cache" / "nala_min").exists()
 
@@ -382,9 +390,9 @@ def test_the_sha256_depends_on_every_part_and_on_its_order():
 def test_the_sha256_is_of_training_images_their_labels_and_the_same_of_the_test(folder):
     images = data.load_images(folder=folder)
     digest = hashlib.sha256()
-    for names in (BATCHES[:5], BATCHES[5:]):
+    for names in (CIFAR10_FILES[:5], CIFAR10_FILES[5:]):
         records = np.frombuffer(b"".join(FILES[name] for name in names), np.uint8)
-        records = records.reshape(-1, RECORD)
+        records = records.reshape(-1, BYTES_PER_IMAGE)
         digest.update(records[:, 1:].tobytes())
         digest.update(b"".join(struct.pack("=q", label) for label in records[:, 0]))
     assert images.sha256 == digest.hexdigest()

@@ -73,9 +73,9 @@ def test_recorder_counts_operations_and_the_most_bytes_at_one_time():
         second = first * 2
         del first
         third = second * 3
-    assert (recorder.operations, recorder.peak, recorder.held) == (3, 8000, 8000)
+    assert (recorder.operations, recorder.peak, recorder.allocated) == (3, 8000, 8000)
     del second, third
-    assert recorder.held == 0
+    assert recorder.allocated == 0
 
 
 def test_recorder_counts_no_view_and_no_change_in_place():
@@ -92,7 +92,7 @@ def test_recorder_sees_what_the_backward_pass_needs():
     with measure.Recorder() as recorder:
         x.exp().exp().sum().backward()
     assert recorder.peak > 3 * 4000
-    assert recorder.held == 4000  # x.grad
+    assert recorder.allocated == 4000  # x.grad
 
 
 # --- A trained model ------------------------------------------------------------------------------
@@ -405,8 +405,8 @@ def test_what_is_read_does_not_depend_on_torch_s_defaults(reader):
 @pytest.mark.parametrize("make", [small_vit, small_lm])
 def test_norms_and_entropies_are_those_of_each_head_and_token(make, in_float64, monkeypatch):
     """In several batches as at once: the last token of a text, every third patch here."""
-    monkeypatch.setattr(measure, "QUERIES", 3)
-    monkeypatch.setattr(measure, "at_once", lambda model, inputs: 2)
+    monkeypatch.setattr(measure, "MAX_QUERIES", 3)
+    monkeypatch.setattr(measure, "eval_batch_size", lambda model, inputs: 2)
     text = make is small_lm
     model = make().double()
     inputs = torch.randint(model.config.vocab_size, (5, 7)) if text else bytes_of(5)
@@ -438,7 +438,8 @@ def test_the_weights_of_some_queries_are_those_among_all(attention, rope):
     ):
         for block in measure.attention_inputs(model, inputs):
             weights = block.weights()
-            assert_close(block.rows([0, 3, 11]), weights[:, :, [0, 3, 11]], rtol=1e-4, atol=1e-6)
+            some = block.weights_of([0, 3, 11])
+            assert_close(some, weights[:, :, [0, 3, 11]], rtol=1e-4, atol=1e-6)
 
 
 def test_stats_of_a_compiled_model_are_those_of_the_model():
@@ -470,17 +471,17 @@ def test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of_to
 
 
 def test_the_default_runs_are_evaluated_as_many_at_a_time_as_ever():
-    assert measure.at_once(small_lm(dim=128, num_heads=4), torch.zeros(1, 128)) == 64
-    assert measure.at_once(small_lm(), torch.zeros(1, BUDGET)) == 1
+    assert measure.eval_batch_size(small_lm(dim=128, num_heads=4), torch.zeros(1, 128)) == 64
+    assert measure.eval_batch_size(small_lm(), torch.zeros(1, BUDGET)) == 1
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    assert measure.at_once(small_vit(patch_size=4, dim=64, num_heads=4), images) == 256
+    assert measure.eval_batch_size(small_vit(patch_size=4, dim=64, num_heads=4), images) == 256
 
 
 def test_queries_that_are_sampled_stand_for_all(monkeypatch):
     vit, images = small_vit().float(), bytes_of(2, 40, 40)
     stats = []
     for queries in (64, 10**6):
-        monkeypatch.setattr(measure, "QUERIES", queries)
+        monkeypatch.setattr(measure, "MAX_QUERIES", queries)
         stats.append(measure.attention_stats(vit, images)[0])
     sampled, whole = stats
     assert sampled["query_norm"] == whole["query_norm"]

@@ -5,7 +5,7 @@ import sys
 
 import mutate
 import pytest
-from mutate import EQUIVALENT, MODEL, ROOT, TESTS, Order, diff, make_mutants
+from mutate import EQUIVALENT, MODEL, ROOT, TESTS, OrderPlugin, diff, make_mutants
 
 EXAMPLE = '''"""Not a mutant."""
 import torch
@@ -107,7 +107,7 @@ def test_what_caught_another_mutant_comes_first_then_each_test_once():
             self.function, self.nodeid = function, function + case
 
     items = [Item(function, case) for function in "ab" for case in "123"]
-    Order(["b3", "gone"]).pytest_collection_modifyitems(items)
+    OrderPlugin(["b3", "gone"]).pytest_collection_modifyitems(items)
     assert [item.nodeid for item in items] == ["b3", "a1", "b1", "a2", "b2", "a3"]
 
 

@@ -143,7 +143,9 @@ def test_it_is_compared(folder, monkeypatch, capsys):
     ran = []
     work = partial(lambda name: ran.append(name) or {"variant": name, "seed": 1})
     monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *_, **__: Here(work))
-    study = compare.chosen(compare.Settings(study="recall", attention="mine.py"), "recall")
+    study = compare.configured_study(
+        compare.Settings(study="recall", attention="mine.py"), "recall"
+    )
     compare.run_all(study, folder / "runs" / "compare" / "recall", 1, "cpu")
     assert ran == []
     (folder / "mine.py").write_text(EXAMPLE + "\n", encoding="utf-8")

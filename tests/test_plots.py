@@ -41,22 +41,22 @@ def test_drawing_leaves_the_caller_s_style_alone():
 
 
 def test_the_looks_can_be_told_apart_without_colour():
-    assert set(plots.LOOKS) == {*FEATURE_MAPS, "softmax"}
-    assert len({look["linestyle"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
-    assert len({look["color"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
+    assert set(plots.STYLES) == {*FEATURE_MAPS, "softmax"}
+    assert len({look["linestyle"] for look in plots.STYLES.values()}) == len(plots.STYLES)
+    assert len({look["color"] for look in plots.STYLES.values()}) == len(plots.STYLES)
 
 
 def test_entropy_gap_has_a_line_a_feature_map():
-    values = {name: [1.0 + i, 2.0] for i, name in enumerate(plots.LOOKS)}
+    values = {name: [1.0 + i, 2.0] for i, name in enumerate(plots.STYLES)}
     figure = plots.entropy_gap([0.1, 1.0], values)
     figure.draw_without_rendering()  # the second axis follows the first
     axes = figure.axes[0]
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
-    assert list(drawn) == [plots.LOOKS[name]["label"] for name in values]
+    assert list(drawn) == [plots.STYLES[name]["label"] for name in values]
     for keys, entropies in zip(drawn.values(), values.values(), strict=True):
         assert keys == pytest.approx([math.exp(x) for x in entropies])  # even over so many
     colours = [line.get_color() for line in axes.get_lines()]
-    assert colours == [look["color"] for look in plots.LOOKS.values()]
+    assert colours == [look["color"] for look in plots.STYLES.values()]
     assert all(list(line.get_xdata()) == [0.1, 1.0] for line in axes.get_lines())
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert "norm" in axes.get_xlabel() and "keys" in axes.get_ylabel()
@@ -138,7 +138,7 @@ def test_attention_maps_frames_the_query_and_shows_its_weights():
         assert (frame.get_width(), frame.get_height()) == pytest.approx((1.8, 2.0))
         assert axes.images[0].get_extent() == [0, 9, 6, 0]
     titles = [axes.get_title() for axes in panels[:4]]
-    assert titles == ["image", *(plots.LOOKS[name]["label"] for name in maps)]
+    assert titles == ["image", *(plots.STYLES[name]["label"] for name in maps)]
     for i in range(2):
         picture, *shown = panels[4 * i : 4 * i + 4]
         assert (picture.images[0].get_array() == images[i].movedim(0, -1).numpy()).all()
@@ -153,7 +153,7 @@ def test_attention_maps_frames_the_query_and_shows_its_weights():
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 11), (32, 32)])
 def test_attention_maps_of_any_grid(height, width):
     images = bytes_of(1, height, width)
-    maps = measure.attention_maps(small_vit(num_layers=1), images, feature_maps=[*plots.LOOKS])
+    maps = measure.attention_maps(small_vit(num_layers=1), images, feature_maps=[*plots.STYLES])
     plots.attention_maps(images, maps, "hybrid").savefig(io.BytesIO())
 
 
@@ -168,7 +168,7 @@ def test_health_draws_medians_and_the_middle_nine_tenths():
     for axes, looks in ((norm, ["cosine", "softmax"]), (power, ["cosine"])):
         for bar, look in zip(axes.containers, looks, strict=True):
             found = {"label": bar.get_label(), "color": bar[0].get_color()}
-            assert found.items() <= plots.LOOKS[look].items()
+            assert found.items() <= plots.STYLES[look].items()
     assert [len(axes.containers) for axes in figure.axes] == [2, 1, 2]  # softmax has no power
     middle, _, (bars,) = norm.containers[1]
     assert list(middle.get_ydata()) == [4.0, 4.0]
@@ -215,7 +215,7 @@ def test_seeds_draws_every_run_and_the_mean_of_each_attention():
     labels = [text.get_text() for text in right.get_yticklabels()]
     assert labels == ["NaLa", "softmax"]
     assert right.yaxis_inverted()  # the first on top
-    looks = [plots.LOOKS[name] for name in runs]
+    looks = [plots.STYLES[name] for name in runs]
     colours = [look["color"] for look in looks]
     assert [line.get_color() for line in left.get_lines()] == colours
     assert [line.get_linestyle() for line in left.get_lines()] == [x["linestyle"] for x in looks]

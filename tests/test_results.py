@@ -162,7 +162,7 @@ def said(study, variant, form="{:+.2f} ± {:.2f}"):
 def evidence():
     """What stands in the page's text for each of these marks."""
     norms = {kind: found("sharpness", "nala", f"norm of {kind}") for kind in ("one", "many")}
-    minutes = sum(CARDS[name]["seconds"] for name in compare.DEFAULT) / 2 / 60
+    minutes = sum(CARDS[name]["seconds"] for name in compare.DEFAULT_STUDIES) / 2 / 60
     return {
         "@A1@": said("sharpness", "no query norm").lstrip("+"),
         "@A2@": said("recall", "no cosine map, same state").lstrip("-"),
@@ -257,8 +257,8 @@ def answers_table():
     for text, images in zip(*map(answered, ANSWERED), strict=True):
         cells = []
         for answer, (form, unit) in zip((text, images), ANSWERED.values(), strict=True):
-            cells += [form.format(unit * answer.away, unit * answer.half), p_of(answer)]
-        than = {"nala": "NaLa"}.get(text.than, text.than)
+            cells += [form.format(unit * answer.difference, unit * answer.half_width), p_of(answer)]
+        than = {"nala": "NaLa"}.get(text.baseline, text.baseline)
         lines.append(f"| {called(text.variant)} | {than} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -273,7 +273,9 @@ def powers_table():
     }
     lines = ["| λ, instead of 3 | text, loss minus NaLa's | p |", "|---|---|---|"]
     for x in answered("text-powers"):
-        lines.append(f"| {called[x.variant]} | {x.away:+.3f} ± {x.half:.3f} | {p_of(x)} |")
+        lines.append(
+            f"| {called[x.variant]} | {x.difference:+.3f} ± {x.half_width:.3f} | {p_of(x)} |"
+        )
     return "\n".join(lines)
 
 
@@ -295,7 +297,7 @@ def convolution_table():
         cells = [label, *(f"{loss:.3f}" for loss in losses), "", ""]
         if variant in answers:
             x = answers[variant]
-            cells[3:] = f"{x.away:+.3f} ± {x.half:.3f}", p_of(x)
+            cells[3:] = f"{x.difference:+.3f} ± {x.half_width:.3f}", p_of(x)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -313,7 +315,10 @@ def elsewhere_table():
     named = {"lam 1": "NaLa, λ = 1", "lam 2": "NaLa, λ = 2", **LABELS}
     for study, (change, form, unit) in ELSEWHERE.items():
         for x in answered(study):
-            label, away = named[x.variant.split(", ")[0]], form.format(unit * x.away, unit * x.half)
+            label, away = (
+                named[x.variant.split(", ")[0]],
+                form.format(unit * x.difference, unit * x.half_width),
+            )
             lines.append(f"| {change} | {label} | {away} | {p_of(x)} |")
     return "\n".join(lines)
 
@@ -330,10 +335,12 @@ def answers_verdict():
 
 def shorter_runs():
     """What both pages say of the study of text: it is clear, and the longer runs are not."""
-    clear = {x.variant: x.away for x in answered("text") if x.p < 0.05 and x.than == "nala"}
+    clear = {
+        x.variant: x.difference for x in answered("text") if x.p < 0.05 and x.baseline == "nala"
+    }
     plain = [-clear[name] for name in LABELS]
     assert min(plain) > 0  # NaLa is behind all three
-    bare = {x.variant.removesuffix(WITHOUT): -x.away for x in answered("text-convolution")}
+    bare = {x.variant.removesuffix(WITHOUT): -x.difference for x in answered("text-convolution")}
     bare = [bare[name] for name in LABELS]
     return (
         "In runs a third as long, with eight seeds, it is"
@@ -434,7 +441,7 @@ def test_the_tables_of_studies_are_their_cards():
 
 
 def test_the_default_studies_fit_two_hours_on_two_cores():
-    assert sum(CARDS[name]["seconds"] for name in compare.DEFAULT) / 2 < 7200
+    assert sum(CARDS[name]["seconds"] for name in compare.DEFAULT_STUDIES) / 2 < 7200
 
 
 @pytest.mark.parametrize("study", CARDS)
@@ -496,7 +503,7 @@ def test_the_answers_of_text_and_images_are_their_cards():
     """Neither the norm nor the cosine map is why NaLa is behind; softmax does without the norm."""
     assert f"\n\n{answers_table()}\n\n" in PAGE
     assert answers_verdict() in PROSE and shorter_runs() in PROSE
-    p_values = {(x.variant, x.than): x.p for x in answered("text")}
+    p_values = {(x.variant, x.baseline): x.p for x in answered("text")}
     for name in ("no query norm", "no cosine map, same state", "split"):
         assert p_values[name, "nala"] > 0.05
     assert p_values["softmax, one norm", "softmax"] > 0.05
@@ -524,7 +531,7 @@ def test_what_the_convolution_hides_is_its_card():
     assert f"\n\n{convolution_table()}\n\n" in PAGE
     bare = {x.variant.removesuffix(WITHOUT): x for x in answered("text-convolution")}
     for name, x in bare.items():  # NaLa is last
-        assert (x.p > 0.05) if name in OTHERS else (x.away < 0 and x.p < 0.05)
+        assert (x.p > 0.05) if name in OTHERS else (x.difference < 0 and x.p < 0.05)
     losses = {name: found("text-convolution", name + WITHOUT) for name in bare}
     softmax, one = losses.pop("softmax"), losses["lam 1"]
     for theirs in losses.values():  # softmax is ahead of every linear attention
@@ -534,7 +541,7 @@ def test_what_the_convolution_hides_is_its_card():
     assert all(abs(middle) < half for middle, half in (elu, relu))
     said = "level with elu + 1 ({:+.3f} ± {:.3f}) and ReLU ({:+.3f} ± {:.3f})"
     assert said.format(*elu, *relu) in PROSE
-    assert 0.4 < bare["lam 1"].away / bare["softmax"].away < 0.6  # "about half"
+    assert 0.4 < bare["lam 1"].difference / bare["softmax"].difference < 0.6  # "about half"
 
 
 def test_other_settings_are_their_cards():
@@ -542,7 +549,7 @@ def test_other_settings_are_their_cards():
     assert f"\n\n{elsewhere_table()}\n\n" in PAGE
     for study in ELSEWHERE:
         for x in answered(study):
-            assert (x.away > 0) == (study == "images-powers")
+            assert (x.difference > 0) == (study == "images-powers")
             assert (x.p < 0.05) == (study == "text-gate")
     gains = [
         compare.difference(found("text-gate", without), found("text", name))
@@ -638,15 +645,15 @@ def steps_table():
         return bench.select(LONG["steps"], form=form, block=window)[0][what]
 
     def over(what, one, other):
-        return [short(step(one, what, n) / step(other, what, n)) for n in bench.LONG_STEPS]
+        return [short(step(one, what, n) / step(other, what, n)) for n in bench.LONG_WINDOWS]
 
     def per_second(form):
-        sizes = {window: window * batch for window, batch in bench.LONG_STEPS.items()}
+        sizes = {window: window * batch for window, batch in bench.LONG_WINDOWS.items()}
         return [f"{size / step(form, 'median', n):,.0f}" for n, size in sizes.items()]
 
     rows = {
-        "a training step with windows of": [f"{window:,}" for window in bench.LONG_STEPS],
-        "---": ["---"] * len(bench.LONG_STEPS),
+        "a training step with windows of": [f"{window:,}" for window in bench.LONG_WINDOWS],
+        "---": ["---"] * len(bench.LONG_WINDOWS),
         "time, softmax's ÷ NaLa's": over("median", "softmax", "nala"),
         "time, softmax's ÷ elu + 1's": over("median", "softmax", "elu"),
         "NaLa: characters per second": per_second("nala"),

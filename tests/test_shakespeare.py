@@ -130,7 +130,7 @@ def test_the_last_tenth_is_not_trained_on(run, files, monkeypatch):
     other = TEXT[:cut] + TEXT[cut:].translate(str.maketrans("qui", "uiq"))
     assert other != TEXT and set(other) == set(TEXT)
     (files / "other.txt").write_bytes(other.encode("utf-8"))
-    monkeypatch.setattr(train_shakespeare, "continued", lambda *arguments: "")
+    monkeypatch.setattr(train_shakespeare, "generate_text", lambda *arguments: "")
     weights, losses = [], []
     for name in ("text", "other"):
         windows = ["--batch", 100, "--steps", 2]  # some would be of the last tenth
@@ -181,9 +181,9 @@ def test_without_network_and_data_the_stand_in_is_announced_and_named(run, tmp_p
     assert "NO SHAKESPEARE" in result.stdout
     assert "Warning" not in result.stderr
     card = runcard.read_json(tmp_path / "run" / "card.json")
-    assert card["data"]["name"] == synthetic.STAND_IN
+    assert card["data"]["name"] == synthetic.MANUAL_NAME
     assert card["data"]["sha256"] != data.SHAKESPEARE.sha256
-    assert f"the last tenth of {synthetic.STAND_IN}" in result.stdout
+    assert f"the last tenth of {synthetic.MANUAL_NAME}" in result.stdout
     assert list((tmp_path / "cache" / "nala_min").iterdir()) == []
 
 

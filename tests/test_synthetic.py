@@ -14,7 +14,7 @@ def digits():
 
 
 def test_drawn_digits_have_the_shape_of_cifar10(digits):
-    assert digits.name == synthetic.DRAWN
+    assert digits.name == synthetic.DIGITS_NAME
     assert digits.classes == tuple("0123456789")
     assert not digits.mirror  # a mirrored 2 is no 2
     for (pictures, labels), count in ((digits.train, 5000), (digits.test, 1000)):

@@ -107,8 +107,8 @@ class Run(train.Settings):
     # fmt: on
 
     width: int | None = flag(None, "how wide it is")
-    shift: int | None = flag(None, "how far it moves", zero=True)
-    words: str = flag("", "what it says", decides=False)
+    shift: int | None = flag(None, "how far it moves", allow_zero=True)
+    words: str = flag("", "what it says", affects_result=False)
 
 
 def test_a_preset_gives_what_the_flags_do_not():

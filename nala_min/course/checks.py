@@ -9,7 +9,7 @@ The checker of an exercise is a function `check_<name>` in the file of its lesso
 @exercise(lesson, *hints). It takes the student's function, looks for known mistakes first (shape,
 sign, mask) and compares numbers last. The right values come from model.py. Many mistakes are
 recognised by the value that they produce:
-agree(got, expected, what, {"What is wrong.": the value that this mistake produces}).
+assert_close(got, expected, what, {"What is wrong.": the value that this mistake produces}).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def check(function: Callable) -> None:
     with a sentence; ValueError if there is no exercise of that name.
     """
     __tracebackhide__ = True  # pytest shows the sentence, not the code of this file
-    _find(function.__name__)
+    _get_exercise(function.__name__)
     _check(function, torch.float32)
 
 
@@ -106,9 +106,9 @@ def report(lesson: int | str, path: str | os.PathLike | None = None) -> None:
         raise ValueError(f"lesson must be 1 to 7 or 'find_the_bug': {lesson!r}")
     stem = f"lesson_{lesson}" if isinstance(lesson, int) else lesson
     verdicts, printed = marking.mark(path or FOLDER / f"{stem}.py", names)
-    _say(printed, bar="  | ")
+    _print_escaped(printed, bar="  | ")
     for name, verdict in verdicts.items():
-        _say(f"{name}: {verdict.splitlines()[0]}")
+        _print_escaped(f"{name}: {verdict.splitlines()[0]}")
 
 
 _hints_given: Counter[str] = Counter()
@@ -116,7 +116,7 @@ _hints_given: Counter[str] = Counter()
 
 def hint(name: str) -> None:
     """Print the next hint of an exercise. Raises ValueError if there is no such exercise."""
-    hints, given = _find(name).hints, _hints_given[name]
+    hints, given = _get_exercise(name).hints, _hints_given[name]
     if given == len(hints):
         print(f"There are no more hints for {name}.")
         return
@@ -148,7 +148,7 @@ def add_tests(namespace: dict[str, Any]) -> None:
             verdicts, printed = mark()
             verdict = verdicts.get(name) or verdicts[os.path.basename(path)]
             if verdict != "right":
-                _say(printed, bar="  | ")
+                _print_escaped(printed, bar="  | ")
                 error = NotDone if verdict == "not done yet" else Wrong
                 raise error(verdict.removeprefix("wrong - "))
 
@@ -164,8 +164,8 @@ def check_name(namespace: dict[str, Any], name: str, dtype: torch.dtype = torch.
     """Check the function called name in a student's file, with dtype as the default dtype."""
     __tracebackhide__ = True
     if getattr(namespace.get(name), "__name__", "") != name:
-        mend = f" Write def {name}(...), not {name} = ..." if name in namespace else ""
-        raise Wrong(f"There is no function {name} in this file.{mend}")
+        remedy = f" Write def {name}(...), not {name} = ..." if name in namespace else ""
+        raise Wrong(f"There is no function {name} in this file.{remedy}")
     _check(namespace[name], dtype)
 
 
@@ -173,7 +173,7 @@ def _names(lesson):
     return [name for name, exercise in EXERCISES.items() if exercise.lesson == lesson]
 
 
-def _find(name):
+def _get_exercise(name):
     if name not in EXERCISES:
         raise ValueError(f"the exercise must be one of {', '.join(EXERCISES)}: {name!r}")
     return EXERCISES[name]
@@ -204,7 +204,7 @@ def _check(function, dtype):
         torch.set_num_threads(threads)
 
 
-def _say(text, bar=""):
+def _print_escaped(text, bar=""):
     """Print lines; characters that the output cannot show are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in text.splitlines():
@@ -214,14 +214,14 @@ def _say(text, bar=""):
 # --- Shared by the checkers of several lessons ----------------------------------------------------
 
 
-def draw(*shape: int) -> Tensor:
+def random_normal(*shape: int) -> Tensor:
     """Standard normal numbers; not contiguous, like heads after a transposition."""
     return torch.randn(*shape[:-2], shape[-1], shape[-2], dtype=torch.float64).mT
 
 
 def features(*shape: int) -> Tensor:
     """Positive numbers, which ReLU leaves unchanged: phi(x) = x for feature_map="relu"."""
-    return draw(*shape).abs() + 0.1
+    return random_normal(*shape).abs() + 0.1
 
 
 def describe(error: BaseException, file: str) -> str:
@@ -243,8 +243,8 @@ def call(student: Callable, *arguments: Any) -> Any:
             raise NotDone("not done yet") from None
         file = getattr(getattr(inspect.unwrap(student), "__code__", None), "co_filename", "")
         sentence = f"It raises {describe(error, file)}"
-        theirs = error.__traceback__.tb_next  # the frames below this one
-        raise Wrong(sentence) from error.with_traceback(theirs)
+        student_trace = error.__traceback__.tb_next  # the frames below this one
+        raise Wrong(sentence) from error.with_traceback(student_trace)
     for name, x, y in zip(inspect.signature(student).parameters, arguments, before, strict=False):
         if isinstance(x, Tensor) and not torch.equal(x, y):
             raise Wrong(f"It changes its argument {name} in place: the caller still needs it.")
@@ -294,7 +294,7 @@ def close(x: Tensor, y: Tensor, tolerance: float = TOLERANCE) -> bool:
     return torch.allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-def agree(
+def assert_close(
     got: Tensor, expected: Tensor, what: str, mistakes: dict[str, Tensor] | None = None
 ) -> None:
     """Raise Wrong if got differs from expected. mistakes: {sentence: wrong value}. If got equals a
@@ -305,15 +305,15 @@ def agree(
         if close(got, value):
             raise Wrong(sentence)
     factor = ((got * expected).sum() / expected.square().sum()).item()
-    alike = factor and got.ndim and close(got, factor * expected)
-    if alike and math.isclose(factor, -1):
+    proportional = factor and got.ndim and close(got, factor * expected)
+    if proportional and math.isclose(factor, -1):
         raise Wrong(f"{what} has the wrong sign everywhere.")
-    near = 1e-3 if alike else 1e-4
+    tolerance = 1e-3 if proportional else 1e-4
     at, end = where_largest((got - expected).abs()), "."
     where = f" at index {at}" if at else ""
-    if (got - expected).abs().max() < near * expected.abs().max():
+    if (got - expected).abs().max() < tolerance * expected.abs().max():
         end = ", nearly right: is it a difference quotient, is an eps added, is it float32?"
-    elif alike:
+    elif proportional:
         raise Wrong(f"{what} is {factor:.4g} times the expected value everywhere.")
     raise Wrong(f"{what}{where} is {got[at]:.10g}, expected {expected[at]:.10g}{end}")
 
@@ -335,14 +335,16 @@ def gradients(function: Callable, *arguments: Any, case: str = "") -> dict[str, 
     return found
 
 
-def agree_gradients(
+def assert_gradients_close(
     student: Callable, reference: Callable, *arguments: Any, case: str = ""
 ) -> None:
     """Raise Wrong if the gradients of the two functions differ."""
-    wanted = gradients(reference, *arguments).values()
-    found = gradients(student, *arguments, case=case)
-    for (name, got), expected in zip(found.items(), wanted, strict=True):
-        agree(got, expected, f"The output is right, but the gradient with respect to {name}{case}")
+    expected_gradients = gradients(reference, *arguments).values()
+    got_gradients = gradients(student, *arguments, case=case)
+    for (name, got), expected in zip(got_gradients.items(), expected_gradients, strict=True):
+        assert_close(
+            got, expected, f"The output is right, but the gradient with respect to {name}{case}"
+        )
 
 
 def one_hot_values(x: Tensor) -> Tensor:
@@ -399,7 +401,7 @@ def check_linear(
         return model.nala_attention(phi_q, phi_k, v, **options)
 
     phi_q, phi_k = features(2, 2, 3, 7, 4)
-    v, shape = draw(2, 3, 7, 5), (2, 3, 7, 5)
+    v, shape = random_normal(2, 3, 7, 5), (2, 3, 7, 5)
     case = f" (7 tokens, chunk_size={rest[0]})" if rest else ""
     out = run(phi_q, phi_k, v, shape, case)
     check_independence(run, out, phi_q, phi_k, v)
@@ -408,7 +410,7 @@ def check_linear(
     if late and close(weights, late(phi_q, phi_k)):
         raise Wrong(f"The state already holds the current chunk: read it first, then add{case}.")
     check_weights(weights, visible.tril() if causal else visible, case)
-    agree(out, reference(phi_q, phi_k, v), f"The output{case}")
+    assert_close(out, reference(phi_q, phi_k, v), f"The output{case}")
     if not close(run(phi_q / 1e6, phi_k / 1e6, v, shape), out):
         raise Wrong("Features a million times smaller change the output: an eps is too large.")
     case = " (all keys zero)"
@@ -416,30 +418,30 @@ def check_linear(
         raise Wrong(f"The output is not 0{case}.")
     gradients(student, phi_q, 0 * phi_k, v, *rest, case=case)
     phi_q[:, :, 3], case = 0.0, " (the query of token 3 is zero)"
-    agree(run(phi_q, phi_k, v, shape, case), reference(phi_q, phi_k, v), f"The output{case}")
+    assert_close(run(phi_q, phi_k, v, shape, case), reference(phi_q, phi_k, v), f"The output{case}")
 
     def attend(phi_q, phi_k, v):
         return student(phi_q, phi_k, v, *rest)
 
-    agree_gradients(attend, reference, phi_q, phi_k, v, case=case)
+    assert_gradients_close(attend, reference, phi_q, phi_k, v, case=case)
 
 
 def check_cost(student: Callable, *rest: int) -> None:
     """Check that student(phi_q, phi_k, v, *rest) has linear cost and no loop over single tokens."""
-    size, tokens, costs, works = 32, 1024, [], []
+    size, tokens, costs, flops = 32, 1024, [], []
     for n in (tokens, 2 * tokens):
         phi_q, phi_k, v = features(3, 1, 1, n, size)
         with FlopCounterMode(display=False) as counter, Recorder() as recorder:
             call(student, phi_q, phi_k, v, *rest)
         costs.append(recorder)
-        works.append(counter.get_total_flops())  # counts matrix products only
+        flops.append(counter.get_total_flops())  # counts matrix products only
     if costs[1].operations - costs[0].operations >= tokens:
         raise Wrong("It loops over single tokens in Python: its number of operations grows with N.")
     if costs[1].peak > 2.4 * costs[0].peak:
         raise Wrong("Its memory is quadratic: twice the tokens need far more than twice as much.")
     if costs[0].peak >= tokens * size * (size + 1) * 8:  # bytes
         raise Wrong("It holds F x M numbers for every token at once: sum with a matrix product.")
-    if works[1] > 2.4 * works[0]:
+    if flops[1] > 2.4 * flops[0]:
         raise Wrong(
             "Its work is quadratic: twice the tokens take far more than twice the multiplications."
             " Add each key to the sum of phi_k^T [v 1] only once."

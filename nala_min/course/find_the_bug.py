@@ -13,21 +13,21 @@ from nala_min.course.checks import (
     EXERCISES,
     Exercise,
     Wrong,
-    agree,
+    assert_close,
     check_independence,
     check_weights,
     close,
-    draw,
     gradients,
     one_hot_values,
     output,
+    random_normal,
 )
 
 # zlib.crc32 of "<function>: <disease>", so this file does not show the answers.
 ANSWERS = (1037124925, 2408625119, 2049225717)
 
 
-def _check_patient(student):
+def _check_broken_attention(student):
     """Report the symptom of a broken attention; if it has none, check its name in DIAGNOSES."""
     name, remark = student.__name__, ""
     namespace = getattr(inspect.unwrap(student), "__globals__", {})
@@ -55,7 +55,7 @@ def _check_symptoms(student):
     def reference(q, k, mask=None):
         return model.attention_weights(q, k, causal=True, key_mask=mask)
 
-    (q, k), v, shape = draw(2, 2, 3, 11, 4), draw(2, 3, 11, 5), (2, 3, 11, 5)
+    (q, k), v, shape = random_normal(2, 2, 3, 11, 4), random_normal(2, 3, 11, 5), (2, 3, 11, 5)
     one_hot, square = one_hot_values(q), (2, 3, 11, 11)
     all_real, causal = torch.ones(2, 11).bool(), torch.ones(11, 11).bool().tril()
     some_real = all_real.clone()
@@ -70,13 +70,13 @@ def _check_symptoms(student):
     if close(run(q / 8, k, one_hot, square), weights, 1e-3):
         raise Wrong("A query with an eighth of the norm has the same weights: the norm cancels.")
     check_weights(run(q, k / 1e3, one_hot, square), causal, " (small keys)")
-    agree(weights, reference(q, k), "The weight")
-    agree(padded, reference(q, k, some_real), f"The weight{case}")
-    agree(out, reference(q, k) @ v, "The output")
+    assert_close(weights, reference(q, k), "The weight")
+    assert_close(padded, reference(q, k, some_real), f"The weight{case}")
+    assert_close(out, reference(q, k) @ v, "The output")
     case = " (queries of norm 1e-4)"
-    agree(run(q / 1e4, k, one_hot, square), reference(q / 1e4, k), f"The weight{case}")
+    assert_close(run(q / 1e4, k, one_hot, square), reference(q / 1e4, k), f"The weight{case}")
     out = run(0 * q, k, v, shape, case=" (zero queries)")
-    agree(out, 0 * out, "The output (zero queries)")
+    assert_close(out, 0 * out, "The output (zero queries)")
 
     def attend(q, k, v):
         return student(q, k, v, some_real)
@@ -101,4 +101,4 @@ for name, *hints in (
         "Compare the magnitude with Eq. (7): which part is the base, and which is the exponent?",
     ),
 ):
-    EXERCISES[name] = Exercise("find_the_bug", _check_patient, tuple(hints))
+    EXERCISES[name] = Exercise("find_the_bug", _check_broken_attention, tuple(hints))

@@ -9,14 +9,14 @@ import torch
 from nala_min import model
 from nala_min.course.checks import (
     Wrong,
-    agree,
+    assert_close,
     check_weights,
     close,
-    draw,
     exercise,
     features,
     gradients,
     output,
+    random_normal,
 )
 
 
@@ -33,7 +33,9 @@ def check_entropy(student):
     if (got < 0).any():
         raise Wrong("An entropy is negative: Eq. (3) begins with a minus sign.")
     in_bits = expected / math.log(2)
-    agree(got, expected, "The entropy", {"It is in bits: take the natural logarithm.": in_bits})
+    assert_close(
+        got, expected, "The entropy", {"It is in bits: take the natural logarithm.": in_bits}
+    )
     if not close(output(student, weights, shape=(2, 3)), got):
         raise Wrong("Weights that do not sum to 1 change the entropy: divide by their sum first.")
     for scale in (1e-20, 1e6):
@@ -41,7 +43,7 @@ def check_entropy(student):
             raise Wrong(f"Weights times {scale:g} change the entropy: use no eps and no clamp.")
     zeros, case = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]).double(), " (weights of 0)"
     got = output(student, zeros, shape=(2,), case=case)
-    agree(got, model.entropy(zeros), f"The entropy{case}")
+    assert_close(got, model.entropy(zeros), f"The entropy{case}")
     gradients(student, zeros, case=case)
 
 
@@ -64,7 +66,7 @@ def check_softmax_weights(student):
         return "Token 0 sees no key, not even itself: mask strictly above the diagonal."
 
     for size, tokens in ((3, 7), (5, 4)):
-        q, k = draw(2, 2, 3, tokens, size)
+        q, k = random_normal(2, 2, 3, tokens, size)
         shape, visible = (2, 3, tokens, tokens), torch.ones(tokens, tokens, dtype=torch.bool)
         root, by_n = math.sqrt(size), reference(q * math.sqrt(size / tokens), k)
         mistakes = {
@@ -85,7 +87,7 @@ def check_softmax_weights(student):
                 elif (weights * ~seen).any():
                     raise Wrong(f"A score falls below the mask{case}: hide the future with -inf.")
                 expected = reference(scale * q, k, causal)
-                agree(weights, expected, f"The weight (D={size}){case}", mistakes)
+                assert_close(weights, expected, f"The weight (D={size}){case}", mistakes)
 
 
 @exercise(
@@ -97,7 +99,7 @@ def check_entropy_slope(student):
     def slope(p, mean):
         return -c * (p * (s - mean).square()).sum(dim=-1)
 
-    s = draw(2, 3, 5)
+    s = random_normal(2, 3, 5)
     for c in (0.7, 1.6):
         variable = torch.full((2, 3, 1), c, dtype=torch.float64, requires_grad=True)
         p = torch.softmax(variable * s, dim=-1)
@@ -115,4 +117,4 @@ def check_entropy_slope(student):
             "The variance is not weighted by p, but divided by N - 1.": -c * s.var(dim=-1),
             "c is missing in p = softmax(c * scores).": slope(other, mean),
         }
-        agree(output(student, s, c, shape=(2, 3)), expected, f"The slope (c={c})", mistakes)
+        assert_close(output(student, s, c, shape=(2, 3)), expected, f"The slope (c={c})", mistakes)

@@ -7,14 +7,14 @@ import torch
 from nala_min import model
 from nala_min.course.checks import (
     Wrong,
-    agree,
+    assert_close,
     call,
     check_cost,
     check_linear,
     close,
-    draw,
     exercise,
     output,
+    random_normal,
     valid_tensor,
 )
 
@@ -40,7 +40,7 @@ def check_norm_microscope(student):
         calls.append((q, k, v))
         return inner(q, k, v)
 
-    (q, k), v = draw(2, 2, 3, 5, 4), draw(2, 3, 5, 4)
+    (q, k), v = random_normal(2, 2, 3, 5, 4), random_normal(2, 3, 5, 4)
     for inner, ratio in ((model.softmax_attention, 3.0), (model.nala_attention, 0.5)):
         calls, case = [], f" (factor={ratio:g}, {inner.__name__})"
         got = call(student, attention, q, k, v, ratio)
@@ -66,7 +66,7 @@ def check_norm_microscope(student):
             "It sums absolute values: take the root of the sum of squares.": sums[0] / sums[1],
         }
         got = torch.as_tensor(got, dtype=torch.float64)
-        agree(got, expected, f"The relative change{case}", mistakes)
+        assert_close(got, expected, f"The relative change{case}", mistakes)
 
 
 @exercise(
@@ -75,7 +75,7 @@ def check_norm_microscope(student):
     "relu(-q) * relu(-k) is |q_j k_j| where both are negative, and 0 elsewhere.",
 )
 def check_dropped_share(student):
-    q, k = draw(2, 3, 5, 6)
+    q, k = random_normal(2, 3, 5, 6)
     halves = model.sign_split(q.abs(), q) * model.sign_split(k.abs(), k)
     positive, negative = halves.unflatten(-1, (2, 6)).sum(dim=-1).unbind(dim=-1)  # (3, 5), (3, 5)
     total, both = (q * k).abs().sum(dim=-1), (q < 0) & (k < 0)
@@ -88,11 +88,11 @@ def check_dropped_share(student):
         "It is not divided by the sum of all |q_j k_j|.": negative,
         "It divides by a sum without absolute values.": negative / (q * k).sum(dim=-1),
     }
-    agree(output(student, q, k, shape=(3, 5)), negative / total, "The share", mistakes)
+    assert_close(output(student, q, k, shape=(3, 5)), negative / total, "The share", mistakes)
     if not close(output(student, q / 1e6, k / 1e6, shape=(3, 5)), negative / total):
         raise Wrong(
             "Queries and keys a million times smaller change the share: use no eps and no clamp."
         )
     for case, pair in ((" (zero query)", (0 * q, k)), (" (zero key)", (q, 0 * k))):
         got = output(student, *pair, shape=(3, 5), case=case)
-        agree(got, 0 * got, f"The share{case}")
+        assert_close(got, 0 * got, f"The share{case}")

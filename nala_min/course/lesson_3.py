@@ -9,13 +9,13 @@ from nala_min import model
 from nala_min.course.checks import (
     TOLERANCE,
     Wrong,
-    agree,
+    assert_close,
     call,
     close,
-    draw,
     exercise,
     gradients,
     output,
+    random_normal,
     where_largest,
 )
 
@@ -40,7 +40,7 @@ def check_query_magnitude(student):
         ratio = size / size.detach().amax(dim=-1, keepdim=True)
         return ratio.pow(model.query_power(norm, lam, tau))
 
-    q = draw(2, 5, 4)
+    q = random_normal(2, 5, 4)
     why = "A negative number to a fractional power is NaN: take the absolute value."
     got, shorter = run(q, why=why), run(q / 4)
     if (got < 0).any():
@@ -62,24 +62,27 @@ def check_query_magnitude(student):
         "lam is missing from the power.": 0.5 + norm.tanh(),
     }
     mistakes = {text: model.query_magnitude(direction, power) for text, power in powers.items()}
-    agree(got, reference(q), "The magnitude", mistakes)
+    assert_close(got, reference(q), "The magnitude", mistakes)
     for name, value in (("lam", 2.0), ("tau", 0.8)):
         other = {name: value}
         fixed = {f"{name} has a fixed value: use the argument.": got}
-        agree(run(q, **other), reference(q, **other), f"The magnitude ({name}={value})", fixed)
+        assert_close(
+            run(q, **other), reference(q, **other), f"The magnitude ({name}={value})", fixed
+        )
     functions, rest = (student, reference, detached), got < 1 - TOLERANCE
     found, wanted, without = (gradients(f, q, 3.0, 0.5)["q"] for f in functions)
     if not close(found, without):  # the largest channel's gradient depends on detaching it
         what = "The magnitude is right, but the gradient (is the norm detached?)"
-        agree(found * rest, wanted * rest, what)
-    agree(run(q * 1e-9), reference(q * 1e-9), "The magnitude of a query of norm 1e-9")
-    many, why = 1 + draw(5, 16) / 10, "Divide by the largest channel before the power, Eq. (12)."
+        assert_close(found * rest, wanted * rest, what)
+    assert_close(run(q * 1e-9), reference(q * 1e-9), "The magnitude of a query of norm 1e-9")
+    many = 1 + random_normal(5, 16) / 10
+    why = "Divide by the largest channel before the power, Eq. (12)."
     largest = run(many, 500.0, case=" (lam=500)", why=why).amax(dim=-1)
     if not close(largest, torch.ones_like(largest)):
         raise Wrong(f"The largest channel is not 1 (lam=500): the power underflows. {why}")
     q, case = q / 1e3, " (a query or a channel is zero)"
     q[0, 0], q[0, 1, 2] = 0.0, 0.0
-    agree(run(q, case=case), reference(q), f"The magnitude{case}")
+    assert_close(run(q, case=case), reference(q), f"The magnitude{case}")
     gradients(student, q, 3.0, 0.5, case=case)
 
 
@@ -102,7 +105,7 @@ def check_power_slope(student):
             "It is lam * tanh^2: subtract that from lam.": lam * tanh**2,
         }
         got = output(student, norm, lam, shape=(50, 1), case=" (norms from 0 on)")
-        agree(got, expected, f"The slope (lam={lam})", mistakes)
+        assert_close(got, expected, f"The slope (lam={lam})", mistakes)
 
 
 @exercise(

@@ -5,13 +5,22 @@ from __future__ import annotations
 import torch
 
 from nala_min import model
-from nala_min.course.checks import TOLERANCE, Wrong, agree, close, draw, exercise, features, output
+from nala_min.course.checks import (
+    TOLERANCE,
+    Wrong,
+    assert_close,
+    close,
+    exercise,
+    features,
+    output,
+    random_normal,
+)
 
 
 def _name_map(student, mistakes, *alpha):
     """Raise Wrong if student's map is one of mistakes, {sentence: wrong map}. Maps are compared by
     norms and inner products, so the order of the features or a rotation does not matter."""
-    magnitude, direction = features(2, 6, 4), model.decompose(draw(2, 6, 4))[1]
+    magnitude, direction = features(2, 6, 4), model.decompose(random_normal(2, 6, 4))[1]
     pairs = list(zip(magnitude, direction, strict=True))
     phi = torch.cat([output(student, *pair, *alpha, shape=(6, 8)) for pair in pairs])
     for sentence, wrong in mistakes.items():
@@ -23,7 +32,7 @@ def _name_map(student, mistakes, *alpha):
 def _check_map(student, reference, *alpha):
     """Check what both maps must do. Only norms and inner products of their features count."""
     one, case = torch.ones(1, 1).double(), f" (alpha={alpha[0]:g})" if alpha else ""
-    magnitude, direction = features(2, 6, 4), model.decompose(draw(2, 6, 4))[1]
+    magnitude, direction = features(2, 6, 4), model.decompose(random_normal(2, 6, 4))[1]
     pairs = zip(magnitude, direction, strict=True)  # a call each: a query must not see its key
     phi_q, phi_k = (output(student, *pair, *alpha, shape=(6, 8)) for pair in pairs)
     if not close(torch.stack([phi_q, phi_k]).norm(dim=-1), magnitude.norm(dim=-1)):
@@ -35,7 +44,9 @@ def _check_map(student, reference, *alpha):
     if product > 0.01:
         raise Wrong(f"Opposite signs give the product {product:.3g}, expected almost 0{case}.")
     right_q, right_k = reference(magnitude, direction, *alpha)
-    agree(phi_q @ phi_k.mT, right_q @ right_k.mT, f"The inner product of query and key{case}")
+    assert_close(
+        phi_q @ phi_k.mT, right_q @ right_k.mT, f"The inner product of query and key{case}"
+    )
 
 
 @exercise(

@@ -8,15 +8,15 @@ from torch import Tensor
 from nala_min import model
 from nala_min.course.checks import (
     Wrong,
-    agree,
-    agree_gradients,
+    assert_close,
+    assert_gradients_close,
     call,
     check_cost,
     check_linear,
     close,
-    draw,
     exercise,
     features,
+    random_normal,
     valid_tensor,
 )
 
@@ -42,7 +42,7 @@ def check_recurrent_step(student):
         out = valid_tensor(result[0], (2, 3, 6), "The output", case)
         return out, valid_tensor(result[1], (2, 3, 5, 7), "The state", case)
 
-    (phi_q, phi_k), v = features(2, 2, 3, 4, 5), draw(2, 3, 4, 6)
+    (phi_q, phi_k), v = features(2, 2, 3, 4, 5), random_normal(2, 3, 4, 6)
     state = torch.zeros(2, 3, 5, 7).double()
     for t in range(4):
         q, k, value = (x[:, :, t] for x in (phi_q, phi_k, v))
@@ -57,19 +57,19 @@ def check_recurrent_step(student):
             "The normaliser is in the first column of the state.": expected.roll(1, dims=-1),
             "The normaliser counts tokens: it must grow by phi_k, not by 1.": counted,
         }
-        agree(after, expected, f"The state{case}", mistakes)
+        assert_close(after, expected, f"The state{case}", mistakes)
         unseen, _ = reference(state, q, 0 * k, value)
         numerator = torch.einsum("bhf,bhfm->bhm", q, expected[..., :-1])
         mistakes = {
             "The token does not see itself: add it before you read the state.": unseen,
             "The output is not divided by the normaliser.": numerator,
         }
-        agree(out, expected_out, f"The output{case}", mistakes)
+        assert_close(out, expected_out, f"The output{case}", mistakes)
         state = expected
     q, case = q.clone(), " (a query is zero)"
     q[0, 0] = 0.0
     out, _ = run(state, q, k, value, case=case)
-    agree(out, reference(state, q, k, value)[0], f"The output{case}")
+    assert_close(out, reference(state, q, k, value)[0], f"The output{case}")
 
     def joined(step):
         def function(state, phi_q, phi_k, v):
@@ -77,13 +77,13 @@ def check_recurrent_step(student):
 
         return function
 
-    agree_gradients(joined(student), joined(reference), state, q, k, value, case=case)
+    assert_gradients_close(joined(student), joined(reference), state, q, k, value, case=case)
     q = phi_q[:, :, -1]
     out, _ = run(0 * state, q / 1e6, k / 1e6, value, case=" (small features)")
     if not close(out, value):
         raise Wrong("Features a million times smaller change the output: an eps is not small then.")
     out, _ = run(0 * state, q, 0 * k, value, case=" (all keys zero)")
-    agree(out, 0 * out, "The output (all keys zero)")
+    assert_close(out, 0 * out, "The output (all keys zero)")
 
 
 @exercise(

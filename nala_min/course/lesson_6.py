@@ -6,16 +6,16 @@ import torch
 
 from nala_min.course.checks import (
     Wrong,
-    agree,
-    agree_gradients,
+    assert_close,
+    assert_gradients_close,
     check_cost,
     check_independence,
     close,
-    draw,
     exercise,
     features,
     gradients,
     output,
+    random_normal,
 )
 
 
@@ -49,12 +49,14 @@ def check_interference(student):
         "z also sums over the heads.": 1 - own / (phi_k * over_heads).sum(dim=-1),
         "The key's own weight is phi_i . phi_i, a sum of squares.": 1 - phi_k.sum(-1) / total,
     }
-    agree(out, expected, "The share", mistakes)
+    assert_close(out, expected, "The share", mistakes)
     apart = torch.eye(4, dtype=torch.float64)[None, None]
-    agree(run(apart, (1, 1, 4), " (orthogonal keys)"), torch.zeros(1, 1, 4).double(), "The share")
+    assert_close(
+        run(apart, (1, 1, 4), " (orthogonal keys)"), torch.zeros(1, 1, 4).double(), "The share"
+    )
     phi_k[:, :, 2], case = 0.0, " (a key without features)"
-    agree(run(phi_k, shape, case), _reference(phi_k), f"The share{case}")
-    agree_gradients(student, _reference, phi_k, case=case)
+    assert_close(run(phi_k, shape, case), _reference(phi_k), f"The share{case}")
+    assert_gradients_close(student, _reference, phi_k, case=case)
     check_cost(lambda phi_q, phi_k, v: student(phi_k))
 
 
@@ -65,7 +67,7 @@ def check_interference(student):
     "Now make a key's largest channels count most. What did the power do in (7) and (8)?",
 )
 def check_own_features(student):
-    x = draw(2, 3, 7, 5)
+    x = random_normal(2, 3, 7, 5)
     phi = output(student, x, shape=(2, 3, 7, 10))
     if (phi < 0).any():
         raise Wrong(f"A feature is negative, {phi.min().item():.3g}, so weights can be negative.")
@@ -75,7 +77,7 @@ def check_own_features(student):
     if not close(alone, phi[:1, :1, 3:4]):
         raise Wrong("A token has different features when it is alone: it must not see the others.")
     gradients(student, x)
-    k, v = draw(200, 1, 16, 16), draw(200, 1, 16, 16)
+    k, v = random_normal(200, 1, 16, 16), random_normal(200, 1, 16, 16)
     phi = output(student, k, shape=(200, 1, 16, 32))
     weights = phi @ phi.mT
     read = weights @ v / weights.sum(dim=-1, keepdim=True)

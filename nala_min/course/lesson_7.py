@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nala_min.course.checks import agree, agree_gradients, draw, exercise, features, output
+from nala_min.course.checks import (
+    assert_close,
+    assert_gradients_close,
+    exercise,
+    features,
+    output,
+    random_normal,
+)
 
 SHAPE = (2, 3, 5, 6)  # shape of a state, (B, H, F, M)
 
@@ -23,7 +30,7 @@ def check_decay_step(student):
     def reference(state, k, v, decay):
         return decay[..., None] * state + _outer(k, v)
 
-    state, k, v = draw(*SHAPE), features(2, 3, 5), draw(2, 3, 6)
+    state, k, v = random_normal(*SHAPE), features(2, 3, 5), random_normal(2, 3, 6)
     decay = torch.rand(2, 3, 5, dtype=torch.float64)
     out = output(student, state, k, v, decay, shape=SHAPE)
     mistakes = {
@@ -39,8 +46,8 @@ def check_decay_step(student):
             decay.mean(dim=-1)[..., None, None] * state + _outer(k, v)
         ),
     }
-    agree(out, reference(state, k, v, decay), "The state", mistakes)
-    agree_gradients(student, reference, state, k, v, decay)
+    assert_close(out, reference(state, k, v, decay), "The state", mistakes)
+    assert_gradients_close(student, reference, state, k, v, decay)
 
 
 @exercise(
@@ -56,7 +63,7 @@ def check_delta_step(student):
     def reference(state, k, v, share):
         return state + _outer(k, share[..., None] * (v - read(state, k)))
 
-    state, v = draw(*SHAPE), draw(2, 3, 6)
+    state, v = random_normal(*SHAPE), random_normal(2, 3, 6)
     k = F.normalize(features(2, 3, 5), dim=-1)
     share = torch.rand(2, 3, dtype=torch.float64)
     out = output(student, state, k, v, share, shape=SHAPE)
@@ -78,7 +85,7 @@ def check_delta_step(student):
             state - _outer(k, part * (v - read(state, k)))
         ),
     }
-    agree(out, reference(state, k, v, share), "The state", mistakes)
-    agree_gradients(student, reference, state, k, v, share)
+    assert_close(out, reference(state, k, v, share), "The state", mistakes)
+    assert_gradients_close(student, reference, state, k, v, share)
     after = output(student, state, k, v, torch.ones_like(share), shape=SHAPE, case=" (share=1)")
-    agree(read(after, k), v, "The value that the key reads afterwards (share=1)")
+    assert_close(read(after, k), v, "The value that the key reads afterwards (share=1)")

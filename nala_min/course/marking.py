@@ -52,10 +52,10 @@ def mark(path: str | os.PathLike, names: list[str]) -> tuple[dict[str, str], str
     path = os.path.abspath(os.path.expanduser(os.fsdecode(path)))
     file, verdicts, printed = os.path.basename(path), {}, ""
     if not os.path.isfile(path) or not file.endswith(".py"):
-        said = f"wrong - There is no Python file {path}: give the path of a .py file."
-        return {file: said}, ""
-    while not _is_marking and (left := [name for name in names if name not in verdicts]):
-        found, text = _run(path, [file, *left])
+        verdict = f"wrong - There is no Python file {path}: give the path of a .py file."
+        return {file: verdict}, ""
+    while not _is_marking and (remaining := [name for name in names if name not in verdicts]):
+        found, text = _run(path, [file, *remaining])
         printed += text
         if found[file] != "right":
             return verdicts | found, printed
@@ -67,8 +67,8 @@ def mark(path: str | os.PathLike, names: list[str]) -> tuple[dict[str, str], str
 def _run(path, steps):
     """Run one process. Returns its verdicts on the import and on the exercises, and its output."""
     with tempfile.TemporaryDirectory(prefix="nala_min_", ignore_cleanup_errors=True) as folder:
-        told, printed = Path(folder, "told"), Path(folder, "printed")
-        told.touch()
+        verdict_file, printed = Path(folder, "verdicts"), Path(folder, "printed")
+        verdict_file.touch()
         with printed.open("wb") as stdout:
             process = subprocess.Popen(
                 [sys.executable, "-u", "-Xutf8", "-c", CODE, PACKAGES, folder, path, *steps],
@@ -82,31 +82,31 @@ def _run(path, steps):
             )
         with process:
             try:
-                death = _wait(process, told, printed)
+                failure = _wait(process, verdict_file, printed)
             finally:
                 with suppress(OSError):  # the process and its children have ended
                     if os.name == "posix":
                         os.killpg(process.pid, signal.SIGKILL)
                     else:
                         process.kill()
-        lines = told.read_bytes().split(b"\n")[:-1]  # the last may be half written
+        lines = verdict_file.read_bytes().split(b"\n")[:-1]  # the last may be half written
         with printed.open("rb") as file:
             text = file.read(10_000).decode(errors="replace")
     if not lines:  # not the student's fault
         raise RuntimeError(f"{path} was not marked: its process did not start. {text[-500:]}")
     found = dict(zip(steps, map(json.loads, lines[1:]), strict=False))
     if len(found) < len(steps) and found.get(steps[0], "right") == "right":
-        found[steps[len(found)]] = f"wrong - {death}"
+        found[steps[len(found)]] = f"wrong - {failure}"
     return found, text
 
 
-def _wait(process, told, printed):
+def _wait(process, verdict_file, printed):
     """Wait until the process ends or exceeds a limit. Returns what its last step did wrong."""
-    size, since = 0, time.monotonic()
+    size, last_change = 0, time.monotonic()
     while process.poll() is None:
-        if told.stat().st_size > size:
-            size, since = told.stat().st_size, time.monotonic()
-        if time.monotonic() - since > (TIME_LIMIT if size else START_LIMIT):
+        if verdict_file.stat().st_size > size:
+            size, last_change = verdict_file.stat().st_size, time.monotonic()
+        if time.monotonic() - last_change > (TIME_LIMIT if size else START_LIMIT):
             return f"It did not end within {TIME_LIMIT} s: is there an endless loop?"
         if printed.stat().st_size > PRINT_LIMIT * 1e6:
             return f"It prints more than {PRINT_LIMIT} MB: is there an endless loop?"
@@ -118,12 +118,12 @@ def _wait(process, told, printed):
 
 
 def main(folder: str, path: str, file: str, *names: str) -> None:
-    """Run in the fresh process: each step appends its verdict to the file "told" in folder."""
+    """Run in the fresh process: each step appends its verdict to the file "verdicts" in folder."""
     from nala_min.course import checks
 
-    def tell(verdict):
-        with open(os.path.join(folder, "told"), "a", encoding="utf-8") as told:
-            told.write(json.dumps(verdict) + "\n")
+    def write_verdict(verdict):
+        with open(os.path.join(folder, "verdicts"), "a", encoding="utf-8") as output:
+            output.write(json.dumps(verdict) + "\n")
 
     global _is_marking
     _is_marking, caller = True, os.dup(0)
@@ -141,7 +141,7 @@ def main(folder: str, path: str, file: str, *names: str) -> None:
     spec = util.spec_from_file_location(module_name, path)
     module = sys.modules[module_name] = util.module_from_spec(spec)
     torch.set_num_threads(1)
-    tell("ready")
+    write_verdict("ready")
     for step in (file, *names):
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002
@@ -160,7 +160,7 @@ def main(folder: str, path: str, file: str, *names: str) -> None:
             verdict = "\n".join([f"wrong - {error}", *trace])
         except BaseException as error:
             verdict = f"wrong - It raises {checks.describe(error, path)}"
-        tell(verdict)
+        write_verdict(verdict)
         if step == file and verdict != "right":
             break
     os._exit(0)  # even if the file has left threads behind

@@ -23,7 +23,7 @@ def begin(seed: int = 0) -> None:
     """Set the seed, the plot style and the number of decimals, the same in every notebook."""
     torch.manual_seed(seed)
     torch.set_printoptions(precision=3, sci_mode=False, linewidth=96)
-    matplotlib.rcParams.update(plots.STYLE)
+    matplotlib.rcParams.update(plots.RC_PARAMS)
 
 
 def show(figure: Figure, text: str) -> None:
@@ -40,8 +40,8 @@ def _png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", facecolor="white")  # also readable on a dark page
     if not any(axes.images for axes in figure.axes):  # lines: 256 colours, a third of the bytes
-        drawn, png = png, io.BytesIO()
-        Image.open(drawn).convert("RGB").quantize(256).save(png, "PNG")
+        full_colour, png = png, io.BytesIO()
+        Image.open(full_colour).convert("RGB").quantize(256).save(png, "PNG")
     return png.getvalue()
 
 
@@ -74,6 +74,6 @@ def slider(draw: Callable[[float], Figure], low: float, high: float, start: floa
     figure = draw(start)
     picture = ipywidgets.Image(value=_png(figure), width=_width(figure))
     knob.observe(lambda change: picture.set_trait("value", _png(draw(change.new))), "value")
-    without = "Here a slider appears while the notebook runs; the picture above stands in for it."
+    fallback = "Here a slider appears while the notebook runs; the picture above stands in for it."
     live = ipywidgets.VBox([knob, picture])
-    display(live._repr_mimebundle_() | {"text/plain": without}, raw=True)
+    display(live._repr_mimebundle_() | {"text/plain": fallback}, raw=True)

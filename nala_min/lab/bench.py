@@ -1,6 +1,6 @@
 """Speed and memory. `python -m nala_min.lab.bench` measures attention over more and more tokens,
 decoding after longer and longer contexts, and whole training steps, for NaLa and the fused softmax.
-It prints tables and writes a run card and a picture. HOW describes the method."""
+It prints tables and writes a run card and a picture. METHOD says how it measures."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from nala_min.measure import Recorder, next_token_loss
 Call = Callable[[], Any]
 Row = dict[str, Any]
 BATCH, HEADS, DIM = 1, 4, 64
-STEPS = {64: 12, 128: 8, 256: 8}  # window length in characters: batch size
-LONG_STEPS = {128: 8, 1024: 1, 4096: 1, 16384: 1}  # the same for --long
+WINDOWS = {64: 12, 128: 8, 256: 8}  # window length in characters: batch size
+LONG_WINDOWS = {128: 8, 1024: 1, 4096: 1, 16384: 1}  # the same for --long
 LONG = 70_000  # tokens for --long
-LONGEST = {"quadratic": 2**11}  # tokens; larger N x N weights would slow down the others
+MAX_LENGTH = {"quadratic": 2**11}  # tokens; larger N x N weights would slow down the others
 BURST = 128  # tokens to decode in a row
-HOW = """\
+METHOD = """\
 All forms take turns in one run, so a slow minute slows all of them. Only the call is timed, with
 its backward pass where stated; its inputs are allocated beforehand, in the memory layout of a
 model. In each turn a call runs twice and only the second run is timed, so memory and caches are as
@@ -64,7 +64,7 @@ class Settings:
 # --- Time and memory ------------------------------------------------------------------------------
 
 
-def finish(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished its queued work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
@@ -74,10 +74,10 @@ def seconds_of(call: Call, device: torch.device) -> float:
     """Wall time of one call, including launches. On a CUDA card the caches are flushed first."""
     if device.type == "cuda":
         torch.empty(2**28, dtype=torch.int8, device=device).zero_()  # larger than any cache
-    finish(device)
+    synchronize(device)
     start = time.perf_counter()
     call()
-    finish(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -104,34 +104,34 @@ def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> d
     peak memory of a first run that is not timed. A call whose first run exceeds the budget is timed
     in that run only: for such a long call, the state of the caches matters little.
     """
-    found: dict[Any, list[float]] = {name: [] for name in calls}
+    timings: dict[Any, list[float]] = {name: [] for name in calls}
     peaks = {}
     for name, call in calls.items():
         compiled = "compiled" in name
         if compiled or device.type == "cuda":
             call()  # compiles; GPU libraries allocate their workspace
-        finish(device)
+        synchronize(device)
         start = time.perf_counter()
         peaks[name] = peak_of(call, device, compiled)
-        finish(device)
-        if (first := time.perf_counter() - start) > budget:
-            found[name].append(first)
-    repeated = {name: call for name, call in calls.items() if not found[name]}
+        synchronize(device)
+        if (first_seconds := time.perf_counter() - start) > budget:
+            timings[name].append(first_seconds)
+    repeated = {name: call for name, call in calls.items() if not timings[name]}
     start, turns = time.perf_counter(), 0
     while repeated and turns < 50 and (turns < 3 or time.perf_counter() - start < budget):
         for name, call in repeated.items():
             call()
-            found[name].append(seconds_of(call, device))
+            timings[name].append(seconds_of(call, device))
         turns += 1
     return {
         name: {
-            "median": median(taken),
-            "low": min(taken),
-            "high": max(taken),
-            "runs": len(taken),
+            "median": median(seconds),
+            "low": min(seconds),
+            "high": max(seconds),
+            "runs": len(seconds),
             "peak": peaks[name],
         }
-        for name, taken in found.items()
+        for name, seconds in timings.items()
     }
 
 
@@ -166,15 +166,15 @@ def passes(form: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Call]
         with torch.no_grad():
             return form(*inputs)
 
-    reading = torch.ones_like(forward())
+    grad_output = torch.ones_like(forward())
 
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(form(*inputs), inputs, reading, allow_unused=True)
+    def forward_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(form(*inputs), inputs, grad_output, allow_unused=True)
 
-    return {"forward": forward, "forward + backward": both}
+    return {"forward": forward, "forward + backward": forward_backward}
 
 
-def heads(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def random_heads(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Random (B, H, N, D) in the memory layout of a model: all heads of a token side by side."""
     return torch.randn(BATCH, length, HEADS, DIM, device=device, dtype=dtype).transpose(1, 2)
 
@@ -184,7 +184,7 @@ def attention_rows(
 ) -> Iterator[list[Row]]:
     """Yield the rows of all forms and both passes, for each length and direction."""
     for length in lengths:
-        inputs = [heads(length, device, dtype).requires_grad_() for _ in range(3)]
+        inputs = [random_heads(length, device, dtype).requires_grad_() for _ in range(3)]
         q, k, v = inputs
         with torch.no_grad():
             features = [query_features(q).to(dtype), key_features(k).to(dtype)]
@@ -192,9 +192,9 @@ def attention_rows(
         for causal in (True, False):
             calls = {}
             for form, attention in forms(causal, compiled).items():
-                if length <= LONGEST.get(form, length):
-                    given = [*features, v] if form == "product" else inputs
-                    for name, call in passes(attention, given).items():
+                if length <= MAX_LENGTH.get(form, length):
+                    arguments = [*features, v] if form == "product" else inputs
+                    for name, call in passes(attention, arguments).items():
                         calls[form, name] = call
             case = {"length": length, "causal": causal}
             yield [
@@ -206,7 +206,7 @@ def attention_rows(
 def long_rows(device: torch.device, dtype: torch.dtype, budget: float) -> list[Row]:
     """Forward and backward pass of bidirectional attention over LONG tokens. "written out" is
     softmax with its N x N weights: their memory is counted, but nothing is computed."""
-    inputs = [heads(LONG, device, dtype).requires_grad_() for _ in range(3)]
+    inputs = [random_heads(LONG, device, dtype).requires_grad_() for _ in range(3)]
     calls = {
         name: passes(attention, inputs)["forward + backward"]
         for name, attention in (("softmax", softmax_attention), ("nala", nala_attention))
@@ -215,7 +215,7 @@ def long_rows(device: torch.device, dtype: torch.dtype, budget: float) -> list[R
     rows = [
         {"form": name, **case, **row} for name, row in take_turns(calls, device, budget).items()
     ]
-    shapes = [heads(LONG, torch.device("meta"), dtype).requires_grad_() for _ in range(3)]
+    shapes = [random_heads(LONG, torch.device("meta"), dtype).requires_grad_() for _ in range(3)]
     call = passes(written_out, shapes)["forward + backward"]
     return [*rows, {"form": "written out", **case, "peak": peak_of(call, shapes[0].device, False)}]
 
@@ -225,10 +225,10 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / q.shape[3] ** 0.5).softmax(dim=-1) @ v
 
 
-def crossover(rows: list[Row], form: str = "nala", **which: Any) -> int | None:
+def crossover(rows: list[Row], form: str = "nala", **case: Any) -> int | None:
     """The smallest length from which form's median never exceeds softmax's, or None."""
     times = {
-        name: {row["length"]: row["median"] for row in select(rows, form=name, **which)}
+        name: {row["length"]: row["median"] for row in select(rows, form=name, **case)}
         for name in ("softmax", form)
     }
     found = None
@@ -239,9 +239,9 @@ def crossover(rows: list[Row], form: str = "nala", **which: Any) -> int | None:
     return found
 
 
-def select(rows: list[Row], **which: Any) -> list[Row]:
+def select(rows: list[Row], **values: Any) -> list[Row]:
     """The rows that have these values."""
-    return [row for row in rows if all(row[name] == value for name, value in which.items())]
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
 # --- Decoding, and training steps -----------------------------------------------------------------
@@ -253,7 +253,7 @@ def decode_rows(
     """Time per token after a context, averaged over BURST tokens. "nala" carries its state.
     "softmax_grown" appends to its keys and values, as our model does. "softmax" has a preallocated
     cache, so nothing is copied."""
-    token = [heads(1, device, dtype) for _ in range(3)]
+    token = [random_heads(1, device, dtype) for _ in range(3)]
     options = {"causal": True, "return_state": True}
 
     def grow(attention: Callable, state: Any) -> Tensor:
@@ -268,22 +268,22 @@ def decode_rows(
 
     calls: dict[tuple[str, int], Call] = {}
     for context in contexts:
-        q, k, v = (heads(context, device, dtype) for _ in range(3))
+        q, k, v = (random_heads(context, device, dtype) for _ in range(3))
         _, state = nala_attention(q, k, v, **options)
-        laid_out = [torch.cat([x] + BURST * [y], dim=2) for x, y in ((k, token[1]), (v, token[2]))]
+        cache = [torch.cat([x] + BURST * [y], dim=2) for x, y in ((k, token[1]), (v, token[2]))]
         calls |= {
-            ("softmax", context): partial(attend, *laid_out, context),
+            ("softmax", context): partial(attend, *cache, context),
             ("softmax_grown", context): partial(grow, ATTENTIONS["softmax"], (k, v)),
             ("nala", context): partial(grow, ATTENTIONS["nala"], state),
         }
     with torch.no_grad():
         rows = take_turns(calls, device, budget)
-    one = {
+    per_token = {
         name: {key: row[key] / BURST for key in ("median", "low", "high")}
         for name, row in rows.items()
     }
     return [
-        {"form": form, "context": context, **row, **one[form, context]}
+        {"form": form, "context": context, **row, **per_token[form, context]}
         for (form, context), row in rows.items()
     ]
 
@@ -336,8 +336,8 @@ def peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
         from fast_transformers.causal_product import causal_dot_product
 
         def fast_transformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            mass = torch.einsum("bhnf,bhnf->bhn", q, k.cumsum(dim=2))
-            return causal_dot_product(q, k, v) / mass[..., None]
+            normaliser = torch.einsum("bhnf,bhnf->bhn", q, k.cumsum(dim=2))
+            return causal_dot_product(q, k, v) / normaliser[..., None]
 
         found["fast_transformers"] = fast_transformers
     if find_spec("performer_pytorch"):
@@ -350,16 +350,16 @@ def peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
 def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterator[list[Row]]:
     """Yield the rows of all libraries for each length, in float32, with heads first in memory.
     Raises AssertionError if an output differs from ours."""
-    apart = 1e-2 if device.type == "cuda" else 1e-3  # fla's kernels multiply in TF32
+    tolerance = 1e-2 if device.type == "cuda" else 1e-3  # fla's kernels multiply in TF32
     for length in lengths:
-        q, k, v = (heads(length, device, torch.float32).contiguous() for _ in range(3))
+        q, k, v = (random_heads(length, device, torch.float32).contiguous() for _ in range(3))
         inputs = [x.requires_grad_() for x in (query_features(q), key_features(k), v)]
-        calls, want = {}, None
+        calls, expected = {}, None
         for name, attention in peers(device).items():
             with torch.no_grad():
                 out = attention(*inputs)
-            want = out if want is None else want
-            torch.testing.assert_close(out, want, rtol=apart, atol=apart / 10)
+            expected = out if expected is None else expected
+            torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance / 10)
             for what, call in passes(attention, inputs).items():
                 calls[name, what] = call
         yield [
@@ -371,17 +371,17 @@ def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterat
 # --- Table, card, picture -------------------------------------------------------------------------
 
 
-def table(rows: list[Row], beside: str = "softmax") -> str:
-    """One line per row: the case, milliseconds, speed relative to beside, and peak memory."""
-    (along,) = (name for name in ("length", "context", "block") if name in rows[0])
+def table(rows: list[Row], reference: str = "softmax") -> str:
+    """One line per row: the case, milliseconds, speed relative to reference, and peak memory."""
+    (axis_name,) = (name for name in ("length", "context", "block") if name in rows[0])
     lines = []
     for row in rows:
-        same = {name: row[name] for name in (along, "causal", "pass") if name in row}
-        (reference,) = select(rows, form=beside, **same)
+        case = {name: row[name] for name in (axis_name, "causal", "pass") if name in row}
+        (reference_row,) = select(rows, form=reference, **case)
         middle, low, high = (1000 * row[name] for name in ("median", "low", "high"))
         lines.append(
-            f"{row[along]:7,} {row.get('pass', ''):19}{row['form']:18}{middle:10.3f} ms"
-            f" ({low:.3f} to {high:.3f}) {reference['median'] / row['median']:8.2f} x"
+            f"{row[axis_name]:7,} {row.get('pass', ''):19}{row['form']:18}{middle:10.3f} ms"
+            f" ({low:.3f} to {high:.3f}) {reference_row['median'] / row['median']:8.2f} x"
             + ("" if row["peak"] is None else f" {row['peak'] / 2**20:9.2f} MiB")
         )
     return "\n".join(lines)
@@ -394,12 +394,12 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     rows: list[Row] = []
     if settings.peers:
         print("Linear attention on the same features; the reference is ours")
-        for some in peer_rows(lengths[4:-2], device, budget):
-            rows += some
-            print(table(some, beside="nala"))
+        for new_rows in peer_rows(lengths[4:-2], device, budget):
+            rows += new_rows
+            print(table(new_rows, reference="nala"))
         return {"peers": rows}
     if settings.long:
-        results = {"steps": step_rows(LONG_STEPS, device, budget)}
+        results = {"steps": step_rows(LONG_WINDOWS, device, budget)}
         print(
             "One training step, with windows of N; the reference is softmax",
             table(results["steps"]),
@@ -410,22 +410,22 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
         print(f"Softmax written out would need {results['long'][2]['peak'] / 2**30:.1f} GiB")
         return results
     compiled = not settings.quick and train.can_compile(device)
-    for some in attention_rows(lengths, device, dtype, budget, compiled):
-        rows += some
-        direction = "Causal" if some[0]["causal"] else "Bidirectional"
+    for new_rows in attention_rows(lengths, device, dtype, budget, compiled):
+        rows += new_rows
+        direction = "Causal" if new_rows[0]["causal"] else "Bidirectional"
         print(f"\n{direction} attention; the reference is PyTorch's fused softmax")
-        print(table(some))
-    places = {}
+        print(table(new_rows))
+    crossovers = {}
     for direction, causal in (("causal", True), ("bidirectional", False)):
         for name in ("forward", "forward + backward"):
-            places[f"{direction}, {name}"] = crossover(rows, causal=causal, **{"pass": name})
+            crossovers[f"{direction}, {name}"] = crossover(rows, causal=causal, **{"pass": name})
     print("\nNumber of tokens from which NaLa is never slower:")
-    for name, length in places.items():
+    for name, length in crossovers.items():
         print(f"  {name}: {length}")
-    results = {"attention": rows, "crossover": places}
+    results = {"attention": rows, "crossover": crossovers}
     results["decode"] = decode_rows(lengths[::2], device, dtype, budget)
     print("\nTime per decoded token, after a context of N", table(results["decode"]), sep="\n")
-    results["steps"] = step_rows(STEPS, device, budget)
+    results["steps"] = step_rows(WINDOWS, device, budget)
     print("\nOne training step, with windows of N", table(results["steps"]), sep="\n")
     return results
 
@@ -434,22 +434,22 @@ def main() -> None:
     start, settings = time.perf_counter(), parse_flags(Settings)
     device = train.choose_device(settings.device)
     torch.manual_seed(1)
-    instead = "peers" if settings.peers else "long" if settings.long else None
-    if instead and settings.dtype != "float32":
-        raise UsageError(f"--dtype must be float32 with --{instead}, got {settings.dtype}")
-    name = f"speed_{device.type}_{instead or settings.dtype}"
+    mode = "peers" if settings.peers else "long" if settings.long else None
+    if mode and settings.dtype != "float32":
+        raise UsageError(f"--dtype must be float32 with --{mode}, got {settings.dtype}")
+    name = f"speed_{device.type}_{mode or settings.dtype}"
     runcard.check_writable(settings.out / f"{name}.json", settings.out / f"{name}.png")
     config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
     print(f"q, k, v: ({BATCH}, {HEADS}, N, {DIM}), {settings.dtype}")
-    print(HOW)
+    print(METHOD)
     print("N, case, median (lowest to highest), speed relative to the reference, peak memory\n")
     results = measure(settings, device)
     data = {"name": "standard normal queries, keys and values"}
     card = runcard.run_card(config, data, device, time.perf_counter() - start, results)
     card["command"] = card["command"].replace("bench.py", "-m nala_min.lab.bench")
     runcard.write_json(settings.out / f"{name}.json", card)
-    if not instead:
+    if not mode:
         plots.write(plots.speed(results), settings.out / f"{name}.png")
     print(f"\nWritten to {settings.out}: {name}")
 

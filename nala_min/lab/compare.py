@@ -46,8 +46,8 @@ from nala_min.lab.studies import STUDIES, Study, Task, Variant, variant_of
 
 def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Train one variant in folder, or resume its run. Returns its row of the study's card."""
-    extra = _extra(task, name, seed)  # also registers your FILE.py
-    model, recipe = _prepared(task, name, seed, device)
+    extra = _run_info(task, name, seed)  # also registers your FILE.py
+    model, recipe = _model_and_recipe(task, name, seed, device)
     history, seconds = train.fit(
         model,
         recipe,
@@ -65,12 +65,12 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
         "seconds": round(seconds, 1),
         **{key: value for key, value in history[-1].items() if key != "step"},
     }
-    plain = variant_of(name).change == Variant().change  # statistics need unchanged blocks
-    stats = task.attention_stats(model) if plain else None
+    unchanged = variant_of(name).change == Variant().change  # statistics need unchanged blocks
+    stats = task.attention_stats(model) if unchanged else None
     return row | ({"attention_stats": stats} if stats else {})
 
 
-def _prepared(
+def _model_and_recipe(
     task: Task, name: str, seed: int, device: str = "cpu"
 ) -> tuple[nn.Module, train.Recipe]:
     """The initial model of a run, and its training recipe."""
@@ -81,8 +81,8 @@ def _prepared(
         variant.change(layer)
     recipe = train.Recipe(
         task.steps,
-        variant.rates * task.learning_rate,
-        muon=task.muon and variant.rates * task.muon,
+        variant.lr_factor * task.learning_rate,
+        muon=task.muon and variant.lr_factor * task.muon,
         weight_decay=task.weight_decay,
         schedule=task.schedule,
         eval_every=task.steps,
@@ -92,13 +92,13 @@ def _prepared(
     return model.to(device), recipe
 
 
-def trained(task: Task, name: str, seed: int, folder: Path) -> nn.Module:
+def load_trained(task: Task, name: str, seed: int, folder: Path) -> nn.Module:
     """The trained model of a finished run in folder, even if the code has changed since then.
     Raises UsageError if there is none."""
-    model, _ = _prepared(task, name, seed)
-    path = _place(folder, name, seed) / "checkpoint.pt"
+    model, _ = _model_and_recipe(task, name, seed)
+    path = _run_folder(folder, name, seed) / "checkpoint.pt"
     saved = load_checkpoint(path)
-    found, wanted = (x | {"code_sha256": 0} for x in (saved["extra"], _extra(task, name, seed)))
+    found, wanted = (x | {"code_sha256": 0} for x in (saved["extra"], _run_info(task, name, seed)))
     if found != wanted or saved["step"] != task.steps:
         raise UsageError(f"{path} is not from a finished run of this study: run the study")
     model.load_state_dict(saved["model"])
@@ -107,7 +107,7 @@ def trained(task: Task, name: str, seed: int, folder: Path) -> nn.Module:
 
 def seconds_of_a_step(task: Task, name: str, device: str = "cpu") -> float:
     """Mean time of three training steps of a variant, with PyTorch's current number of threads."""
-    model, recipe = _prepared(task, name, 1, device)
+    model, recipe = _model_and_recipe(task, name, 1, device)
     optimizers = train.make_optimizers(model, recipe)
     for step in range(4):
         if step == 1:  # the first step is a warm-up
@@ -119,25 +119,25 @@ def seconds_of_a_step(task: Task, name: str, device: str = "cpu") -> float:
     return (time.perf_counter() - start) / 3
 
 
-def _work(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
+def _run_in_worker(task: Task, name: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
     """Do one run silently. Called in its own process."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with Path(os.devnull).open("w", encoding="utf-8") as devnull:
+        with redirect_stdout(devnull), redirect_stderr(devnull):
             row = run(task, name, seed, folder, device)
     runcard.write_json(folder / "row.json", _identity(task, name) | {"row": row})
     return row
 
 
 # The code that, together with this file, determines a run's numbers.
-CODE = (model, fast, relatives, train, data, synthetic, measure, studies)
+CODE_MODULES = (model, fast, relatives, train, data, synthetic, measure, studies)
 
 
 def _identity(task: Task, name: str) -> dict[str, Any]:
     """The task, data and code that a finished run must have been trained with, and the content of
     your FILE.py, which this registers."""
-    files = [__file__, *(module.__file__ for module in CODE)]
+    files = [__file__, *(module.__file__ for module in CODE_MODULES)]
     code = b"".join(Path(file).read_bytes() for file in files)
     identity = {"task": repr(task), "data": task.data_info()}
     identity["code_sha256"] = hashlib.sha256(code).hexdigest()
@@ -146,7 +146,7 @@ def _identity(task: Task, name: str) -> dict[str, Any]:
     return identity
 
 
-def _extra(task: Task, name: str, seed: int) -> dict[str, Any]:
+def _run_info(task: Task, name: str, seed: int) -> dict[str, Any]:
     """The description of a run in its checkpoint."""
     return runcard.to_plain({"variant": name, "seed": seed} | _identity(task, name))
 
@@ -158,25 +158,27 @@ def finished(study: Study, folder: Path) -> dict[tuple[str, int], dict[str, Any]
         for name in study.variants:
             done = {}
             with suppress(OSError, ValueError):  # missing or damaged: its run resumes
-                done = runcard.read_json(_place(folder, name, seed) / "row.json")
+                done = runcard.read_json(_run_folder(folder, name, seed) / "row.json")
             row = done.pop("row", None) if isinstance(done, dict) else None
             rows[name, seed] = row if done == _identity(study.task, name) else None
     return rows
 
 
-def _place(folder: Path, name: str, seed: int) -> Path:
+def _run_folder(folder: Path, name: str, seed: int) -> Path:
     slug = "".join(c if c.isalnum() else "-" for c in name)
     return folder / f"{slug}_seed{seed}"
 
 
-def prove_runs(study: Study, folder: Path) -> None:
+def check_run_folders(study: Study, folder: Path) -> None:
     """Raise UsageError if the folder of an unfinished run cannot be written or holds the checkpoint
     of another run."""
     for (name, seed), row in finished(study, folder).items():
         if row is None:
-            path = _place(folder, name, seed) / "checkpoint.pt"
+            path = _run_folder(folder, name, seed) / "checkpoint.pt"
             runcard.check_writable(path, path.with_name("row.json"))
-            if path.exists() and load_checkpoint(path)["extra"] != _extra(study.task, name, seed):
+            if path.exists() and load_checkpoint(path)["extra"] != _run_info(
+                study.task, name, seed
+            ):
                 raise UsageError(
                     f"{path} is from another task, other data or other code: move it aside, or"
                     " name another folder with --out"
@@ -215,24 +217,26 @@ def _ctrl_c_ignored() -> Iterator[None]:
 def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[str, Any]]:
     """Do all runs of study that folder lacks, several in parallel. Returns all rows."""
     rows = finished(study, folder)
-    left = [key for key, row in rows.items() if row is None]
+    todo = [key for key, row in rows.items() if row is None]
     context = multiprocessing.get_context("spawn")
-    parent, here = context.Pipe(duplex=False)
+    worker_end, parent_end = context.Pipe(duplex=False)
     with (
-        ProcessPoolExecutor(workers, context, _start_worker, (parent,)) as pool,
-        tqdm(total=len(rows), initial=len(rows) - len(left), unit="run", dynamic_ncols=True) as bar,
+        ProcessPoolExecutor(workers, context, _start_worker, (worker_end,)) as pool,
+        tqdm(total=len(rows), initial=len(rows) - len(todo), unit="run", dynamic_ncols=True) as bar,
     ):
         try:
             with _ctrl_c_ignored():
                 jobs = {
-                    pool.submit(_work, study.task, *key, _place(folder, *key), device): key
-                    for key in left
+                    pool.submit(
+                        _run_in_worker, study.task, *key, _run_folder(folder, *key), device
+                    ): key
+                    for key in todo
                 }
             for job in as_completed(jobs):
                 rows[jobs[job]] = job.result()
                 bar.update()
         except BaseException as error:
-            here.close()  # every worker saves its run and ends
+            parent_end.close()  # every worker saves its run and ends
             pool.shutdown(cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt("interrupted: run the same command to continue") from error
@@ -248,7 +252,7 @@ def run_all(study: Study, folder: Path, workers: int, device: str) -> list[dict[
 # --- Statistics -----------------------------------------------------------------------------------
 
 # 97.5 % quantiles of Student's t for 2, 3, ... pairs.
-STUDENT = (
+T_QUANTILES = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179),
     *(2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
 )
@@ -265,28 +269,26 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(pairs) < 2:
         return mean(pairs), math.inf
-    return mean(pairs), STUDENT[len(pairs) - 2] * stdev(pairs) / math.sqrt(len(pairs))
+    return mean(pairs), T_QUANTILES[len(pairs) - 2] * stdev(pairs) / math.sqrt(len(pairs))
 
 
 def p_value(t: float, pairs: int) -> float:
     """Two-sided p-value of a paired t-test: the probability, if there is no effect, that the mean
     of this many differences is at least |t| standard errors from 0."""
-    freedom, steps = pairs - 1, 100_000
+    dof, steps = pairs - 1, 100_000
     x = (np.arange(steps) + 0.5) / steps * abs(t)
-    middle = float(((1 + x * x / freedom) ** (-pairs / 2)).mean()) * abs(t)
-    unit = math.exp(math.lgamma(pairs / 2) - math.lgamma(freedom / 2)) / math.sqrt(
-        freedom * math.pi
-    )
-    return max(0.0, 1 - 2 * unit * middle)
+    integral = float(((1 + x * x / dof) ** (-pairs / 2)).mean()) * abs(t)
+    constant = math.exp(math.lgamma(pairs / 2) - math.lgamma(dof / 2)) / math.sqrt(dof * math.pi)
+    return max(0.0, 1 - 2 * constant * integral)
 
 
 def holm(p_values: list[float]) -> list[float]:
     """p-values corrected for multiple tests (Holm 1979): with a threshold of 0.05, at most one
     family of tests in twenty has a false positive."""
-    corrected, highest = [0.0] * len(p_values), 0.0
+    corrected, running_max = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = highest
+        running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = running_max
     return corrected
 
 
@@ -294,9 +296,9 @@ class Answer(NamedTuple):
     """The difference between two variants."""
 
     variant: str
-    than: str
-    away: float  # mean difference of their results
-    half: float  # half of its 95 % interval, not corrected
+    baseline: str
+    difference: float  # mean difference of their results
+    half_width: float  # half of its 95 % interval, not corrected
     p: float  # p-value, corrected for the number of questions
 
 
@@ -305,10 +307,10 @@ def answers(rows: list[dict[str, Any]], study: Study) -> list[Answer]:
     found, p_values = [], []
     for pair in study.questions:
         ours, theirs = (values(rows, name, study.task.result) for name in pair)
-        away, half = difference(ours, theirs)
-        found.append((*pair, away, half))
-        error = half / STUDENT[len(ours) - 2]
-        p_values.append(p_value(away / error, len(ours)) if 0 < error < math.inf else 1.0)
+        effect, half_width = difference(ours, theirs)
+        found.append((*pair, effect, half_width))
+        error = half_width / T_QUANTILES[len(ours) - 2]
+        p_values.append(p_value(effect / error, len(ours)) if 0 < error < math.inf else 1.0)
     return [Answer(*x, p) for x, p in zip(found, holm(p_values), strict=True)]
 
 
@@ -320,19 +322,19 @@ def table(rows: list[dict[str, Any]], result: str) -> str:
         found = values(rows, name, result)
         line = f"{name:<28} {mean(found):8.4f}  {min(found):8.4f}  {max(found):8.4f}"
         if name != "nala" and "nala" in names:
-            away, half = difference(found, values(rows, "nala", result))
-            line += f"   {away:+.4f} ± {half:.4f}"
+            effect, half_width = difference(found, values(rows, "nala", result))
+            line += f"   {effect:+.4f} ± {half_width:.4f}"
         lines.append(line)
     return "\n".join(lines)
 
 
-MOST = 61  # workers: Windows cannot wait for more
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's CPU quota, on Linux
+MAX_WORKERS = 61  # Windows cannot wait for more
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's CPU quota, on Linux
 
 
 def processors() -> int:
     """Number of processors that this process may use, by its affinity and its container's quota; at
-    most MOST."""
+    most MAX_WORKERS."""
     if hasattr(os, "process_cpu_count"):  # Python 3.13
         count = os.process_cpu_count() or 1
     elif hasattr(os, "sched_getaffinity"):  # Linux
@@ -340,13 +342,13 @@ def processors() -> int:
     else:
         count = os.cpu_count() or 1
     with suppress(OSError, ValueError):  # there is no quota, or it is "max"
-        quota, period = map(int, QUOTA.read_text(encoding="ascii").split())
+        quota, period = map(int, CPU_QUOTA.read_text(encoding="ascii").split())
         count = min(count, math.ceil(quota / period))
-    return min(count, MOST)
+    return min(count, MAX_WORKERS)
 
 
 # Without --study: two hours on two cores, and no download of images.
-DEFAULT = ("recall", "sharpness", "text")
+DEFAULT_STUDIES = ("recall", "sharpness", "text")
 
 
 @dataclass
@@ -369,22 +371,22 @@ class Settings:
     def __post_init__(self) -> None:
         if self.workers is None:
             self.workers = processors() if self.device == "cpu" else 1
-        if not 1 <= self.workers <= MOST:
-            raise UsageError(f"--workers must be from 1 to {MOST}, got {self.workers}")
-        most = len(STUDENT) + 1
-        if self.seeds is not None and not 1 <= self.seeds <= most:
-            raise UsageError(f"--seeds must be from 1 to {most}, got {self.seeds}")
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise UsageError(f"--workers must be from 1 to {MAX_WORKERS}, got {self.workers}")
+        max_seeds = len(T_QUANTILES) + 1
+        if self.seeds is not None and not 1 <= self.seeds <= max_seeds:
+            raise UsageError(f"--seeds must be from 1 to {max_seeds}, got {self.seeds}")
         if self.attention is not None and not relatives.is_file(self.attention):
             raise UsageError(f"--attention must be a file, FILE.py, got {self.attention}")
 
 
 def with_data(task: Task, file: Path | None, folder: Path | None) -> Task:
     """A copy of task that reads file or folder, if it is a task on text or images."""
-    own = {"file": file, "folder": folder}
-    return replace(task, **{key: value for key, value in own.items() if hasattr(task, key)})
+    paths = {"file": file, "folder": folder}
+    return replace(task, **{key: value for key, value in paths.items() if hasattr(task, key)})
 
 
-def chosen(settings: Settings, name: str) -> Study:
+def configured_study(settings: Settings, name: str) -> Study:
     """The study called name, as changed by the flags."""
     study = STUDIES[name]
     task = with_data(study.task, settings.data, settings.data_dir)
@@ -394,7 +396,7 @@ def chosen(settings: Settings, name: str) -> Study:
     return replace(study, task=task, variants=variants, seeds=seeds)
 
 
-def prove(study: Study, folder: Path, attention: str | None) -> None:
+def check_study(study: Study, folder: Path, attention: str | None) -> None:
     """Raise UsageError for anything that would stop the study later: data, folders or your
     FILE.py."""
     try:
@@ -407,20 +409,20 @@ def prove(study: Study, folder: Path, attention: str | None) -> None:
         except ValueError as error:
             raise UsageError(f"--attention {error}") from error
     runcard.check_writable(folder.with_suffix(".json"), folder.with_suffix(".png"))
-    prove_runs(study, folder)
+    check_run_folders(study, folder)
 
 
 def minutes_left(study: Study, folder: Path, settings: Settings) -> float:
     """Estimated time of the unfinished runs, from a few steps of each variant on one thread."""
-    left = [name for (name, _), row in finished(study, folder).items() if row is None]
+    todo = [name for (name, _), row in finished(study, folder).items() if row is None]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        steps = {n: seconds_of_a_step(study.task, n, settings.device) for n in set(left)}
+        steps = {n: seconds_of_a_step(study.task, n, settings.device) for n in set(todo)}
     finally:
         torch.set_num_threads(threads)
     return (
-        study.task.steps * sum(steps[n] for n in left) / min(settings.workers, len(left) or 1) / 60
+        study.task.steps * sum(steps[n] for n in todo) / min(settings.workers, len(todo) or 1) / 60
     )
 
 
@@ -447,11 +449,11 @@ def study_card(
 def main() -> None:
     settings = parse_flags(Settings)
     train.choose_device(settings.device)
-    names = [settings.study] if settings.study else [name for name in STUDIES if name in DEFAULT]
-    studies = {name: chosen(settings, name) for name in names}
+    names = [settings.study] if settings.study else [x for x in STUDIES if x in DEFAULT_STUDIES]
+    studies = {name: configured_study(settings, name) for name in names}
     folders = {name: settings.out / (name + "-quick" * settings.quick) for name in names}
     for name, study in studies.items():  # find every mistake before the first hour of work
-        prove(study, folders[name], settings.attention)
+        check_study(study, folders[name], settings.attention)
     for name, study in studies.items():
         folder = folders[name]
         print(
@@ -465,8 +467,8 @@ def main() -> None:
         print(table(rows, study.task.result))
         for answer in answers(rows, study):
             print(
-                f"{answer.variant} - {answer.than}: {answer.away:+.4f} ± {answer.half:.4f},"
-                f" p = {answer.p:.3f} (Holm, {len(study.questions)} tests)"
+                f"{answer.variant} - {answer.baseline}: {answer.difference:+.4f} ±"
+                f" {answer.half_width:.4f}, p = {answer.p:.3f} (Holm, {len(study.questions)} tests)"
             )
         print(f"{card['seconds']:.0f} s of training in total. Written: {folder}.json and .png\n")
 

@@ -28,7 +28,7 @@ from nala_min.model import (
     softmax_attention,
 )
 
-UNSEEN = 10**6  # seed for test data: no run trains with it
+TEST_SEED = 10**6  # seed for test data: no run trains with it
 
 # --- Attentions -----------------------------------------------------------------------------------
 
@@ -41,10 +41,10 @@ class Variant:
     norm_scale: float | None = 1.0  # as in BlockConfig
     heads: float = 1.0  # times the task's; with 0.5, D features have NaLa's state size
     change: Callable[[GatedAttention], None] = lambda layer: None
-    rates: float = 1.0  # times the task's learning rates
+    lr_factor: float = 1.0  # times the task's learning rates
 
 
-class _Open(nn.Module):
+class _OpenGate(nn.Module):
     """The projection of a block whose gate is always open: SiLU(1.2784645) = 1."""
 
     def __init__(self, project: nn.Linear):
@@ -63,7 +63,7 @@ class _NoConv(nn.Module):
 
 
 def _no_gate(layer: GatedAttention) -> None:
-    layer.project = _Open(layer.project)
+    layer.project = _OpenGate(layer.project)
 
 
 def _no_convolution(layer: GatedAttention) -> None:
@@ -71,7 +71,7 @@ def _no_convolution(layer: GatedAttention) -> None:
 
 
 @torch.no_grad()
-def _large(layer: GatedAttention) -> None:
+def _enlarge_q_and_k(layer: GatedAttention) -> None:
     q_k, v_gate = layer.project.weight.chunk(2)
     layer.project.weight.copy_(torch.cat([5 * q_k, v_gate]))
 
@@ -90,7 +90,7 @@ class OneNorm(nn.Module):
         return softmax_attention(self.norm[:, None, None] * direction, k, v, **options)
 
 
-def lam_apart(
+def separate_lambdas(
     q: Tensor, k: Tensor, v: Tensor, *, queries=3.0, keys=3.0, **options
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """NaLa with separate λ for queries and keys."""
@@ -98,7 +98,7 @@ def lam_apart(
     return linear_attention(q, k, v, *maps, **options)
 
 
-class LamLearned(nn.Module):
+class LearnedLambdas(nn.Module):
     """NaLa with two learned λ per head, one for queries and one for keys, both initially 3."""
 
     def __init__(self, config: Config):
@@ -109,23 +109,26 @@ class LamLearned(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options):
         queries, keys = self.queries[:, None, None], self.keys[:, None, None]  # (H, 1, 1)
-        return lam_apart(q, k, v, queries=queries, keys=keys, **options)
+        return separate_lambdas(q, k, v, queries=queries, keys=keys, **options)
 
 
 # NaLa with one number changed. tanh(norm / 1e-9) is 1 for any norm in practice.
-CHANGED = {
+CHANGED_OPTIONS = {
     **{f"lam {lam:g}": {"lam": lam} for lam in (1.0, 2.0, 4.0)},
     **{f"tau {tau:g}": {"tau": tau} for tau in (0.0, 1.0)},
     "alpha 2": {"alpha": 2.0},
     "no query norm": {"norm_scale": 1e-9},
 }
-ATTENTIONS.update({name: partial(nala_attention, **told) for name, told in CHANGED.items()})
-ATTENTIONS["lam 1 of queries"] = partial(lam_apart, queries=1.0)
-ATTENTIONS["lam 1 of keys"] = partial(lam_apart, keys=1.0)
-ATTENTIONS["lam learned"] = LamLearned
+ATTENTIONS.update(
+    {name: partial(nala_attention, **options) for name, options in CHANGED_OPTIONS.items()}
+)
+ATTENTIONS["lam 1 of queries"] = partial(separate_lambdas, queries=1.0)
+ATTENTIONS["lam 1 of keys"] = partial(separate_lambdas, keys=1.0)
+ATTENTIONS["lam learned"] = LearnedLambdas
 ATTENTIONS["one norm"] = OneNorm
 
-SIMPLE = ("nala", "softmax", "elu", "relu")  # the attentions in the scripts' tables of results
+# The attentions in the scripts' tables of results.
+MAIN_ATTENTIONS = ("nala", "softmax", "elu", "relu")
 
 VARIANTS: dict[str, Variant] = {
     "nala": Variant(),
@@ -148,12 +151,12 @@ VARIANTS: dict[str, Variant] = {
     "delta": Variant("delta"),
     "delta, same state": Variant("delta", heads=0.5),
     # NaLa with one thing changed.
-    **{name: Variant(name) for name in CHANGED},
+    **{name: Variant(name) for name in CHANGED_OPTIONS},
     **{name: Variant(name) for name in ("lam 1 of queries", "lam 1 of keys", "lam learned")},
     "no cosine map": Variant("clipped"),
     "no cosine map, same state": Variant("clipped", heads=0.5),
     "tanh(norm/s)": Variant(norm_scale=None),
-    "q and k 5 times as large": Variant(change=_large),  # at initialisation
+    "q and k 5 times as large": Variant(change=_enlarge_q_and_k),  # at initialisation
     "no gate": Variant(change=_no_gate),
     "softmax, no gate": Variant("softmax", change=_no_gate),
     "no convolution": Variant(change=_no_convolution),
@@ -168,8 +171,8 @@ VARIANTS: dict[str, Variant] = {
         for channels in (4, 8, 32)
     },
     # Other learning rates.
-    **{f"{name}, half rates": Variant(name, rates=0.5) for name in SIMPLE},
-    **{f"{name}, double rates": Variant(name, rates=2.0) for name in SIMPLE},
+    **{f"{name}, half rates": Variant(name, lr_factor=0.5) for name in MAIN_ATTENTIONS},
+    **{f"{name}, double rates": Variant(name, lr_factor=2.0) for name in MAIN_ATTENTIONS},
 }
 
 
@@ -289,11 +292,11 @@ class Recall(Task):
         values = random.integers(self.symbols, size=(count, pairs))
         order = random.random((count, pairs)).argsort(axis=1)
         queries = np.take_along_axis(keys, order, axis=1)
-        told, asked = (
+        pair_tokens, query_tokens = (
             keys * (self.symbols + 1) + values,
             queries * (self.symbols + 1) + self.symbols,
         )
-        tokens = torch.from_numpy(np.concatenate([told, asked], axis=1))
+        tokens = torch.from_numpy(np.concatenate([pair_tokens, query_tokens], axis=1))
         return tokens, torch.from_numpy(np.take_along_axis(values, order, axis=1))
 
     def answers(self, model: nn.Module, tokens: Tensor, pairs: int) -> Tensor:
@@ -309,20 +312,20 @@ class Recall(Task):
         model.eval()
         found, device = {}, next(model.parameters()).device
         for pairs in self.pairs:
-            examples = self.examples(pairs, self.TESTED // pairs, UNSEEN, 0)
+            examples = self.examples(pairs, self.TESTED // pairs, TEST_SEED, 0)
             tokens, values = (x.to(device) for x in examples)
             right = self.answers(model, tokens, pairs).argmax(dim=-1) == values
             found[f"accuracy at {pairs} pairs"] = right.float().mean().item()
         return found
 
     def attention_stats(self, model: nn.Module) -> list[dict[str, Any]]:
-        return measure.attention_stats(model, self.examples(self.pairs[-1], 32, UNSEEN, 0)[0])
+        return measure.attention_stats(model, self.examples(self.pairs[-1], 32, TEST_SEED, 0)[0])
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
         return plots.recall(rows, self.pairs)
 
 
-class Bare(GatedAttention):
+class SingleLayer(GatedAttention):
     """A single attention layer: one head, one matrix each for queries and keys, no gate, no
     convolution, no normalisation. So scaling an input scales its query."""
 
@@ -336,9 +339,9 @@ class Bare(GatedAttention):
         self.query = nn.Linear(size, dim, bias=False)
         self.key = nn.Linear(size, dim, bias=False)
 
-    def forward(self, asks: Tensor, told: Tensor, values: Tensor) -> Tensor:
-        q, k = self.query(asks)[:, None], self.key(told)[:, None]  # (B, 1, N, D)
-        return self.attend(q, k, values[:, None], causal=False, **self.options(told, 0))[:, 0]
+    def forward(self, queries: Tensor, codes: Tensor, values: Tensor) -> Tensor:
+        q, k = self.query(queries)[:, None], self.key(codes)[:, None]  # (B, 1, N, D)
+        return self.attend(q, k, values[:, None], causal=False, **self.options(codes, 0))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -360,8 +363,8 @@ class Sharpness(Task):
     CAUSAL: ClassVar[bool] = False
     sizes: ClassVar[tuple[int, int, int]] = (1, 1, 16)
 
-    def build(self, variant: Variant) -> Bare:
-        return Bare(self.GROUPS + self.ITEMS, int(self.channels / variant.heads), variant)
+    def build(self, variant: Variant) -> SingleLayer:
+        return SingleLayer(self.GROUPS + self.ITEMS, int(self.channels / variant.heads), variant)
 
     def layers(self, model: nn.Module) -> list[GatedAttention]:
         return [model]
@@ -390,9 +393,9 @@ class Sharpness(Task):
 
     def errors(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         size = self.GROUPS + self.ITEMS
-        asks, told, values = inputs.split([size, size, self.CHANNELS], dim=-1)
-        wanted, unit = targets.split([self.CHANNELS, 1], dim=-1)
-        return (model(asks, told, values) / unit - wanted).square().mean(dim=-1)  # (B, 16)
+        queries, codes, values = inputs.split([size, size, self.CHANNELS], dim=-1)
+        expected, unit = targets.split([self.CHANNELS, 1], dim=-1)
+        return (model(queries, codes, values) / unit - expected).square().mean(dim=-1)  # (B, 16)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.errors(model, inputs, targets).mean()
@@ -400,7 +403,7 @@ class Sharpness(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
-        inputs, targets = (x.to(device) for x in self.examples(512, UNSEEN, 0))
+        inputs, targets = (x.to(device) for x in self.examples(512, TEST_SEED, 0))
         errors, long = self.errors(model, inputs, targets), targets[..., -1] == 1
         one, many = errors[long].mean().item(), errors[~long].mean().item()
         norms = torch.linalg.vector_norm(
@@ -506,8 +509,8 @@ class Pictures(Task):
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         images, labels = data.shuffled_batch(*self.load().train, self.images, seed, step)
-        moved = data.augment(images, seed, step, shift=self.shift, mirror=self.load().mirror)
-        return data.normalise(moved), labels
+        images = data.augment(images, seed, step, shift=self.shift, mirror=self.load().mirror)
+        return data.normalise(images), labels
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return measure.smoothed_loss(model, inputs, targets)
@@ -528,14 +531,16 @@ class Pictures(Task):
 # --- Studies --------------------------------------------------------------------------------------
 
 KERNELS = ("nala", "lam 1", "split", "softmax", "elu", "relu")
-LEARNING = ("polar", "delta", "delta, same state", "lam learned")  # classes: not for Bare
-SAME_STATE = tuple(x for x in VARIANTS if x.endswith(", same state") and x not in LEARNING)
+LEARNED = ("polar", "delta", "delta, same state", "lam learned")  # classes: not for SingleLayer
+SAME_STATE = tuple(x for x in VARIANTS if x.endswith(", same state") and x not in LEARNED)
 RELATIVES = ("focused", "magnitude-aware", "hedgehog", "injective")
-APART = ("lam 1 of queries", "lam 1 of keys")
-CHANGES = (*APART, "lam 2", "lam 4", "tau 0", "tau 1", "alpha 2", "tanh(norm/s)")
-CLAIMS = ("no query norm", "no cosine map")  # NaLa without one part that the paper claims to help
-RATES = tuple(
-    f"{name}{rates}" for name in SIMPLE for rates in ("", ", half rates", ", double rates")
+SEPARATE_LAMBDAS = ("lam 1 of queries", "lam 1 of keys")
+HYPERPARAMETERS = (*SEPARATE_LAMBDAS, "lam 2", "lam 4", "tau 0", "tau 1", "alpha 2", "tanh(norm/s)")
+ABLATIONS = ("no query norm", "no cosine map")  # NaLa without a part that the paper claims to help
+LEARNING_RATES = tuple(
+    f"{name}{suffix}"
+    for name in MAIN_ATTENTIONS
+    for suffix in ("", ", half rates", ", double rates")
 )
 BLOCK = ("no gate", "softmax, no gate", "no convolution", "softmax, no convolution")
 HEADS = tuple(name for name in VARIANTS if ", D = " in name)
@@ -551,11 +556,11 @@ QUESTIONS = (
     ("no cosine map, same state", "nala"),
     ("softmax, one norm", "softmax"),
 )
-ASKED = ("nala", *(name for name, _ in QUESTIONS))
+COMPARED = ("nala", *(name for name, _ in QUESTIONS))
 # Added later: is it the power that holds NaLa back on text?
-POWERS = ("lam 1", "lam 2", *APART)
+POWERS = ("lam 1", "lam 2", *SEPARATE_LAMBDAS)
 LONG = ("softmax", "elu", "lam 1")
-BARE = tuple(name for name in VARIANTS if name.endswith(", no convolution"))
+NO_CONVOLUTION = tuple(name for name in VARIANTS if name.endswith(", no convolution"))
 
 
 @dataclass(frozen=True)
@@ -569,7 +574,7 @@ class Study:
     questions: tuple[tuple[str, str], ...] = ()  # pairs of variants: one family of tests
 
 
-def _beside(
+def _study_against(
     first: str, others: tuple[str, ...], task: Task, quick: dict[str, Any], seeds: int
 ) -> Study:
     """A study that compares each of others with first."""
@@ -587,7 +592,7 @@ STUDIES: dict[str, Study] = {
         RECALL,
         {"steps": 60},
         (
-            *(*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *LEARNING, *CHANGES),
+            *(*KERNELS, *SAME_STATE, *ABLATIONS, *RELATIVES, *LEARNED, *HYPERPARAMETERS),
             *("q and k 5 times as large", *BLOCK, *HEADS),
         ),
         seeds=5,
@@ -595,29 +600,33 @@ STUDIES: dict[str, Study] = {
     "sharpness": Study(
         Sharpness(steps=1500, learning_rate=1e-2),
         {"steps": 300},
-        (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES),
+        (*KERNELS, *SAME_STATE, *ABLATIONS, *RELATIVES, *HYPERPARAMETERS),
         seeds=5,
     ),
     "sharpness-all": Study(
         Sharpness(steps=1500, learning_rate=1e-2, of=16),
         {"steps": 300},
-        (*KERNELS, *SAME_STATE, *CLAIMS, *RELATIVES, *CHANGES),
+        (*KERNELS, *SAME_STATE, *ABLATIONS, *RELATIVES, *HYPERPARAMETERS),
         seeds=5,
     ),
-    "text": Study(TEXT, QUICK_TEXT, ASKED, seeds=8, questions=QUESTIONS),
-    "images": Study(PICTURES, QUICK_PICTURES, ASKED, seeds=5, questions=QUESTIONS),
-    "text-powers": _beside("nala", POWERS, TEXT, QUICK_TEXT, seeds=8),
-    "recall-powers": _beside("nala", ("lam 2",), RECALL, {"steps": 60}, seeds=20),
-    "images-powers": _beside("nala", ("lam 1", "lam 2"), PICTURES, QUICK_PICTURES, seeds=5),
+    "text": Study(TEXT, QUICK_TEXT, COMPARED, seeds=8, questions=QUESTIONS),
+    "images": Study(PICTURES, QUICK_PICTURES, COMPARED, seeds=5, questions=QUESTIONS),
+    "text-powers": _study_against("nala", POWERS, TEXT, QUICK_TEXT, seeds=8),
+    "recall-powers": _study_against("nala", ("lam 2",), RECALL, {"steps": 60}, seeds=20),
+    "images-powers": _study_against("nala", ("lam 1", "lam 2"), PICTURES, QUICK_PICTURES, seeds=5),
     # The same number of tokens per step, but in one window: sharpness should matter more.
-    "text-long": _beside("nala", LONG, replace(TEXT, block=1024, windows=1), QUICK_TEXT, seeds=8),
+    "text-long": _study_against(
+        "nala", LONG, replace(TEXT, block=1024, windows=1), QUICK_TEXT, seeds=8
+    ),
     # Does the convolution, which shows each token its neighbours, hide a difference? All pairs
     # but softmax's were added after its result was known.
-    "text-convolution": _beside("no convolution", BARE, TEXT, QUICK_TEXT, seeds=8),
-    "text-gate": _beside("no gate", ("softmax, no gate",), TEXT, QUICK_TEXT, seeds=8),
+    "text-convolution": _study_against("no convolution", NO_CONVOLUTION, TEXT, QUICK_TEXT, seeds=8),
+    "text-gate": _study_against("no gate", ("softmax, no gate",), TEXT, QUICK_TEXT, seeds=8),
     # Is one learning rate fair to all? Tested on held-out training data.
-    "text-rates": Study(replace(TEXT, steps=1200, held_out=True), QUICK_TEXT, RATES),
-    "images-rates": Study(replace(PICTURES, steps=900, held_out=5000), QUICK_PICTURES, RATES),
+    "text-rates": Study(replace(TEXT, steps=1200, held_out=True), QUICK_TEXT, LEARNING_RATES),
+    "images-rates": Study(
+        replace(PICTURES, steps=900, held_out=5000), QUICK_PICTURES, LEARNING_RATES
+    ),
     # nanoGPT's recipe, for a CUDA card.
     "text-gpu": Study(
         Text(5000, 1e-3, sizes=(6, 6, 384), block=256, windows=64, dropout=0.2),

@@ -54,8 +54,8 @@ def prepare(folder):
     (folder / "text.txt").write_text(text, encoding="utf-8")
     (folder / "images").mkdir()
     noise = np.random.default_rng(1)
-    for name in data.BATCHES:
-        records = noise.integers(256, size=(COUNT, data.RECORD), dtype=np.uint8)
+    for name in data.CIFAR10_FILES:
+        records = noise.integers(256, size=(COUNT, data.BYTES_PER_IMAGE), dtype=np.uint8)
         records[:, 0] %= 10
         (folder / "images" / name).write_bytes(records.tobytes())
 
@@ -70,7 +70,7 @@ def child(script, phase, flags):
         module.STUDIES["sharpness"] = replace(study, task=task, variants=COMPARED, seeds=1)
     else:
         module = importlib.import_module(script)
-    data.BATCH = COUNT
+    data.IMAGES_PER_FILE = COUNT
     place = os.open(phase, os.O_RDWR | os.O_CREAT) if phase else None
 
     def during(name, function):

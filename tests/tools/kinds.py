@@ -117,8 +117,8 @@ def table():
     lines = ["| kind | tests |", "|---|---|"]
     for kind, names in KINDS.items():
         files = Counter(name.split("::")[0] for name in names.split())
-        tried = ", ".join(f"[`{file}`]({file}): {count}" for file, count in files.items())
-        lines.append(f"| {kind} | {tried} |")
+        cells = ", ".join(f"[`{file}`]({file}): {count}" for file, count in files.items())
+        lines.append(f"| {kind} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

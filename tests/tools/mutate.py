@@ -45,9 +45,9 @@ MODEL = "nala_min/model.py"
 TESTS = [
     f"tests/test_{name}.py" for name in ("model", "arguments", "measure", "train", "checkpoint")
 ]
-SECONDS = 60  # for one test: several times the slowest
-MEMORY = 4 * 2**30  # bytes: an endless loop can also allocate endlessly
-LAST = "last_test.txt"
+TEST_TIMEOUT = 60  # for one test: several times the slowest
+MEMORY_LIMIT = 4 * 2**30  # bytes: an endless loop can also allocate endlessly
+LAST_TEST = "last_test.txt"
 
 # Replacements. An operator becomes another of the same precedence, or nearly the same.
 OPERATORS = dict(["+-", "-+", "*/", "/*", "&|", "|&"])
@@ -57,8 +57,8 @@ OPERATORS |= {"in": "not in", "not in": "in"}
 PAIRS = """tril triu  cos sin  clamp_min clamp_max  min max  amin amax  argmin argmax  sum mean
     all any  zeros ones  new_zeros new_ones  cumsum cumprod  exp exp2  log log2  tanh sigmoid
     train eval"""
-NAMES = dict(zip(PAIRS.split()[::2], PAIRS.split()[1::2], strict=True))
-NAMES |= {new: old for old, new in NAMES.items()}
+FUNCTIONS = dict(zip(PAIRS.split()[::2], PAIRS.split()[1::2], strict=True))
+FUNCTIONS |= {new: old for old, new in FUNCTIONS.items()}
 
 # Mutants that behave like model.py: {key, as printed for a survivor: reason}.
 EQUIVALENT: dict[str, str] = {
@@ -158,7 +158,7 @@ class Source:
                 yield from chain.from_iterable(map(self.negation, tests))
             case ast.FunctionDef(decorator_list=names) | ast.ClassDef(decorator_list=names):
                 yield from (Edit(self.start(name) - 1, self.end(name), "") for name in names)
-        if isinstance(node, ast.stmt) and self.may_go(node, above):
+        if isinstance(node, ast.stmt) and self.is_deletable(node, above):
             yield self.replace(node, "pass")
 
     def operator(self, left: ast.AST, right: ast.AST) -> Iterator[Edit]:
@@ -187,8 +187,8 @@ class Source:
         """Call another function, or none, or drop a keyword."""
         function, arguments = node.func, [*node.args, *node.keywords]
         name = getattr(function, "attr", getattr(function, "id", ""))
-        if name in NAMES:
-            yield Edit(self.end(function) - len(name), self.end(function), NAMES[name])
+        if name in FUNCTIONS:
+            yield Edit(self.end(function) - len(name), self.end(function), FUNCTIONS[name])
         owner = getattr(function, "value", None)
         root = owner
         while isinstance(root, ast.Attribute):
@@ -207,7 +207,7 @@ class Source:
                 )
                 yield Edit(start, end, "")
 
-    def may_go(self, node: ast.stmt, above: tuple[ast.AST, ...]) -> bool:
+    def is_deletable(self, node: ast.stmt, above: tuple[ast.AST, ...]) -> bool:
         """Whether node can be deleted without leaving a name undefined."""
         functions = [x for x in above if isinstance(x, ast.FunctionDef)]
         if not functions or not isinstance(node, ast.Raise | ast.Expr | ast.Assign | ast.AugAssign):
@@ -215,12 +215,12 @@ class Source:
         seen = {x.arg for x in ast.walk(functions[-1]) if isinstance(x, ast.arg)}
         names = [x for x in ast.walk(functions[-1]) if isinstance(x, ast.Name)]
         seen |= {x.id for x in names if self.start(x) < self.start(node)}
-        sets = [
+        assigned = [
             x for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
         ]
-        return {x.id for x in sets} <= seen
+        return {x.id for x in assigned} <= seen
 
-    def stays_python(self, outermost: ast.stmt, edit: Edit) -> bool:
+    def still_parses(self, outermost: ast.stmt, edit: Edit) -> bool:
         """Whether the edited statement still parses: far faster than to parse the whole module."""
         first = min(x.lineno for x in [outermost, *getattr(outermost, "decorator_list", [])])
         before = self.text(self.lines[first - 1], edit.start)
@@ -254,7 +254,7 @@ def make_mutants(text: str) -> list[Mutant]:
     for nodes in source.walk(source.tree):
         for edit in source.edits(nodes[-1], nodes[:-1]):
             mutated = source.text(0, edit.start) + edit.new + source.text(edit.end, None)
-            if mutated not in found and source.stays_python(nodes[1], edit):
+            if mutated not in found and source.still_parses(nodes[1], edit):
                 key = source.key(nodes, edit)
                 times[key] += 1
                 key += f" ({times[key]})" if times[key] > 1 else ""
@@ -265,7 +265,7 @@ def make_mutants(text: str) -> list[Mutant]:
 # --- Running the tests ----------------------------------------------------------------------------
 
 
-class Order:
+class OrderPlugin:
     """A pytest plugin. Tests that caught other mutants come first, then one case of each test, then
     a second case of each, and so on. The name of the last test that was started goes to a file."""
 
@@ -276,11 +276,11 @@ class Order:
         cases = Counter()
         for item in items:
             cases[item.function] += 1
-            item.place = cases[item.function]
-        items.sort(key=lambda item: (self.rank.get(item.nodeid, len(self.rank)), item.place))
+            item.case_number = cases[item.function]
+        items.sort(key=lambda item: (self.rank.get(item.nodeid, len(self.rank)), item.case_number))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        Path(LAST).write_text(nodeid, encoding="utf-8")
+        Path(LAST_TEST).write_text(nodeid, encoding="utf-8")
 
 
 def run_tests(folder: Path, first: list[str]) -> None:
@@ -294,11 +294,11 @@ def run_tests(folder: Path, first: list[str]) -> None:
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     sys.path[:] = [x for x in sys.path if x != str(Path(__file__).parent)]  # the copy's instead
-    options = f"-x -q --tb=short -p no:cacheprovider -o faulthandler_timeout={SECONDS}"
+    options = f"-x -q --tb=short -p no:cacheprovider -o faulthandler_timeout={TEST_TIMEOUT}"
     options += " -o faulthandler_exit_on_timeout=true"
-    sys.exit(pytest.main([*options.split(), *TESTS], plugins=[Order(first)]))
+    sys.exit(pytest.main([*options.split(), *TESTS], plugins=[OrderPlugin(first)]))
 
 
 class Runner:
@@ -316,7 +316,7 @@ class Runner:
         (self.folder / MODEL).write_text(text, encoding="utf-8")
         for stale in (self.folder / MODEL).parent.glob("__pycache__/model.*"):
             stale.unlink()  # Python compares only size and second: too coarse here
-        (self.folder / LAST).write_text("import", encoding="utf-8")
+        (self.folder / LAST_TEST).write_text("import", encoding="utf-8")
         self.process = self.context.Process(target=run_tests, args=(self.folder, first))
         self.process.start()
 
@@ -324,7 +324,8 @@ class Runner:
         """Wait for the end. Returns the test that caught the mutant, or None."""
         self.process.join()
         self.stop()
-        return (self.folder / LAST).read_text(encoding="utf-8") if self.process.exitcode else None
+        caught = (self.folder / LAST_TEST).read_text(encoding="utf-8")
+        return caught if self.process.exitcode else None
 
     def stop(self) -> None:
         """Kill the process and everything that it has started."""
@@ -398,7 +399,7 @@ def main() -> None:
     every = make_mutants(text)
     if unknown := EQUIVALENT.keys() - {mutant.key for mutant in every}:
         sys.exit("EQUIVALENT lists mutants that no longer exist:\n" + "\n".join(sorted(unknown)))
-    chosen = [mutant for mutant in every[:: flags.every] if flags.only in mutant.key]
+    selected = [mutant for mutant in every[:: flags.every] if flags.only in mutant.key]
 
     log = ROOT / "runs" / "mutation" / f"{fingerprint(text)}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -412,13 +413,13 @@ def main() -> None:
                 sys.exit(f"unexpected for {mutant.key} model.py: {caught or 'all tests passed'}")
         known[original.key] = None
 
-    todo = [x for x in chosen if x.key not in known and (flags.only or x.key not in EQUIVALENT)]
+    todo = [x for x in selected if x.key not in known and (flags.only or x.key not in EQUIVALENT)]
     with tqdm(total=len(todo), unit="mutant") as bar, open(log, "a", encoding="utf-8") as file:
         for mutant, caught in run(todo, flags.jobs):
             known[mutant.key] = caught
             print(json.dumps([mutant.key, caught]), file=file, flush=True)
             bar.update()
-    results = report(text, chosen, known)
+    results = report(text, selected, known)
     if flags.out is not None:
         data_info = {"name": MODEL, "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
         config = {"every": flags.every, "only": flags.only, "tests": TESTS}
@@ -430,21 +431,23 @@ def main() -> None:
 
 def report(text: str, mutants: list[Mutant], known: dict[str, str | None]) -> dict[str, Any]:
     """Print the survivors and the numbers, and return both."""
-    fates = {
+    outcomes = {
         x.key: known.get(x.key) or ("equivalent" if x.key in EQUIVALENT else None) for x in mutants
     }
-    survivors = [x for x in mutants if fates[x.key] is None]
+    survivors = [x for x in mutants if outcomes[x.key] is None]
     for x in survivors:
         print(f"\n{MODEL}:{x.line}  {x.key}\n{diff(text, x.text)}")
-    explained = list(fates.values()).count("equivalent")
-    caught = len(mutants) - explained - len(survivors)
-    share = caught / max(len(mutants) - explained, 1)
-    print(f"\n{len(mutants)} mutants: {caught} caught, {explained} equivalent,", end=" ")
+    num_equivalent = list(outcomes.values()).count("equivalent")
+    caught = len(mutants) - num_equivalent - len(survivors)
+    share = caught / max(len(mutants) - num_equivalent, 1)
+    print(f"\n{len(mutants)} mutants: {caught} caught, {num_equivalent} equivalent,", end=" ")
     print(f"{len(survivors)} survivors; {share:.1%} of those not equivalent were caught")
     return {
         "mutants": len(mutants),
         "caught": caught,
-        "equivalent": {x.key: EQUIVALENT[x.key] for x in mutants if fates[x.key] == "equivalent"},
+        "equivalent": {
+            x.key: EQUIVALENT[x.key] for x in mutants if outcomes[x.key] == "equivalent"
+        },
         "survivors": [x.key for x in survivors],
     }
 
