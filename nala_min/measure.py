@@ -74,19 +74,28 @@ def entropy_against_norm(
 class Recorder(TorchDispatchMode):
     """Counts operations and memory inside `with Recorder() as recorder:`.
 
-    recorder.operations: PyTorch operations so far. recorder.peak: peak memory, in bytes, of tensors
-    created inside, without memory that a kernel uses internally.
+    recorder.operations: PyTorch operations. recorder.names: their names. recorder.bytes: what
+    they read and write. recorder.peak: peak memory, in bytes, of tensors created inside,
+    without memory that a kernel uses internally.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.allocated = self.peak = 0
+        self.operations = self.bytes = self.allocated = self.peak = 0
+        self.names: set[str] = set()
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        name = func._schema.name
         self.operations += 1
+        self.names.add(name)
         inputs = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        outputs = {x.untyped_storage()._cdata for x in _tensors(out)}
+        is_view = outputs <= inputs and not func._schema.is_mutable
+        if not is_view and "empty" not in name:
+            inputs_read = args, {k: v for k, v in (kwargs or {}).items() if k != "out"}
+            self.bytes += sum(x.nbytes for x in _tensors((inputs_read, out)))
         for storage in (x.untyped_storage() for x in _tensors(out)):
             key, size = storage._cdata, storage.nbytes()
             if key not in inputs and key not in self._alive:  # not a view of an earlier tensor

@@ -95,7 +95,8 @@ def test_decoding_attends_to_the_same_context(monkeypatch):
 
     def take_turns(calls, device, budget):
         found.update({name: call() for name, call in calls.items()})
-        return {name: {"median": 8.0, "low": 4.0, "high": 16.0, "runs": 3} for name in calls}
+        row = {"median": 8.0, "low": 4.0, "high": 16.0, "runs": 3, "bytes": 12}
+        return {name: row for name in calls}
 
     monkeypatch.setattr(bench, "take_turns", take_turns)
     monkeypatch.setattr(bench, "BURST", 4)
@@ -117,7 +118,7 @@ def test_decoding_attends_to_the_same_context(monkeypatch):
     assert {(row["form"], row["context"]) for row in rows} == set(
         itertools.product(forms, contexts)
     )
-    assert all((row["median"], row["low"], row["high"]) == (2, 1, 4) for row in rows)
+    assert all([row[k] for k in ("median", "low", "high", "bytes")] == [2, 1, 4, 3] for row in rows)
     for context in contexts:
         assert_close(found["softmax", context], found["softmax_grown", context])
     (first, nothing), *_ = calls  # the context that NaLa's state is made of
@@ -237,6 +238,55 @@ def test_the_table_says_how_many_times_as_fast():
     assert second.split() == "10 compiled 1.000 ms (1.000 to 2.000) 4.00 x".split()
 
 
+def test_the_work_of_a_call():
+    """An operation reads its inputs and writes its output; views and empty tensors cost nothing."""
+    x, y = torch.ones(10, 20), torch.empty(10, 10)
+    for call, in_bytes, flops in [
+        (lambda: x + 1, 1600, 0),
+        (lambda: x.add_(1), 1600, 0),
+        (lambda: torch.add(x, 1, out=torch.empty(10, 20)), 1600, 0),
+        (lambda: x.t().view(2, 10, 10)[0], 0, 0),
+        (lambda: torch.empty_like(x), 0, 0),
+        (lambda: torch.mm(x, x.t(), out=y), 2000, 4000),
+    ]:
+        assert bench.work_of(call) == {"bytes": in_bytes, "flops": flops, "fused": []}
+    q = torch.ones(1, 1, 4, 8)
+    assert "scaled_dot_product" in bench.work_of(lambda: softmax_attention(q, q, q))["fused"][0]
+
+
+def test_a_gpu_is_shown_beside_its_limits(monkeypatch):
+    """A copy of 4^2 numbers takes half a second, a product of 4 x 4 matrices a second."""
+    monkeypatch.setattr(bench, "LARGE", 4)
+    times = {"copy": {"median": 0.5}, "product": {"median": 1.0}}
+    monkeypatch.setattr(bench, "take_turns", lambda calls, *_: calls and times)
+    assert bench.limits(CPU, torch.float64, 0) == {"bytes": 2 * 128 / 0.5, "flops": 128}
+    (line,) = bench.table(
+        [row("softmax", 10, 0.5, low=0.5, high=0.5, peak=None, bytes=10**12, flops=3 * 10**12)]
+    ).splitlines()
+    assert line.endswith("2,000 GB/s     6.00 TFLOP/s")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_segment_sizes_are_those_that_run(monkeypatch, causal):
+    used = []
+    real = bench.fast.attention
+
+    def attention(*args, **options):
+        used.append(bench.fast.SEGMENT)
+        return real(*args, **options)
+
+    monkeypatch.setattr(bench.fast, "attention", attention)
+    monkeypatch.setattr(
+        bench, "take_turns", lambda calls, *_: {n: {"x": c()} for n, c in calls.items()}
+    )
+    before = bench.fast.SEGMENT
+    rows = [r for r in bench.segment_rows(32, CPU, torch.float32, 0) if r["causal"] == causal]
+    assert used[-len(rows) :] == [2 ** int(r["form"].removeprefix("2^")) for r in rows]
+    assert (
+        f"2^{before.bit_length() - 1}" in [r["form"] for r in rows] and bench.fast.SEGMENT == before
+    )
+
+
 # --- Other libraries ------------------------------------------------------------------------------
 
 
@@ -278,7 +328,7 @@ def install(monkeypatch, **functions):
 
 def test_peers_are_given_features_and_must_agree_with_ours(monkeypatch):
     install(monkeypatch)
-    ((*rows,),) = bench.peer_rows([16], CPU, 0)
+    ((*rows,),) = bench.peer_rows({16: (1, 2, 4)}, CPU, torch.float32, 0)
     here = bench.peers(CPU)
     assert [r["form"] for r in rows[::2]] == list(here)
     assert list(here) == ["nala", "fla_naive_chunk", "fast_transformers", "performer_pytorch"]
@@ -289,7 +339,7 @@ def test_peers_are_given_features_and_must_agree_with_ours(monkeypatch):
     for name in ("fla", "fast_transformers", "performer_pytorch"):
         install(monkeypatch, **{name: lambda q, k, v, *rest, **options: v})
         with pytest.raises(AssertionError):
-            list(bench.peer_rows([16], CPU, 0))
+            list(bench.peer_rows({16: (1, 2, 4)}, CPU, torch.float32, 0))
 
 
 def test_without_other_libraries_there_is_ours(monkeypatch):

@@ -135,14 +135,16 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_every_program_knows_its_flags(quick):
-    programs = gpu.programs(gpu.Settings(quick=quick, device="cpu"))
-    assert len(programs) == 9
+@pytest.mark.parametrize(("device", "quick"), [("cpu", True), ("cpu", False), ("cuda", False)])
+def test_every_program_knows_its_flags(device, quick):
+    programs = gpu.programs(gpu.Settings(quick=quick, device=device))
+    assert len(programs) == {"cpu": 10, "cuda": 11}[device]
     for card, command in programs.items():
         name, *flags = command[1:] if command[0] == "-m" else command
         told = parse_flags(PROGRAMS[name].Settings, flags)
-        assert told.device == "cpu" and told.out in (card.parent, card.with_suffix(""))
+        assert told.device == device and told.out in (card.parent, card.with_suffix(""))
+        if name == "nala_min.lab.bench":
+            assert bench.card_name(told, torch.device(device)) == card.stem
 
 
 WRITE = """

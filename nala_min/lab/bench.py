@@ -12,15 +12,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nala_min import (
     ATTENTIONS,
     LMConfig,
     NaLaLM,
+    fast,
     key_features,
     nala_attention,
     plots,
@@ -34,11 +37,15 @@ from nala_min.measure import Recorder, next_token_loss
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
+Shape = tuple[int, int, int]  # B, H, D
 BATCH, HEADS, DIM = 1, 4, 64
 WINDOWS = {64: 12, 128: 8, 256: 8}  # window length in characters: batch size
 LONG_WINDOWS = {128: 8, 1024: 1, 4096: 1, 16384: 1}  # the same for --long
 LONG = 70_000  # tokens for --long
+# --peers on a GPU: tokens, and (B, H, D). These are flash-linear-attention's own benchmark shapes.
+PEER_SHAPES: dict[int, Shape] = {2**10: (8, 8, 64), 2**11: (4, 16, 128), 2**14: (2, 16, 128)}
 MAX_LENGTH = {"quadratic": 2**11}  # tokens; larger N x N weights would slow down the others
+LARGE = 2**13  # side of the matrix that shows a GPU's limits
 BURST = 128  # tokens to decode in a row
 METHOD = """\
 All forms take turns in one run, so a slow minute slows all of them. Only the call is timed, with
@@ -54,6 +61,7 @@ class Settings:
     quick: bool = flag(False, "up to 4,096 tokens, and fewer repetitions: under a minute")
     peers: bool = flag(False, "compare with other installed libraries instead")
     long: bool = flag(False, "measure training steps on long windows, and 70,000 tokens, instead")
+    segments: bool = flag(False, "compare segment sizes of fast.py instead")
     device: str = flag("auto", "device to measure", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = flag(
         "float32", "dtype of q, k and v", choices=["float32", "bfloat16", "float16", "float64"]
@@ -97,18 +105,38 @@ def peak_of(call: Call, device: torch.device, compiled: bool) -> int | None:
     return recorder.peak
 
 
+def work_of(call: Call) -> Row:
+    """Bytes that call's PyTorch operations read and write, floating-point operations in its matrix
+    products and a GPU's fused softmax, and the name of that fused softmax."""
+    with Recorder() as recorder, FlopCounterMode(display=False) as counter:
+        call()
+    fused = sorted(name for name in recorder.names if "scaled_dot_product" in name)
+    return {"bytes": recorder.bytes, "flops": counter.get_total_flops(), "fused": fused}
+
+
+def limits(device: torch.device, dtype: torch.dtype, budget: float) -> Row:
+    """Bytes per second of a large copy, and operations per second of a large matrix product."""
+    x = torch.randn(LARGE, LARGE, device=device, dtype=dtype)
+    rows = take_turns({"copy": x.clone, "product": lambda: x @ x}, device, budget)
+    copy, product = (rows[name]["median"] for name in ("copy", "product"))
+    return {"bytes": 2 * x.nbytes / copy, "flops": 2 * LARGE**3 / product}
+
+
 def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> dict[Any, Row]:
     """Time calls in turn until budget seconds have passed: at least 3 and at most 50 times each.
 
     Returns for each call the median, lowest and highest seconds, the number of timed runs, and the
-    peak memory of a first run that is not timed. A call whose first run exceeds the budget is timed
-    in that run only: for such a long call, the state of the caches matters little.
+    peak memory of a first run that is not timed; on a GPU also its work, unless it is compiled. A
+    call whose first run exceeds the budget is timed in that run only: for such a long call, the
+    state of the caches matters little.
     """
     timings: dict[Any, list[float]] = {name: [] for name in calls}
-    peaks = {}
+    peaks, work = {}, {name: {} for name in calls}
     for name, call in calls.items():
         compiled = "compiled" in name
-        if compiled or device.type == "cuda":
+        if device.type != "cpu" and not compiled:
+            work[name] = work_of(call)
+        if compiled or device.type != "cpu":
             call()  # compiles; GPU libraries allocate their workspace
         synchronize(device)
         start = time.perf_counter()
@@ -130,6 +158,7 @@ def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> d
             "high": max(seconds),
             "runs": len(seconds),
             "peak": peaks[name],
+            **work[name],
         }
         for name, seconds in timings.items()
     }
@@ -174,9 +203,12 @@ def passes(form: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Call]
     return {"forward": forward, "forward + backward": forward_backward}
 
 
-def random_heads(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def random_heads(
+    length: int, device: torch.device, dtype: torch.dtype, shape: Shape | None = None
+) -> Tensor:
     """Random (B, H, N, D) in the memory layout of a model: all heads of a token side by side."""
-    return torch.randn(BATCH, length, HEADS, DIM, device=device, dtype=dtype).transpose(1, 2)
+    batch, heads, dim = shape or (BATCH, HEADS, DIM)
+    return torch.randn(batch, length, heads, dim, device=device, dtype=dtype).transpose(1, 2)
 
 
 def attention_rows(
@@ -218,6 +250,24 @@ def long_rows(device: torch.device, dtype: torch.dtype, budget: float) -> list[R
     shapes = [random_heads(LONG, torch.device("meta"), dtype).requires_grad_() for _ in range(3)]
     call = passes(written_out, shapes)["forward + backward"]
     return [*rows, {"form": "written out", **case, "peak": peak_of(call, shapes[0].device, False)}]
+
+
+def segment_rows(length: int, device: torch.device, dtype: torch.dtype, budget: float) -> list[Row]:
+    """Forward and backward pass with segments of each size: "2^17" has 2^17 elements of q."""
+    on_cpu = device.type == "cpu"
+    name, sizes = (
+        "SEGMENT" if on_cpu else "LARGE_SEGMENT",
+        range(14, 20) if on_cpu else range(20, 27),
+    )
+    inputs = [random_heads(length, device, dtype).requires_grad_() for _ in range(3)]
+    rows = []
+    for causal in (True, False):
+        case = {"length": length, "causal": causal, "pass": "forward + backward"}
+        call = passes(partial(nala_attention, causal=causal), inputs)[case["pass"]]
+        calls = {f"2^{i}": patch.object(fast, name, 2**i)(call) for i in sizes}
+        for form, row in take_turns(calls, device, budget).items():
+            rows.append({"form": form, **case, **row})
+    return rows
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -278,9 +328,9 @@ def decode_rows(
         }
     with torch.no_grad():
         rows = take_turns(calls, device, budget)
+    shared = ("median", "low", "high", "bytes", "flops")
     per_token = {
-        name: {key: row[key] / BURST for key in ("median", "low", "high")}
-        for name, row in rows.items()
+        name: {key: row[key] / BURST for key in shared if key in row} for name, row in rows.items()
     }
     return [
         {"form": form, "context": context, **row, **per_token[form, context]}
@@ -347,13 +397,17 @@ def peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
-def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterator[list[Row]]:
-    """Yield the rows of all libraries for each length, in float32, with heads first in memory.
-    Raises AssertionError if an output differs from ours."""
-    tolerance = 1e-2 if device.type == "cuda" else 1e-3  # fla's kernels multiply in TF32
-    for length in lengths:
-        q, k, v = (random_heads(length, device, torch.float32).contiguous() for _ in range(3))
-        inputs = [x.requires_grad_() for x in (query_features(q), key_features(k), v)]
+def peer_rows(
+    shapes: dict[int, Shape], device: torch.device, dtype: torch.dtype, budget: float
+) -> Iterator[list[Row]]:
+    """Yield the rows of all libraries for each number of tokens, with heads first in memory. Raises
+    AssertionError if an output differs from ours."""
+    tolerance = 1e-3 if device.type == "cpu" else 1e-2  # fla's kernels multiply in TF32
+    tolerance = max(tolerance, 4 * torch.finfo(dtype).eps)
+    for length, shape in shapes.items():
+        q, k, v = (random_heads(length, device, dtype, shape).contiguous() for _ in range(3))
+        features = query_features(q).to(dtype), key_features(k).to(dtype)
+        inputs = [x.requires_grad_() for x in (*features, v)]
         calls, expected = {}, None
         for name, attention in peers(device).items():
             with torch.no_grad():
@@ -363,7 +417,7 @@ def peer_rows(lengths: list[int], device: torch.device, budget: float) -> Iterat
             for what, call in passes(attention, inputs).items():
                 calls[name, what] = call
         yield [
-            {"form": name, "pass": what, "length": length, "causal": True, **row}
+            {"form": name, "pass": what, "length": length, "causal": True, "shape": shape, **row}
             for (name, what), row in take_turns(calls, device, budget).items()
         ]
 
@@ -383,8 +437,16 @@ def table(rows: list[Row], reference: str = "softmax") -> str:
             f"{row[axis_name]:7,} {row.get('pass', ''):19}{row['form']:18}{middle:10.3f} ms"
             f" ({low:.3f} to {high:.3f}) {reference_row['median'] / row['median']:8.2f} x"
             + ("" if row["peak"] is None else f" {row['peak'] / 2**20:9.2f} MiB")
+            + (rate(row, row["median"]) if "flops" in row else "")
         )
     return "\n".join(lines)
+
+
+def rate(work: Row, seconds: float = 1) -> str:
+    """Bytes and operations per second."""
+    return (
+        f"{work['bytes'] / seconds / 1e9:8,.0f} GB/s {work['flops'] / seconds / 1e12:8.2f} TFLOP/s"
+    )
 
 
 def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -392,14 +454,26 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     dtype, budget = getattr(torch, settings.dtype), 0.5 if settings.quick else 4.0
     lengths = [2**i for i in range(6, 13 if settings.quick else 17)]
     rows: list[Row] = []
+    results: Row = {}
+    if device.type != "cpu":
+        results["limits"] = limits(device, dtype, budget)
+        print(f"A large copy and a large matrix product: {rate(results['limits'])}\n")
     if settings.peers:
         print("Linear attention on the same features; the reference is ours")
-        for new_rows in peer_rows(lengths[4:-2], device, budget):
+        same = dict.fromkeys(lengths[4:-2], (BATCH, HEADS, DIM))
+        shapes = PEER_SHAPES if device.type == "cuda" else same
+        for new_rows in peer_rows(shapes, device, dtype, budget):
             rows += new_rows
             print(table(new_rows, reference="nala"))
-        return {"peers": rows}
+        return results | {"peers": rows}
+    if settings.segments:
+        default = fast.SEGMENT if device.type == "cpu" else fast.LARGE_SEGMENT
+        rows = segment_rows(lengths[-1], device, dtype, budget)
+        print("Segment sizes; the reference is the default of fast.py")
+        print(table(rows, reference=f"2^{default.bit_length() - 1}"))
+        return results | {"segments": rows}
     if settings.long:
-        results = {"steps": step_rows(LONG_WINDOWS, device, budget)}
+        results["steps"] = step_rows(LONG_WINDOWS, device, budget)
         print(
             "One training step, with windows of N; the reference is softmax",
             table(results["steps"]),
@@ -422,7 +496,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     print("\nNumber of tokens from which NaLa is never slower:")
     for name, length in crossovers.items():
         print(f"  {name}: {length}")
-    results = {"attention": rows, "crossover": crossovers}
+    results |= {"attention": rows, "crossover": crossovers}
     results["decode"] = decode_rows(lengths[::2], device, dtype, budget)
     print("\nTime per decoded token, after a context of N", table(results["decode"]), sep="\n")
     results["steps"] = step_rows(WINDOWS, device, budget)
@@ -430,14 +504,20 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     return results
 
 
+def card_name(settings: Settings, device: torch.device) -> str:
+    """The run card's file name without .json. Raises UsageError if the flags do not fit."""
+    mode = next((m for m in ("peers", "long", "segments") if getattr(settings, m)), None)
+    if mode and settings.dtype != "float32" and device.type == "cpu":
+        raise UsageError(f"--dtype must be float32 with --{mode} on a CPU, got {settings.dtype}")
+    parts = [mode, settings.dtype] if settings.dtype != "float32" else [mode or "float32"]
+    return "_".join(["speed", device.type, *filter(None, parts)])
+
+
 def main() -> None:
     start, settings = time.perf_counter(), parse_flags(Settings)
     device = train.choose_device(settings.device)
     torch.manual_seed(1)
-    mode = "peers" if settings.peers else "long" if settings.long else None
-    if mode and settings.dtype != "float32":
-        raise UsageError(f"--dtype must be float32 with --{mode}, got {settings.dtype}")
-    name = f"speed_{device.type}_{mode or settings.dtype}"
+    name = card_name(settings, device)
     runcard.check_writable(settings.out / f"{name}.json", settings.out / f"{name}.png")
     config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
@@ -449,7 +529,7 @@ def main() -> None:
     card = runcard.run_card(config, data, device, time.perf_counter() - start, results)
     card["command"] = card["command"].replace("bench.py", "-m nala_min.lab.bench")
     runcard.write_json(settings.out / f"{name}.json", card)
-    if not mode:
+    if "attention" in results:
         plots.write(plots.speed(results), settings.out / f"{name}.png")
     print(f"\nWritten to {settings.out}: {name}")
 

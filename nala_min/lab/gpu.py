@@ -30,7 +30,9 @@ def programs(settings: Settings) -> dict[Path, list[str]]:
     quick, shared = ["--quick"] * settings.quick, ["--device", device, "--out"]
     bench = ["-m", "nala_min.lab.bench", *quick, *shared, str(out)]
     speed = {"bfloat16": ["--dtype", "bfloat16"], "float32": [], "long": ["--long"]}
-    speed |= {"peers": ["--peers"]}  # flash-linear-attention's kernels, if they are installed
+    speed |= {"segments": ["--segments"], "peers": ["--peers"]}  # those that are installed
+    if device != "cpu":
+        speed["peers_bfloat16"] = ["--peers", *speed["bfloat16"]]
     found = {out / f"speed_{device}_{name}.json": bench + more for name, more in speed.items()}
     recipe = ["--preset", "cpu", "--steps", "20"] if quick else ["--preset", "gpu"]
     for script in ("shakespeare", "cifar"):
