@@ -1,5 +1,5 @@
-"""Both training scripts, run as a user runs them: without a network, and on one thread. And what
-of PyTorch's state a user may have changed."""
+"""Helpers that run the training scripts as a user would, without a network and on one thread, and
+that change PyTorch's defaults."""
 
 import io
 import itertools
@@ -16,12 +16,12 @@ import torch
 
 from nala_min.flags import run_script
 
-FONTS = matplotlib.get_cachedir()  # found before XDG_CACHE_HOME changes: indexing fonts is slow
+FONTS = matplotlib.get_cachedir()  # before XDG_CACHE_HOME changes: indexing fonts is slow
 HERE = ["--preset", "cpu", "--device", "cpu"]
 
 
 def environment(folder):
-    """With an empty cache, no network, and one thread: the cores may be busy."""
+    """Variables for an empty cache, no network and one thread: the cores may be busy."""
     proxies = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
     return {
         "XDG_CACHE_HOME": str(folder / "cache"),
@@ -32,13 +32,13 @@ def environment(folder):
 
 
 def flags_of(sizes):
-    """Flags for the dict sizes, on the CPU."""
+    """The flags for a dict of sizes, on the CPU."""
     flags = ((f"--{name.replace('_', '-')}", str(size)) for name, size in sizes.items())
     return [*HERE, *itertools.chain(*flags)]
 
 
 def run_process(script, folder, *flags):
-    """What script, a module, does with flags, in a process of its own, from folder."""
+    """Run script, a module, with flags in a new process, from folder."""
     return subprocess.run(
         [sys.executable, script.__file__, *map(str, flags)],
         cwd=folder,
@@ -50,7 +50,7 @@ def run_process(script, folder, *flags):
 
 
 def run_here(script, folder, *flags):
-    """The same in this process, which is faster and open to monkeypatch."""
+    """The same in this process: faster, and monkeypatch works."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     code = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -82,8 +82,8 @@ def ambient(dtype, device):
         torch.set_default_dtype(before)
 
 
-def assert_ambient_has_no_say(make):
-    """make() gives the same tensors whatever PyTorch's defaults are."""
+def assert_independent_of_defaults(make):
+    """make() returns the same tensors under any of PyTorch's defaults."""
     expected = make()
     for dtype, device in (
         (torch.bfloat16, "cpu"),
@@ -92,19 +92,19 @@ def assert_ambient_has_no_say(make):
         (torch.float64, "meta"),
     ):
         with ambient(dtype, device):
-            found = make()
-        for one, other in zip(found, expected, strict=True):
+            actual = make()
+        for one, other in zip(actual, expected, strict=True):
             assert (one.dtype, one.device) == (other.dtype, other.device)
             assert torch.equal(one, other)
 
 
 def files_below(folder):
-    """Every file below folder and its bytes."""
+    """The bytes of every file below folder, by path."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_mistake(result, script, named):
-    """The result is one line that names the mistake, and exit code 2."""
+    """stderr is one line that names the mistake, and the exit code is 2."""
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
     assert result.stderr.startswith(f"{script.__name__}.py: error: ")

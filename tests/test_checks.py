@@ -1,5 +1,5 @@
-"""The exercises of notebooks/exercises and their checkers: every stub is refused, every solution is
-accepted, and plausible mistakes are refused by a sentence that names them."""
+"""The exercises in notebooks/exercises and their checkers: every stub is refused, every solution is
+accepted, and every plausible mistake is refused with a message that names it."""
 
 import math
 import os
@@ -20,9 +20,7 @@ from nala_min.course import checks, marking
 
 LESSONS = (*range(1, 8), "find_the_bug")
 SOLUTIONS = checks.FOLDER / "solutions"
-solved = pytest.mark.skipif(
-    not SOLUTIONS.exists(), reason="the solutions are not here: a teacher has taken them away"
-)
+solved = pytest.mark.skipif(not SOLUTIONS.exists(), reason="no solutions: a teacher removed them")
 
 
 def path_of(lesson, folder=checks.FOLDER):
@@ -30,13 +28,13 @@ def path_of(lesson, folder=checks.FOLDER):
 
 
 def load(path, source=None):
-    """The namespace of a file of exercises, or of a changed source of it."""
+    """The namespace of an exercise file, or of its changed source."""
     return load_model(source or path.read_text(encoding="utf-8"), str(path)).__dict__
 
 
 def solution(name, old="", new=""):
-    """The solution of one exercise; with old, its only occurrence in the function, or else in the
-    whole file, is replaced by new."""
+    """The solution of one exercise, with old replaced by new. old must occur exactly once: in the
+    function or, failing that, in the file."""
     path = path_of(checks.EXERCISES[name].lesson, SOLUTIONS)
     source = path.read_text(encoding="utf-8")
     body = source[source.index(f"def {name}(") :].split("\n\n\n")[0]
@@ -45,8 +43,8 @@ def solution(name, old="", new=""):
     return load(path, source.replace(part, part.replace(old, new) if old else part))[name]
 
 
-def sentence(function):
-    """What the check says; None if the function is right."""
+def message_of(function):
+    """The check's message; None if the function is right."""
     try:
         checks.check(function)
     except checks.Wrong as error:
@@ -57,11 +55,11 @@ def sentence(function):
 
 
 @pytest.mark.parametrize("name", checks.EXERCISES)
-def test_what_students_are_given_is_refused(name):
+def test_stub_is_refused(name):
     lesson = checks.EXERCISES[name].lesson
     function = load(path_of(lesson))[name]
     if lesson == "find_the_bug":
-        assert "DIAGNOSES has no name" in sentence(function)
+        assert "DIAGNOSES has no name" in message_of(function)
     else:
         with pytest.raises(checks.NotDone, match=r"^not done yet$"):
             checks.check(function)
@@ -70,13 +68,13 @@ def test_what_students_are_given_is_refused(name):
 @solved
 @pytest.mark.parametrize("name", checks.EXERCISES)
 def test_solution_is_accepted(name):
-    assert sentence(solution(name)) is None
+    assert message_of(solution(name)) is None
 
 
 @solved
 @pytest.mark.parametrize("lesson", range(1, 8))
 def test_solution_differs_from_the_stub_in_bodies_only(lesson):
-    """Names, docstrings and specifications are one text in both files."""
+    """Names, docstrings and specifications are the same in both files."""
     stubs = path_of(lesson).read_text(encoding="utf-8").splitlines()
     lines = iter(path_of(lesson, SOLUTIONS).read_text(encoding="utf-8").splitlines())
     assert all(line in lines for line in stubs if line.strip() != "raise NotImplementedError")
@@ -121,9 +119,9 @@ def test_loops_of_lesson_2():
     x, y = draw(2, 7)
     loops = file["relative_change_by_loops"](x.tolist(), y.tolist())
     same(loops, (y - x).norm() / x.norm())
-    second = (model.sign_split(x.abs(), x) * model.sign_split(y.abs(), y))[7:]
+    dropped = (model.sign_split(x.abs(), x) * model.sign_split(y.abs(), y))[7:]
     loops = file["dropped_share_by_loops"](x.tolist(), y.tolist())
-    same(loops, second.sum() / (x * y).abs().sum())
+    same(loops, dropped.sum() / (x * y).abs().sum())
     assert file["dropped_share_by_loops"]([0.0], [1.0]) == 0
 
 
@@ -182,8 +180,8 @@ def test_loops_of_lesson_6():
 
 
 def test_loops_of_lesson_7():
-    """Against closed forms: scores that fade with distance, and least squares for orthogonal keys;
-    a share of 1/2 for a key that is written twice leaves a quarter of what was there."""
+    """Against closed forms: scores that decay with distance, and least squares for orthogonal keys.
+    Writing a key twice with a share of 1/2 leaves a quarter of its old value."""
     file = load(path_of(7))
     k, v, decay = draw(5, 3), draw(5, 2), torch.rand(5, 3, dtype=torch.float64)
     state = [[0.0] * 2 for _ in range(3)]
@@ -193,11 +191,11 @@ def test_loops_of_lesson_7():
     same(state, faded.mT @ v)
     keys = torch.linalg.qr(draw(3, 3))[0]
     state = draw(3, 2)
-    before, found = keys @ state, state.tolist()
+    before, actual = keys @ state, state.tolist()
     for key, share, value in ((0, 1.0, v[0]), (1, 0.5, v[1]), (1, 0.5, v[1])):
         args = keys[key].tolist(), value.tolist(), share
-        found = file["delta_step_by_loops"](found, *args)
-    read = keys @ torch.tensor(found, dtype=torch.float64)
+        actual = file["delta_step_by_loops"](actual, *args)
+    read = keys @ torch.tensor(actual, dtype=torch.float64)
     same(read, torch.stack([v[0], 0.25 * before[1] + 0.75 * v[1], before[2]]))
 
 
@@ -205,7 +203,7 @@ def test_loops_of_lesson_7():
 
 DIVIDED = "numerator / denominator.masked_fill(denominator == 0, 1.0)"
 
-# exercise: {mistake: (old code of the solution, new code, what the sentence must say)}
+# exercise: {mistake: (old code of the solution, new code, part of the message)}
 MISTAKES = {
     "entropy": {
         "sign": ("return -(share", "return (share", "minus sign"),
@@ -713,7 +711,7 @@ MISTAKES = {
             "return torch.cat([magnitude * (direction > 0), magnitude * (direction < 0)], dim=-1)",
             "It is the sign split (11), not (9)",
         ),
-        "an offset of its own for each call": (
+        "another offset in each call": (
             "alpha * direction)",
             "alpha * direction) + magnitude.sum()",
             "inner product of query and key",
@@ -1157,9 +1155,9 @@ MISTAKES = {
     ("name", "mistake"), [(name, mistake) for name in MISTAKES for mistake in MISTAKES[name]]
 )
 def test_mistake_is_named(name, mistake):
-    old, new, words = MISTAKES[name][mistake]
-    said = sentence(solution(name, old, new))
-    assert said is not None and words in said, said
+    old, new, expected = MISTAKES[name][mistake]
+    message = message_of(solution(name, old, new))
+    assert message is not None and expected in message, message
 
 
 def test_every_exercise_has_mistakes_and_hints():
@@ -1168,11 +1166,11 @@ def test_every_exercise_has_mistakes_and_hints():
     assert min(len(exercise.hints) for exercise in checks.EXERCISES.values()) >= 2
 
 
-# --- Other right answers --------------------------------------------------------------------------
+# --- Other correct answers ------------------------------------------------------------------------
 
 HALVES = "torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)"
 
-# (exercise, what is different): (old code of the solution, new code)
+# (exercise, difference): (old code of the solution, new code)
 ALTERNATIVES = {
     ("entropy", "masked logarithm"): (
         ".clamp_min(1e-300).log()",
@@ -1296,21 +1294,21 @@ ALTERNATIVES = {
 
 @solved
 @pytest.mark.parametrize(("name", "difference"), ALTERNATIVES)
-def test_other_right_answers_are_accepted(name, difference):
-    assert sentence(solution(name, *ALTERNATIVES[name, difference])) is None
+def test_other_correct_answers_are_accepted(name, difference):
+    assert message_of(solution(name, *ALTERNATIVES[name, difference])) is None
 
 
-# --- What is printed ------------------------------------------------------------------------------
+# --- Printed messages -----------------------------------------------------------------------------
 
 
 @solved
 @pytest.mark.parametrize("name", ("attention_a", "attention_b", "attention_c"))
-def test_a_diagnosis_is_judged_after_the_repair_only(name):
+def test_a_diagnosis_is_checked_only_after_the_repair(name):
     broken = load(path_of("find_the_bug"))
     symptoms = set()
     for disease in checks.DISEASES:
         broken["DIAGNOSES"][name] = disease
-        symptoms.add(sentence(broken[name]))
+        symptoms.add(message_of(broken[name]))
     assert len(symptoms) == 1 and "diagnosis" not in symptoms.pop()
 
 
@@ -1330,7 +1328,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_sentence_for_any_function(source):
+def test_any_function_gets_a_message(source):
     with pytest.raises(checks.Wrong) as wrong:
         checks.check_name(load("mine.py", source), "entropy")
     assert str(wrong.value).startswith(SOURCES[source])
@@ -1339,9 +1337,9 @@ def test_a_sentence_for_any_function(source):
 def test_unknown_names_are_errors():
     with pytest.raises(ValueError, match="lesson must be 1 to 7 or 'find_the_bug': 8"):
         checks.report(8)
-    for ask in (lambda: checks.hint("norm"), lambda: checks.check(path_of)):
+    for call in (lambda: checks.hint("norm"), lambda: checks.check(path_of)):
         with pytest.raises(ValueError, match="the exercise must be one of entropy, "):
-            ask()
+            call()
     with pytest.raises(ValueError, match="must be named like an exercise"):
         checks.add_tests({"x": 1})
 
@@ -1351,33 +1349,33 @@ def test_hints_come_one_by_one(capsys):
     for _ in range(len(hints) + 1):
         checks.hint("entropy")
     lines = capsys.readouterr().out.splitlines()
-    wanted = [f"Hint {i} of {len(hints)}: {text}" for i, text in enumerate(hints, start=1)]
-    assert lines == [*wanted, "There are no more hints for entropy."]
+    expected = [f"Hint {i} of {len(hints)}: {text}" for i, text in enumerate(hints, start=1)]
+    assert lines == [*expected, "There are no more hints for entropy."]
 
 
 def test_check_leaves_the_random_numbers_alone():
     before = torch.random.get_rng_state()
-    sentence(load(path_of(2))["linear_attention"])
+    message_of(load(path_of(2))["linear_attention"])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @solved
 def test_check_works_under_any_defaults_and_gives_them_back():
     product = "return (direction[None] @ torch.eye(3))[0], keys"
-    right = solution("counterexample", "return direction, keys", product)
+    correct = solution("counterexample", "return direction, keys", product)
     wrong = load("mine.py", "import torch\ndef entropy(w):\n    return torch.zeros(w.shape[:-1])")
     before = torch.get_default_dtype(), torch.get_num_threads()
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
         with torch.inference_mode(), torch.autocast("cpu"):
-            assert sentence(right) is None
-            assert "dtype torch.float32" in sentence(wrong["entropy"])
+            assert message_of(correct) is None
+            assert "dtype torch.float32" in message_of(wrong["entropy"])
             assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
         assert torch.get_default_dtype() == torch.float64
         assert torch.get_default_device().type == "meta"
         with torch.no_grad():
-            assert sentence(solution("linear_attention")) is None
+            assert message_of(solution("linear_attention")) is None
             assert not torch.is_grad_enabled()
     finally:
         torch.set_default_device(None)
@@ -1386,14 +1384,14 @@ def test_check_works_under_any_defaults_and_gives_them_back():
         "import torch\ndef entropy(w):\n    torch.set_default_dtype(torch.float64)\n"
         "    torch.set_grad_enabled(False)\n    torch.set_num_threads(3)"
     )
-    assert "None" in sentence(load("mine.py", leak)["entropy"])
+    assert "None" in message_of(load("mine.py", leak)["entropy"])
     assert (torch.get_default_dtype(), torch.get_num_threads()) == before
     assert torch.is_grad_enabled()
 
 
 # --- A fresh process for each file ----------------------------------------------------------------
 
-SOME = [  # marking knows nothing of a lesson but its number
+SAMPLE = [  # the first and the last lesson: marking treats all lessons alike
     path_of(lesson, folder)
     for folder in (checks.FOLDER, SOLUTIONS)
     if folder.exists()
@@ -1411,10 +1409,10 @@ def names_of(lesson):
 
 
 def mark_all(paths):
-    """What marking.mark finds in each file, two files at a time."""
+    """The result of marking.mark for each file, two files at a time."""
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda path: marking.mark(path, names_of(lesson_of(path))), paths)
-        return dict(zip(paths, found, strict=True))
+        results = pool.map(lambda path: marking.mark(path, names_of(lesson_of(path))), paths)
+        return dict(zip(paths, results, strict=True))
 
 
 def write(path, source):
@@ -1430,10 +1428,10 @@ def report(path, capsys):
 
 @pytest.fixture(scope="module")
 def marked():
-    return mark_all(SOME)
+    return mark_all(SAMPLE)
 
 
-@pytest.mark.parametrize("path", SOME, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", SAMPLE, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_all_ways_of_marking_agree(path, marked, monkeypatch, capsys):
     """checks.report, the tests for pytest, and checks.check in this process."""
     monkeypatch.setattr(marking, "mark", lambda path, names: marked[Path(path)])
@@ -1498,7 +1496,7 @@ print(random.random(), numpy.random.rand(), torch.rand(()).item())
 
 @solved
 def test_no_file_changes_the_mark_of_the_next(tmp_path, monkeypatch, capsys):
-    """alice makes numbers of the default dtype, which she sets, and bob does not."""
+    """alice's file changes the default dtype and uses it; bob's only uses it."""
     monkeypatch.setitem(marking.ENVIRONMENT, "OMP_NUM_THREADS", "2")
     source = path_of(1, SOLUTIONS).read_text(encoding="utf-8")
     old = "return -(share * log).sum(dim=-1)"
@@ -1506,8 +1504,8 @@ def test_no_file_changes_the_mark_of_the_next(tmp_path, monkeypatch, capsys):
     assert single != source
     alice = write(tmp_path / "alice" / "lesson_1.py", LEAKS + single)
     bob = write(tmp_path / "bob" / "lesson_1.py", STATE + single)
-    right = [f"{name}: right" for name in names_of(1)]
-    assert report(alice, capsys) == right
+    expected = [f"{name}: right" for name in names_of(1)]
+    assert report(alice, capsys) == expected
     lines = report(bob, capsys)
     assert lines[:3] == [
         "  | torch.float32 True 1",
@@ -1518,7 +1516,7 @@ def test_no_file_changes_the_mark_of_the_next(tmp_path, monkeypatch, capsys):
     numbers = [float(x) for x in lines[3].split()[1:]]
     assert numbers == [random.Random(0).random(), 0.5488135039273248, torch.rand(()).item()]
     assert lines[4].startswith("entropy: wrong - The result has dtype torch.float32, expected")
-    assert lines[5:] == right[1:]
+    assert lines[5:] == expected[1:]
 
 
 ODD = """\ufefffrom __future__ import annotations
@@ -1532,7 +1530,7 @@ class Point:
 
 @solved
 def test_pytest_and_report_import_a_file_as_python_does(tmp_path, capsys, monkeypatch):
-    """A byte order mark, a module beside the file, a dataclass that looks up its module."""
+    """With a byte order mark, a module next to it and a dataclass, which looks up its module."""
     source = ODD + path_of(1, SOLUTIONS).read_text(encoding="utf-8")
     write(tmp_path / "helper.py", "answer = 42.0")
     path = write(tmp_path / "Lösung 1 (2).py", source)
@@ -1544,19 +1542,19 @@ def test_pytest_and_report_import_a_file_as_python_does(tmp_path, capsys, monkey
         write(tmp_path / "bob.py", bob),
         write(tmp_path / "find_the_bug.py", path_of("find_the_bug").read_bytes()),
     ]
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # it would add to what is printed
-    done = run("-m", "pytest", *map(str, files))
-    assert done.returncode == 1 and "6 failed, 3 passed" in done.stdout
-    assert done.stdout.count("FAILED") == done.stdout.count("::") == 6
-    assert done.stdout.count("bob.py::") == 3 and "bob was here" in done.stdout
-    assert done.stdout.count("E   nala_min.course.checks.NotDone: not done yet") == 3
-    assert "E   nala_min.course.checks.Wrong: A query with an eighth of the norm" in done.stdout
-    assert len(done.stdout.splitlines()) < 80 and "raise " not in done.stdout
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # it would change the output
+    result = run("-m", "pytest", *map(str, files))
+    assert result.returncode == 1 and "6 failed, 3 passed" in result.stdout
+    assert result.stdout.count("FAILED") == result.stdout.count("::") == 6
+    assert result.stdout.count("bob.py::") == 3 and "bob was here" in result.stdout
+    assert result.stdout.count("E   nala_min.course.checks.NotDone: not done yet") == 3
+    assert "E   nala_min.course.checks.Wrong: A query with an eighth of the norm" in result.stdout
+    assert len(result.stdout.splitlines()) < 80 and "raise " not in result.stdout
 
 
 @solved
-def test_a_death_costs_one_mark(tmp_path, monkeypatch, capsys):
-    """What the file prints is no verdict, and is not read by report itself."""
+def test_a_check_that_hangs_or_exits_costs_one_mark(tmp_path, monkeypatch, capsys):
+    """report does not mistake the file's output for verdicts."""
     monkeypatch.setattr(marking, "TIME_LIMIT", 2)
     source = path_of(1, SOLUTIONS).read_text(encoding="utf-8")
     source = source.replace("share = weights / torch", "while True: pass\n    share = torch", 1)
@@ -1588,9 +1586,9 @@ def test_a_file_that_cannot_be_imported_has_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(marking, "PRINT_LIMIT", 1)
     sources = dict(enumerate(FILES))
     paths = [write(tmp_path / str(i) / "lesson_1.py", sources[i]) for i in sources]
-    for (verdicts, printed), said in zip(mark_all(paths).values(), FILES.values(), strict=True):
+    for (verdicts, printed), message in zip(mark_all(paths).values(), FILES.values(), strict=True):
         assert verdicts.keys() == {"lesson_1.py"} and len(printed) <= 10_000
-        assert verdicts["lesson_1.py"].startswith(f"wrong - {said}")
+        assert verdicts["lesson_1.py"].startswith(f"wrong - {message}")
         assert "\n" not in verdicts["lesson_1.py"]
 
 
@@ -1606,14 +1604,14 @@ def entropy(w):
 
 
 @posix
-def test_a_crash_is_told_by_its_signal_and_an_error_by_its_traceback(tmp_path, monkeypatch, capsys):
-    """The traceback is for pytest: report prints a line."""
+def test_a_crash_has_its_signal_and_an_error_its_traceback(tmp_path, monkeypatch, capsys):
+    """The traceback is for pytest: report prints one line."""
     path = write(tmp_path / "torch.py", CRASH)
     verdicts, _ = marking.mark(path, ["softmax_weights", "entropy"])
     assert verdicts.keys() == {"softmax_weights", "entropy"}
     assert verdicts["entropy"].startswith("wrong - Python crashes (SIGKILL): ")
-    sentence, *trace = verdicts["softmax_weights"].splitlines()
-    assert sentence.startswith("wrong - It raises IndexError in line 4: index 5 is out of")
+    message, *trace = verdicts["softmax_weights"].splitlines()
+    assert message.startswith("wrong - It raises IndexError in line 4: index 5 is out of")
     assert any("line 6, in softmax_weights" in line for line in trace)
     monkeypatch.setattr(marking, "mark", lambda path, names: (verdicts, ""))
     assert [line.split(":")[0] for line in report(path, capsys)] == ["softmax_weights", "entropy"]
@@ -1626,7 +1624,7 @@ def test_a_path_without_a_python_file_has_one_line(tmp_path, capsys):
         assert ": wrong - There is no Python file " in line and "path of a .py file" in line
 
 
-def test_a_process_that_does_not_start_is_no_mistake_of_the_students(tmp_path, monkeypatch):
+def test_a_process_that_does_not_start_is_not_the_student_s_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(marking, "CODE", "raise SystemExit('no torch')")
     with pytest.raises(RuntimeError, match=r"mine\.py was not marked: .* no torch"):
         marking.mark(write(tmp_path / "mine.py", "x = 1"), ["entropy"])
@@ -1650,26 +1648,26 @@ while True:
 
 @posix
 def test_no_process_outlives_its_caller(tmp_path):
-    """After Ctrl-C not even one that the file has started, nor itself if the caller is killed."""
+    """Ctrl-C also ends the processes that the file started; killing the caller ends marking."""
     child = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {BEAT!r}])\n"
     sources = {signal.SIGINT: f"{child}while True: pass", signal.SIGKILL: BEAT}
     callers, beats = [], []
-    for each, source in sources.items():
-        path = write(tmp_path / each.name / "mine.py", source)
+    for sig, source in sources.items():
+        path = write(tmp_path / sig.name / "mine.py", source)
         code = f"from nala_min.course import checks; checks.report(1, {str(path)!r})"
         options = {"cwd": checks.FOLDER.parents[1], "stderr": subprocess.DEVNULL}
         callers.append(subprocess.Popen([sys.executable, "-c", code], **options))
         beats.append(path.with_name("beat"))
-    for caller, beat, each in zip(callers, beats, sources, strict=True):
-        end = time.monotonic() + 60
-        while not beat.exists() and time.monotonic() < end:
+    for caller, beat, sig in zip(callers, beats, sources, strict=True):
+        deadline = time.monotonic() + 60
+        while not beat.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        caller.send_signal(each)
-        assert caller.wait(timeout=5) == -each
+        caller.send_signal(sig)
+        assert caller.wait(timeout=5) == -sig
     time.sleep(1)
-    last = [beat.stat().st_size for beat in beats]
+    sizes = [beat.stat().st_size for beat in beats]
     time.sleep(1)
-    assert last == [beat.stat().st_size for beat in beats]
+    assert sizes == [beat.stat().st_size for beat in beats]
 
 
 def run(*arguments):
@@ -1680,6 +1678,8 @@ def run(*arguments):
 
 def test_checks_need_neither_pytest_nor_jupyter():
     code = "import sys; from nala_min.course import checks; print(checks and sorted(sys.modules))"
-    done = run("-O", "-c", code)
-    assert done.returncode == 0
-    assert not {"'pytest'", "'IPython'", "'ipykernel'"} & set(done.stdout.strip("[]\n").split(", "))
+    result = run("-O", "-c", code)
+    assert result.returncode == 0
+    assert not {"'pytest'", "'IPython'", "'ipykernel'"} & set(
+        result.stdout.strip("[]\n").split(", ")
+    )

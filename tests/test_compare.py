@@ -1,4 +1,4 @@
-"""studies.py and compare.py: right answers, variants that are what they say, no run repeated."""
+"""studies.py and compare.py: correct answers, variants that match their names, no repeated runs."""
 
 import math
 import os
@@ -34,7 +34,7 @@ from nala_min.model import key_features, linear_attention, query_features
 RECALL, SHARPNESS = STUDIES["recall"].task, STUDIES["sharpness"].task
 
 
-def built(task, name, seed=1):
+def build(task, name, seed=1):
     torch.manual_seed(seed)
     net = task.build(VARIANTS[name])
     for layer in task.layers(net):
@@ -45,14 +45,14 @@ def built(task, name, seed=1):
 # --- Tasks ----------------------------------------------------------------------------------------
 
 
-def test_recall_asks_for_every_key_once_and_wants_its_value():
+def test_recall_queries_every_key_once_and_expects_its_value():
     tokens, answers = RECALL.examples(8, 5, seed=1, step=3)
     assert tokens.shape == (5, 16) and answers.shape == (5, 8)
     keys, values = tokens // 65, tokens % 65
-    for key, value, wanted in zip(keys.tolist(), values.tolist(), answers.tolist(), strict=True):
+    for key, value, expected in zip(keys.tolist(), values.tolist(), answers.tolist(), strict=True):
         assert sorted(key[:8]) == sorted(key[8:]) and len(set(key)) == 8
-        assert value[8:] == [64] * 8  # not told
-        assert [value[key.index(k)] for k in key[8:]] == wanted
+        assert value[8:] == [64] * 8  # hidden
+        assert [value[key.index(k)] for k in key[8:]] == expected
 
 
 def test_a_pair_is_embedded_as_the_sum_of_its_key_and_its_value():
@@ -71,17 +71,17 @@ def test_recall_batches_depend_on_seed_and_step_and_have_about_equally_many_toke
     assert all(2048 - 128 <= task.batch(1, step)[0].numel() <= 2048 for step in range(9))
 
 
-def test_a_model_that_has_not_learnt_recalls_nothing():
+def test_an_untrained_model_recalls_nothing():
     task = RECALL
-    found = task.evaluate(built(task, "relu"))
-    assert list(found) == [f"accuracy at {pairs} pairs" for pairs in task.pairs]
-    assert task.result == list(found)[-1]
-    assert all(0 <= share < 0.05 for share in found.values())
+    shares = task.evaluate(build(task, "relu"))
+    assert list(shares) == [f"accuracy at {pairs} pairs" for pairs in task.pairs]
+    assert task.result == list(shares)[-1]
+    assert all(0 <= share < 0.05 for share in shares.values())
 
 
-def test_recall_counts_the_right_answers():
+def test_recall_counts_correct_answers():
     class Oracle(Recall):
-        """Looks every key up, but for the first that is asked for."""
+        """Looks up every queried key but the first."""
 
         def answers(self, model, tokens, pairs):
             keys, values = tokens // 65, tokens % 65
@@ -95,11 +95,11 @@ def test_recall_counts_the_right_answers():
 
 
 @pytest.mark.parametrize("of", [4, 16])
-def test_sharpness_wants_one_value_or_the_mean_of_many(of):
+def test_sharpness_expects_one_value_or_the_mean_of_many(of):
     task = replace(SHARPNESS, of=of)
     inputs, targets = task.examples(3, seed=1, step=0)
     queries, codes, values = inputs.split([20, 20, 8], dim=-1)
-    wanted, unit = targets.split([8, 1], dim=-1)
+    expected, unit = targets.split([8, 1], dim=-1)
     assert {round(u, 4) for u in unit.unique().tolist()} == {1.0, round(of**-0.5, 4)}
     for b in range(3):
         for t in range(16):
@@ -108,13 +108,13 @@ def test_sharpness_wants_one_value_or_the_mean_of_many(of):
             assert chosen.sum() == of
             if unit[b, t] == 1:
                 assert_close(queries[b, t], 4 * codes[b, t])
-                assert_close(wanted[b, t], values[b, t])
+                assert_close(expected[b, t], values[b, t])
             else:
                 assert_close(queries[b, t], codes[b, t] / 4)
-                assert_close(wanted[b, t] * unit[b, t], values[b, chosen].mean(dim=0))
+                assert_close(expected[b, t] * unit[b, t], values[b, chosen].mean(dim=0))
 
 
-def test_knowing_nothing_gives_an_error_of_one():
+def test_a_zero_answer_has_an_error_of_one():
     inputs, targets = SHARPNESS.examples(400, seed=1, step=0)
     errors = SHARPNESS.errors(lambda *_: torch.zeros(()), inputs, targets)
     assert errors.shape == (400, 16)
@@ -125,8 +125,8 @@ def test_knowing_nothing_gives_an_error_of_one():
 @pytest.mark.parametrize(
     ("name", "blind"), [("relu", True), ("no query norm", True), ("nala", False), ("elu", False)]
 )
-def test_what_is_blind_to_the_norm_answers_both_questions_alike(name, blind):
-    model = built(SHARPNESS, name).double()
+def test_attentions_blind_to_the_norm_answer_both_queries_alike(name, blind):
+    model = build(SHARPNESS, name).double()
     inputs, _ = SHARPNESS.examples(2, seed=1, step=0)
     queries, codes, values = inputs.double().split([20, 20, 8], dim=-1)
     short, long = model(queries / 2, codes, values), model(queries * 2, codes, values)
@@ -134,11 +134,13 @@ def test_what_is_blind_to_the_norm_answers_both_questions_alike(name, blind):
 
 
 def test_sharpness_reports_both_errors_and_both_norms():
-    model = built(SHARPNESS, "nala")
-    found = SHARPNESS.evaluate(model)
-    assert found["error"] == pytest.approx((found["error of one"] + found["error of many"]) / 2)
-    assert found["norm of one"] == pytest.approx(16 * found["norm of many"], rel=0.05)
-    model = built(SHARPNESS, "tanh(norm/s)")
+    model = build(SHARPNESS, "nala")
+    results = SHARPNESS.evaluate(model)
+    assert results["error"] == pytest.approx(
+        (results["error of one"] + results["error of many"]) / 2
+    )
+    assert results["norm of one"] == pytest.approx(16 * results["norm of many"], rel=0.05)
+    model = build(SHARPNESS, "tanh(norm/s)")
     assert model.norm_scale.tolist() == [4.0]
 
 
@@ -148,25 +150,25 @@ def test_sharpness_reports_both_errors_and_both_norms():
 @pytest.mark.parametrize("task", [RECALL, SHARPNESS], ids=["recall", "sharpness"])
 def test_parameters_are_nearly_equal(task):
     def parameters(name):
-        return sum(p.numel() for p in built(task, name).parameters())
+        return sum(p.numel() for p in build(task, name).parameters())
 
     ours = parameters("nala")
     names = STUDIES["recall" if task is RECALL else "sharpness"].variants
     for name in names:
         if task is SHARPNESS and VARIANTS[name].heads == 0.5:
-            assert parameters(name) == 2 * ours  # D = 32: features are what makes the state
+            assert parameters(name) == 2 * ours  # D = 32, for features of the same size
         else:
             assert parameters(name) == pytest.approx(ours, rel=0.01), name
 
 
-def test_a_variant_has_the_heads_that_its_name_says():
-    """As many as NaLa, or half as many of twice the channels; with D = n, of n channels."""
+def test_a_variant_has_the_heads_in_its_name():
+    """As many heads as NaLa, or half as many with twice the channels; D = n gives n channels each."""
     for name, variant in VARIANTS.items():
         _, _, channels = name.partition(", D = ")
         heads = 0.5 if name.endswith(", same state") else 1
         assert variant.heads == (16 / int(channels) if channels else heads), name
         if channels:
-            layer = built(RECALL, name).blocks[0].attention
+            layer = build(RECALL, name).blocks[0].attention
             assert layer.num_heads * int(channels) == 32
             assert variant.attention == name.split(",")[0]
 
@@ -174,8 +176,8 @@ def test_a_variant_has_the_heads_that_its_name_says():
 @pytest.mark.parametrize(
     ("name", "heads", "features"), [("nala", 2, 32), ("elu, same state", 1, 32)]
 )
-def test_half_the_heads_make_a_state_as_large_as_nalas(name, heads, features):
-    model = built(RECALL, name)
+def test_half_the_heads_make_a_state_as_large_as_nala_s(name, heads, features):
+    model = build(RECALL, name)
     _, states = model(torch.zeros(1, 3, dtype=torch.long))
     values = 32 // heads + 1
     assert states[0].attention.shape == (1, heads, features, values)
@@ -191,27 +193,27 @@ def test_half_the_heads_make_a_state_as_large_as_nalas(name, heads, features):
         ("split", {"feature_map": "split"}),
     ],
 )
-def test_a_variant_attends_as_it_says(name, options):
-    layer = built(RECALL, name).blocks[0].attention
+def test_a_variant_attends_as_its_name_says(name, options):
+    layer = build(RECALL, name).blocks[0].attention
     q, k, v = torch.randn(3, 1, 2, 9, 16)
     out = layer.attend(q, k, v, causal=True, **layer.options(torch.zeros(1, 9, 32), 0))
     assert_close(out, nala_attention(q, k, v, causal=True, **options))
 
 
 @pytest.mark.parametrize("lam", [1.0, 3.0, 4.5])
-def test_queries_and_keys_with_a_lam_each(lam):
+def test_queries_and_keys_with_separate_lams(lam):
     q, k, v = torch.randn(3, 2, 2, 9, 16)
     maps = partial(query_features, lam=lam), partial(key_features, lam=2.0)
-    apart = separate_lambdas(q, k, v, queries=lam, keys=2.0, causal=True)
-    assert_close(apart, linear_attention(q, k, v, *maps, causal=True))
-    for name, told in (("queries", {"queries": 1.0}), ("keys", {"keys": 1.0})):
-        layer = built(RECALL, f"lam 1 of {name}").blocks[0].attention
-        assert layer.attend.keywords == told and layer.attend.func is separate_lambdas
+    out = separate_lambdas(q, k, v, queries=lam, keys=2.0, causal=True)
+    assert_close(out, linear_attention(q, k, v, *maps, causal=True))
+    for name, options in (("queries", {"queries": 1.0}), ("keys", {"keys": 1.0})):
+        layer = build(RECALL, f"lam 1 of {name}").blocks[0].attention
+        assert layer.attend.keywords == options and layer.attend.func is separate_lambdas
 
 
-def test_lams_that_learn_begin_with_nala_s_and_all_learn():
+def test_learned_lams_start_at_nala_s_and_all_have_gradients():
     q, k, v = torch.randn(3, 1, 2, 9, 16)
-    layer = built(RECALL, "lam learned").blocks[0].attention
+    layer = build(RECALL, "lam learned").blocks[0].attention
     out = layer.attend(q, k, v, causal=True)
     assert_close(out, nala_attention(q, k, v, causal=True))
     out.square().sum().backward()
@@ -219,7 +221,7 @@ def test_lams_that_learn_begin_with_nala_s_and_all_learn():
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGED_OPTIONS if name != "no query norm"])
-def test_a_changed_number_is_the_one_in_the_name(name):
+def test_a_changed_option_is_the_one_in_the_name(name):
     option, value = name.split()
     assert VARIANTS[name] == Variant(name)
     assert ATTENTIONS[name].func is nala_min.model.nala_attention
@@ -228,20 +230,20 @@ def test_a_changed_number_is_the_one_in_the_name(name):
 
 def test_a_gate_that_is_always_open_and_no_convolution():
     x = torch.randn(1, 6, 32)
-    layer = built(RECALL, "no gate").blocks[0].attention
+    layer = build(RECALL, "no gate").blocks[0].attention
     *_, gate = layer.project(x).chunk(4, dim=-1)
     assert_close(torch.nn.functional.silu(gate), torch.ones_like(gate), rtol=0, atol=1e-6)
-    plain = built(RECALL, "nala").blocks[0].attention
+    plain = build(RECALL, "nala").blocks[0].attention
     q_k_v = [layer.project(x)[..., :96], plain.project(x)[..., :96]]
     assert torch.equal(*q_k_v)
 
 
 @pytest.mark.parametrize("part", ["gate", "convolution"])
 def test_a_part_of_the_block_is_missing_where_the_name_says_so(part):
-    """And the attention is the one in the name, or NaLa."""
+    """The attention is the one in the name, or NaLa."""
     x, without = torch.randn(1, 6, 32), f"no {part}"
     for name, variant in VARIANTS.items():
-        layer = built(RECALL, name).blocks[0].attention
+        layer = build(RECALL, name).blocks[0].attention
         *_, gate = layer.project(x).chunk(4, dim=-1)
         constant = gate if part == "gate" else layer.local(x, None)[0]
         missing = bool((constant == constant[0, 0, 0]).all())
@@ -252,7 +254,7 @@ def test_a_part_of_the_block_is_missing_where_the_name_says_so(part):
 
 def test_queries_and_keys_begin_5_times_as_large():
     large, plain = (
-        built(RECALL, name).blocks[0].attention.project.weight
+        build(RECALL, name).blocks[0].attention.project.weight
         for name in ("q and k 5 times as large", "nala")
     )
     assert_close(large, torch.cat([5 * plain[:64], plain[64:]]))
@@ -267,8 +269,8 @@ def test_every_study_names_variants_and_nala_first():
         replace(study.task, **study.quick)
 
 
-def test_the_recipes_are_those_of_the_scripts():
-    """But for their length and schedule, and for nanoGPT's recipe."""
+def test_the_recipes_are_the_scripts_():
+    """Except for their length and schedule, and nanoGPT's recipe."""
     import train_cifar
     import train_shakespeare
 
@@ -280,16 +282,16 @@ def test_the_recipes_are_those_of_the_scripts():
         assert (task.block, task.windows) == (script["block"], script["batch"])
         assert (task.learning_rate, task.dropout) == (script["lr"], script["dropout"])
         if preset == "cpu":
-            found = task.learning_rate, task.muon, task.weight_decay
-            assert found == tuple(script[x] for x in rates) and task.schedule == "linear"
+            recipe = task.learning_rate, task.muon, task.weight_decay
+            assert recipe == tuple(script[x] for x in rates) and task.schedule == "linear"
     for name in ("images", "images-rates"):
         task, script = STUDIES[name].task, train_cifar.PRESETS["cpu"]
         assert task.sizes == (script["layers"], script["heads"], script["dim"])
         assert [task.patch, task.images, task.shift] == [
             script[x] for x in ("patch", "batch", "shift")
         ]
-        found = task.learning_rate, task.muon, task.weight_decay
-        assert found == tuple(script[x] for x in rates) and task.schedule == "linear"
+        recipe = task.learning_rate, task.muon, task.weight_decay
+        assert recipe == tuple(script[x] for x in rates) and task.schedule == "linear"
 
 
 def test_a_variant_s_rates_multiply_those_of_the_task(tmp_path, monkeypatch):
@@ -310,8 +312,8 @@ def test_a_variant_s_rates_multiply_those_of_the_task(tmp_path, monkeypatch):
         assert recipe == replace(first, **rates)
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
-    """The last tenth of the training text, or the last of the training images."""
+def test_held_out_data_is_not_trained_on(tmp_path, monkeypatch):
+    """The last tenth of the training text, or the last training images."""
     (tmp_path / "text.txt").write_text("abcdefghij" * 40, encoding="utf-8")
     whole = replace(STUDIES["text"].task, block=2, file=tmp_path / "text.txt")
     (training, validation), (all_training, _) = replace(whole, held_out=True).parts(), whole.parts()
@@ -319,8 +321,8 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
     assert len(training) == 324 and len(all_training) == 360
     images = data.drawn_images(30, 10)
     monkeypatch.setattr(studies, "_images", lambda *source: images)
-    found = replace(STUDIES["images-rates"].task, held_out=7).load()
-    for before, training, held_out in zip(images.train, found.train, found.test, strict=True):
+    split = replace(STUDIES["images-rates"].task, held_out=7).load()
+    for before, training, held_out in zip(images.train, split.train, split.test, strict=True):
         assert len(held_out) == 7
         assert torch.equal(torch.cat([training, held_out]), before)
 
@@ -336,22 +338,22 @@ def rows(**results):
     ]
 
 
-def test_the_difference_is_paired_and_its_interval_students():
+def test_the_difference_is_paired_and_its_interval_is_student_s():
     ours, theirs = [1.0, 2.0, 4.0], [0.5, 1.6, 3.9]
     pairs = np.subtract(ours, theirs)
-    away, half = compare.difference(ours, theirs)
-    assert away == pytest.approx(pairs.mean())
+    gap, half = compare.difference(ours, theirs)
+    assert gap == pytest.approx(pairs.mean())
     assert half == pytest.approx(4.303 * pairs.std(ddof=1) / math.sqrt(3))
     assert compare.difference([1.0], [2.0]) == (-1.0, math.inf)
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 5])
-def test_an_interval_holds_the_truth_in_95_of_100_studies(pairs):
+def test_an_interval_covers_the_truth_in_95_percent_of_studies(pairs):
     random = np.random.default_rng(1)
     draws = random.standard_normal((1500, pairs))
     inside = [
-        float(abs(away) <= half)
-        for away, half in (compare.difference(list(row), [0.0] * pairs) for row in draws)
+        float(abs(gap) <= half)
+        for gap, half in (compare.difference(list(row), [0.0] * pairs) for row in draws)
     ]
     assert mean(inside) == pytest.approx(0.95, abs=0.02)
 
@@ -365,23 +367,23 @@ def test_a_p_value_is_0_05_at_the_end_of_an_interval(pairs):
 
 
 def test_holm_corrects_for_the_number_of_tests():
-    """By hand: the smallest times 4, the next times 3, ..., never below one before, at most 1."""
+    """By hand: the smallest times 4, the next times 3, and so on; increasing, and at most 1."""
     assert compare.holm([0.04, 0.01, 0.5, 0.015]) == pytest.approx([0.08, 0.04, 0.5, 0.045])
     assert compare.holm([0.3, 0.6]) == [0.6, 0.6]
     assert compare.holm([0.03, 0.02, 0.025]) == pytest.approx([0.06, 0.06, 0.06])
     assert compare.holm([]) == []
 
 
-def test_a_study_s_questions_are_answered_with_their_number_in_mind():
-    """Of three, the clearest has three times its p-value. No difference at all is no finding."""
+def test_a_study_s_answers_are_corrected_for_their_number():
+    """The smallest p-value of three is tripled. No difference has a p-value of 1."""
     questions = (("elu", "nala"), ("split", "elu"), ("relu", "nala"))
     task = replace(SMALL.task, steps=1)
     study = Study(task, {}, ("nala", "elu", "split", "relu"), questions=questions)
     numbers = {"nala": [1.0, 2.0, 3.0], "elu": [2.0, 3.1, 3.9], "split": [2.1, 2.9, 4.3]}
-    found = rows(**numbers, relu=numbers["nala"])
-    for row in found:
+    results = rows(**numbers, relu=numbers["nala"])
+    for row in results:
         row[task.result] = row.pop("loss")
-    first, second, third = compare.answers(found, study)
+    first, second, third = compare.answers(results, study)
     assert (first.variant, first.baseline) == ("elu", "nala")
     assert (first.difference, first.half_width) == compare.difference(
         numbers["elu"], numbers["nala"]
@@ -392,9 +394,9 @@ def test_a_study_s_questions_are_answered_with_their_number_in_mind():
     assert (third.difference, third.p) == (0.0, 1.0)
 
 
-def test_softmax_with_one_norm_knows_a_query_by_its_direction():
-    """Queries of any length are answered alike, a longer one than the head's norm as a shorter."""
-    attend = built(STUDIES["text"].task, "softmax, one norm").blocks[0].attention.attend
+def test_softmax_with_one_norm_depends_only_on_a_query_s_direction():
+    """The output is the same for queries shorter and longer than the head's norm."""
+    attend = build(STUDIES["text"].task, "softmax, one norm").blocks[0].attention.attend
     q, k, v = torch.randn(3, 1, 4, 6, 24)
     with torch.no_grad():
         attend.norm.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
@@ -412,12 +414,12 @@ def test_the_table_has_mean_bounds_and_difference():
 
 
 def test_a_study_s_picture_has_its_runs():
-    found = [
+    results = [
         {"variant": name, "seed": seed, "error of one": seed / 4, "error of many": seed / 8}
         for name in ("nala", "tau 0")
         for seed in (1, 2)
     ]
-    left, right = SHARPNESS.draw(found).axes
+    left, right = SHARPNESS.draw(results).axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["NaLa", "NaLa, τ = 0"]
     for axes, unit in ((left, 4), (right, 8)):
         dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
@@ -428,7 +430,7 @@ def test_a_study_s_picture_has_its_runs():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_can_be_drawn_and_tabled(name):
-    """With what its runs give."""
+    """From the results that its runs return."""
     study, task = STUDIES[name], STUDIES[name].task
     results = {task.result: 0.5, "error of one": 0.5, "error of many": 0.5}
     results |= {f"accuracy at {pairs} pairs": 0.5 for pairs in getattr(task, "pairs", ())}
@@ -439,8 +441,8 @@ def test_every_study_can_be_drawn_and_tabled(name):
 
 def test_the_picture_of_recall_has_a_line_and_a_band_for_each_attention():
     shares = {f"accuracy at {pairs} pairs": 1 / pairs for pairs in RECALL.pairs}
-    found = [{"variant": name} | shares for name in plots.VARIANT_STYLES for _ in range(2)]
-    (axes,) = RECALL.draw(found).axes
+    results = [{"variant": name} | shares for name in plots.VARIANT_STYLES for _ in range(2)]
+    (axes,) = RECALL.draw(results).axes
     assert len(axes.lines) == len(axes.collections) == len(plots.VARIANT_STYLES)
     for line in axes.lines:
         assert list(line.get_ydata()) == pytest.approx([1 / pairs for pairs in RECALL.pairs])
@@ -457,12 +459,12 @@ SMALL = replace(
 )
 
 
-def test_a_run_is_a_function_of_its_seed_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    task, names = replace(SHARPNESS, steps=12), ("seconds",)
+def test_a_run_is_a_function_of_its_seed_and_resumes_where_it_stopped(tmp_path, monkeypatch):
+    task, varying = replace(SHARPNESS, steps=12), ("seconds",)
     whole = compare.run(task, "nala", 1, tmp_path / "whole")
     again = compare.run(task, "nala", 1, tmp_path / "again")
     other = compare.run(task, "nala", 2, tmp_path / "other")
-    plain = [{k: v for k, v in row.items() if k not in names} for row in (whole, again, other)]
+    plain = [{k: v for k, v in row.items() if k not in varying} for row in (whole, again, other)]
     assert plain[0] == plain[1] != plain[2]
     assert whole["variant"] == "nala" and whole["seed"] == 1 and whole["parameters"] == 640
 
@@ -478,11 +480,11 @@ def test_a_run_is_a_function_of_its_seed_and_goes_on_where_it_was_stopped(tmp_pa
         compare.run(task, "nala", 1, tmp_path / "stopped")
     monkeypatch.setattr(Sharpness, "batch", batch)
     resumed = compare.run(task, "nala", 1, tmp_path / "stopped")
-    assert {k: v for k, v in resumed.items() if k not in names} == plain[0]
+    assert {k: v for k, v in resumed.items() if k not in varying} == plain[0]
 
 
-def test_the_time_a_study_takes_is_that_of_its_steps(tmp_path, monkeypatch):
-    """A minute each for two steps of what is not finished, shared by the workers."""
+def test_a_study_s_time_is_that_of_its_steps(tmp_path, monkeypatch):
+    """NaLa's two steps take 1 minute, elu's 3. The workers share the unfinished runs."""
     slow = {"nala": 30.0, "elu": 90.0}
     monkeypatch.setattr(compare, "seconds_of_a_step", lambda task, name, device: slow[name])
     study = replace(SMALL, task=replace(SMALL.task, steps=2), variants=("nala", "elu"), seeds=2)
@@ -497,7 +499,7 @@ def test_the_time_a_study_takes_is_that_of_its_steps(tmp_path, monkeypatch):
     assert 0 < compare.seconds_of_a_step(study.task, "nala") < 10
 
 
-def test_more_seeds_by_a_flag():
+def test_a_flag_sets_the_number_of_seeds():
     study = compare.configured_study(compare.Settings(seeds=8), "recall")
     assert (study.seeds, compare.configured_study(compare.Settings(), "recall").seeds) == (8, 5)
     assert compare.configured_study(compare.Settings(seeds=2, quick=True), "recall").seeds == 2
@@ -509,9 +511,7 @@ def test_more_seeds_by_a_flag():
             compare.Settings(seeds=count)
 
 
-def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_study_writes_its_card_and_repeats_no_finished_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(compare.STUDIES, "sharpness", SMALL)
     argv = ["compare", "--study", "sharpness", "--workers", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", argv)
@@ -522,10 +522,10 @@ def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     assert card["config"]["variants"] == list(SMALL.variants)
     assert card["config"]["task"]["steps"] == 12
     assert (tmp_path / "sharpness.png").read_bytes().startswith(b"\x89PNG")
-    found = [(row["variant"], row["seed"]) for row in card["results"]["runs"]]
-    assert found == [(name, seed) for seed in (1, 2) for name in SMALL.variants]
+    runs = [(row["variant"], row["seed"]) for row in card["results"]["runs"]]
+    assert runs == [(name, seed) for seed in (1, 2) for name in SMALL.variants]
     assert compare.table(card["results"]["runs"], "error") in printed.out
-    assert printed.err.count("6/6") >= 1 and "training" not in printed.err  # one bar
+    assert printed.err.count("6/6") >= 1 and "training" not in printed.err  # a single progress bar
 
     def never(*args):
         raise AssertionError("run again")
@@ -536,17 +536,15 @@ def test_a_study_writes_its_card_and_what_is_finished_is_not_run_again(
     assert "6/6" in capsys.readouterr().err
 
 
-def test_every_attention_begins_with_the_same_weights_and_every_seed_with_others(
-    tmp_path, monkeypatch
-):
+def test_initial_weights_depend_on_the_seed_and_not_on_the_attention(tmp_path, monkeypatch):
     weights, build = {}, Sharpness.build
 
-    def noting(self, variant):
+    def recording(self, variant):
         model = build(self, variant)
         weights[len(weights)] = model.query.weight.detach().clone()
         return model
 
-    monkeypatch.setattr(Sharpness, "build", noting)
+    monkeypatch.setattr(Sharpness, "build", recording)
     for i, (name, seed) in enumerate((("nala", 1), ("elu", 1), ("nala", 2))):
         compare.run(replace(SHARPNESS, steps=1), name, seed, tmp_path / str(i))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -556,20 +554,20 @@ def test_every_attention_begins_with_the_same_weights_and_every_seed_with_others
     "other",
     [{"task": "another"}, {"data": {"name": "a stand-in"}}, {"code_sha256": "of an edited file"}],
 )
-def test_rows_of_another_recipe_or_other_data_or_code_are_not_taken(other, tmp_path, monkeypatch):
+def test_rows_of_another_recipe_or_other_data_or_code_are_ignored(other, tmp_path, monkeypatch):
     study = replace(SMALL, variants=("nala",), seeds=1)
-    place = tmp_path / "nala_seed1"
-    place.mkdir()
+    folder = tmp_path / "nala_seed1"
+    folder.mkdir()
     identity = compare._identity(study.task, "nala")
     assert identity.keys() == {"task", "data", "code_sha256"}
-    runcard.write_json(place / "row.json", identity | {"row": {"error": 0}})
+    runcard.write_json(folder / "row.json", identity | {"row": {"error": 0}})
     assert compare.finished(study, tmp_path) == {("nala", 1): {"error": 0}}
-    runcard.write_json(place / "row.json", identity | other | {"row": {"error": 0}})
+    runcard.write_json(folder / "row.json", identity | other | {"row": {"error": 0}})
     assert compare.finished(study, tmp_path) == {("nala", 1): None}
 
 
 @pytest.mark.parametrize("name", ["compare", "model", "fast", "train", "studies"])
-def test_an_edit_of_what_trains_is_another_run(name, tmp_path, monkeypatch):
+def test_an_edit_of_the_training_code_makes_another_run(name, tmp_path, monkeypatch):
     before = compare._identity(SMALL.task, "nala")["code_sha256"]
     module = compare if name == "compare" else getattr(compare, name)
     edited = tmp_path / "edited.py"
@@ -578,7 +576,7 @@ def test_an_edit_of_what_trains_is_another_run(name, tmp_path, monkeypatch):
     assert compare._identity(SMALL.task, "nala")["code_sha256"] != before
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
+def test_ctrl_c_says_to_run_the_same_command(tmp_path, monkeypatch):
     def interrupted(jobs):
         raise KeyboardInterrupt
 
@@ -590,7 +588,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"3", b"\xff"])
-def test_a_damaged_row_is_none(damaged, tmp_path):
+def test_a_damaged_row_is_ignored(damaged, tmp_path):
     study = replace(SMALL, variants=("nala",), seeds=1)
     (tmp_path / "nala_seed1").mkdir()
     (tmp_path / "nala_seed1" / "row.json").write_bytes(damaged)
@@ -600,8 +598,8 @@ def test_a_damaged_row_is_none(damaged, tmp_path):
 # --- The premise in trained models ----------------------------------------------------------------
 
 
-def test_the_premise_is_read_off_the_models_that_a_study_left(tmp_path, monkeypatch, capsys):
-    """Two steps of every attention; the card's correlations and points are the models' own."""
+def test_the_premise_is_measured_on_a_study_s_models(tmp_path, monkeypatch, capsys):
+    """After two steps of every attention, the card has the models' correlations and points."""
     (tmp_path / "text.txt").write_text("to be, or not to be: " * 60, encoding="utf-8")
     task = replace(STUDIES["text"].task, steps=2, sizes=(2, 2, 16), block=16, windows=2)
     monkeypatch.setitem(premise.STUDIES, "text", Study(task, {}, studies.MAIN_ATTENTIONS, seeds=2))
@@ -621,25 +619,25 @@ def test_the_premise_is_read_off_the_models_that_a_study_left(tmp_path, monkeypa
     for name in studies.MAIN_ATTENTIONS:
         for seed in (1, 2):
             model = compare.load_trained(here, name, seed, runs)
-            found = measure.norms_and_entropies(model, inputs)
+            blocks = measure.norms_and_entropies(model, inputs)
             rows = [
                 row
                 for row in card["results"]["correlations"]
                 if (row["variant"], row["seed"]) == (name, seed)
             ]
             assert [row["block"] for row in rows] == [1, 2]
-            for row, block in zip(rows, found, strict=True):
+            for row, block in zip(rows, blocks, strict=True):
                 for norm in ("query_norm", "key_norm"):
                     heads = measure.rank_correlation(block[norm], block["entropy"])
                     assert row[norm] == pytest.approx(heads.mean().item(), abs=1e-4)
             if seed == 1:
-                for what, heads in card["results"]["points"][name].items():
+                for key, heads in card["results"]["points"][name].items():
                     assert heads == [
-                        [round(x, 4) for x in head] for head in found[-1][what].tolist()
+                        [round(x, 4) for x in head] for head in blocks[-1][key].tolist()
                     ]
     capsys.readouterr()
     for mistake, named in ((["--data-dir", "x", "--study", "images"], "--data-dir"), ([], "split")):
-        monkeypatch.setattr(premise, "MAIN_ATTENTIONS", ("split",))  # which has no run there
+        monkeypatch.setattr(premise, "MAIN_ATTENTIONS", ("split",))  # it has no run
         monkeypatch.setattr("sys.argv", ["premise.py", *map(str, flags), *mistake])
         with pytest.raises(SystemExit, match="2"):
             run_script(premise.main)
@@ -647,7 +645,7 @@ def test_the_premise_is_read_off_the_models_that_a_study_left(tmp_path, monkeypa
         assert error.count("\n") == 1 and named in error
 
 
-def test_a_run_of_another_recipe_or_an_unfinished_one_is_not_taken_for_a_model(tmp_path):
+def test_an_unfinished_run_or_another_recipe_s_is_not_loaded(tmp_path):
     task = replace(SHARPNESS, steps=2)
     compare.run(task, "nala", 1, compare._run_folder(tmp_path, "nala", 1))
     assert isinstance(compare.load_trained(task, "nala", 1, tmp_path), studies.SingleLayer)
@@ -662,7 +660,7 @@ def test_a_run_of_another_recipe_or_an_unfinished_one_is_not_taken_for_a_model(t
         compare.load_trained(task, "nala", 1, tmp_path)
 
 
-# --- Before the first hour ------------------------------------------------------------------------
+# --- Checks before any work -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -676,10 +674,10 @@ def test_a_run_of_another_recipe_or_an_unfinished_one_is_not_taken_for_a_model(t
         (8, "nonsense", 8),
     ],
 )
-def test_as_many_workers_as_processors_that_may_be_used(
+def test_there_are_as_many_workers_as_usable_processors(
     affinity, quota, count, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(os, "cpu_count", lambda: 500)  # the host's
+    monkeypatch.setattr(os, "cpu_count", lambda: 500)  # of the host
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)), raising=False)
     monkeypatch.setattr(os, "process_cpu_count", lambda: affinity, raising=False)
     monkeypatch.setattr(compare, "CPU_QUOTA", tmp_path / "cpu.max")
@@ -689,19 +687,19 @@ def test_as_many_workers_as_processors_that_may_be_used(
     compare.Settings(workers=count)
 
 
-@pytest.mark.parametrize(("told", "count"), [(None, 1), (7, 7), (100, 61)])
-def test_where_no_system_tells_of_affinity_all_processors_count(told, count, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("cpu_count", "count"), [(None, 1), (7, 7), (100, 61)])
+def test_without_affinity_all_processors_count(cpu_count, count, tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.delattr(os, "process_cpu_count", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: told)
+    monkeypatch.setattr(os, "cpu_count", lambda: cpu_count)
     monkeypatch.setattr(compare, "CPU_QUOTA", tmp_path / "none")
     assert compare.processors() == count
 
 
-def refused(monkeypatch, capsys, *flags):
-    """What compare says of a mistake, before it trains anything."""
+def error_of(monkeypatch, capsys, *flags):
+    """compare's error message, printed before any training."""
     monkeypatch.setattr("sys.argv", ["compare.py", *map(str, flags)])
-    monkeypatch.setattr(compare, "run_all", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(compare, "run_all", lambda *_: pytest.fail("trained"))
     with pytest.raises(SystemExit, match="2"):
         run_script(compare.main)
     error = capsys.readouterr().err
@@ -712,7 +710,7 @@ def refused(monkeypatch, capsys, *flags):
 @pytest.mark.parametrize(
     "name", ["recall.json", "text.png", "sharpness", "recall/elu_seed3/row.json"]
 )
-def test_what_cannot_be_written_in_the_last_study_is_told_before_the_first(
+def test_unwritable_output_of_the_last_study_is_an_error_before_the_first(
     name, tmp_path, monkeypatch, capsys
 ):
     small = {n: replace(SMALL, variants=("nala", "elu"), seeds=3) for n in ("recall", "sharpness")}
@@ -720,33 +718,33 @@ def test_what_cannot_be_written_in_the_last_study_is_told_before_the_first(
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True, parents=True)
     path.mkdir() if path.suffix else path.touch()
-    error = refused(monkeypatch, capsys, "--out", tmp_path)
+    error = error_of(monkeypatch, capsys, "--out", tmp_path)
     assert "cannot be written" in error and path.name in error
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p != path] == []
 
 
-def test_data_and_file_of_the_last_study_are_looked_at_before_the_first(
+def test_the_last_study_s_data_and_attention_file_are_checked_before_the_first(
     tmp_path, monkeypatch, capsys
 ):
     text = STUDIES["text"]
     monkeypatch.setattr(compare, "STUDIES", {"sharpness": SMALL, "text": text})
     missing = tmp_path / "missing.txt"
-    assert "missing.txt" in refused(monkeypatch, capsys, "--data", missing, "--out", tmp_path)
+    assert "missing.txt" in error_of(monkeypatch, capsys, "--data", missing, "--out", tmp_path)
     wrong = tmp_path / "wrong.py"
     wrong.write_text("1 / 0\n", encoding="utf-8")
-    assert "wrong.py" in refused(monkeypatch, capsys, "--attention", wrong, "--out", tmp_path)
+    assert "wrong.py" in error_of(monkeypatch, capsys, "--attention", wrong, "--out", tmp_path)
 
 
-def test_a_checkpoint_of_another_task_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_another_task_is_an_error_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "STUDIES", {"sharpness": SMALL})
-    place = tmp_path / "sharpness" / "elu_seed1"
-    compare.run(replace(SMALL.task, steps=1), "elu", 1, place)
-    capsys.readouterr()  # its bar
-    error = refused(monkeypatch, capsys, "--out", tmp_path)
-    assert f"{place / 'checkpoint.pt'} is from another task" in error and "move it aside" in error
+    folder = tmp_path / "sharpness" / "elu_seed1"
+    compare.run(replace(SMALL.task, steps=1), "elu", 1, folder)
+    capsys.readouterr()  # the progress bar
+    error = error_of(monkeypatch, capsys, "--out", tmp_path)
+    assert f"{folder / 'checkpoint.pt'} is from another task" in error and "move it aside" in error
 
 
-def test_flags_that_cannot_be_met_are_one_line(monkeypatch, capsys, tmp_path):
+def test_impossible_flags_are_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["compare", "--workers", "0"])
     with pytest.raises(SystemExit, match="2"):
         run_script(compare.main)

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from scripts import assert_ambient_has_no_say
+from scripts import assert_independent_of_defaults
 from tqdm import tqdm
 
 from nala_min import data
@@ -521,7 +521,7 @@ def test_windows_do_not_depend_on_torch_s_defaults():
         _, training, _ = data.split_text("Der Rabe flog im Mai. " * 9, 8)
         return [*data.random_windows(training, 8, 4, seed=1, step=0), training]
 
-    assert_ambient_has_no_say(make)
+    assert_independent_of_defaults(make)
 
 
 @pytest.mark.parametrize(("length", "left_over"), [(9, 0), (16, 7), (17, 0), (100, 3)])

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from scripts import assert_ambient_has_no_say
+from scripts import assert_independent_of_defaults
 from torch.testing import assert_close
 
 from nala_min import data
@@ -24,11 +24,11 @@ from nala_min.synthetic import DIGITS_NAME
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
-COUNT = 4  # images in a file, here
+COUNT = 4  # images per file
 
 
 def content_of(i):
-    """The bytes of the i-th file: random images, whose labels begin with i."""
+    """The bytes of the i-th file: random images; the first label is i."""
     records = np.random.default_rng(i).integers(0, 256, (COUNT, BYTES_PER_IMAGE), dtype=np.uint8)
     records[:, 0] = [i, 9, 0, 5]
     return records.tobytes()
@@ -39,7 +39,7 @@ FILES = {name: content_of(i) for i, name in enumerate(CIFAR10_FILES)}
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Files of COUNT images, few drawn digits, and a cache of this test's own."""
+    """Files of COUNT images, and a separate cache for each test."""
     monkeypatch.setattr(data, "IMAGES_PER_FILE", COUNT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -52,14 +52,14 @@ def few():
 
 @pytest.fixture
 def stand_in(few, monkeypatch):
-    """What drawn_images gives, few for speed."""
+    """The result of drawn_images, small for speed."""
     monkeypatch.setattr(data, "drawn_images", lambda: few)
     return few
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of the six files."""
+    """A folder with the six files."""
     folder = tmp_path / "given" / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
     for name, content in FILES.items():
@@ -90,7 +90,7 @@ ARCHIVE = archive_of(MEMBERS.values())
 
 
 def source_of(archive, url="http://127.0.0.1:0/unused"):
-    """A source of archive. Nothing can be fetched from its url, unless it is given."""
+    """A source of archive. Its default url cannot be fetched."""
     digest = hashlib.sha256(archive).hexdigest()
     return replace(CIFAR10, url=url, size=len(archive), sha256=digest)
 
@@ -102,7 +102,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(tmp_path):
-    """The address of a loopback server of ARCHIVE, archive.tar.gz, and of a wrong.tar.gz."""
+    """The address of a loopback server with archive.tar.gz, which is ARCHIVE, and wrong.tar.gz."""
     served = tmp_path / "served"
     served.mkdir()
     (served / "archive.tar.gz").write_bytes(ARCHIVE)
@@ -116,12 +116,12 @@ def mirror(tmp_path):
         thread.join()
 
 
-def everything_below(folder):
+def paths_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def assert_is_cifar10(images):
-    """Decoded by hand: five files to train on in order, the sixth to test on."""
+    """Decoded by hand: five files for training, in order, and the sixth for testing."""
     parts = [images.train, images.test]
     for (pictures, labels), names in zip(
         parts, [CIFAR10_FILES[:5], CIFAR10_FILES[5:]], strict=True
@@ -151,18 +151,18 @@ def test_a_record_is_a_label_and_a_red_a_green_and_a_blue_plane_row_by_row(folde
         bytes(COUNT * BYTES_PER_IMAGE - BYTES_PER_IMAGE) + record
     )
     pictures, labels = data.load_images(folder=folder).train
-    place = 3 * COUNT - 1  # the last of the third file
-    assert labels[place] == 7
+    index = 3 * COUNT - 1  # the last image of the third file
+    assert labels[index] == 7
     expected = torch.zeros(3, 32, 32, dtype=torch.uint8)
     expected[0, 0, 1], expected[0, 1, 0], expected[1, 2, 3], expected[2, 31, 31] = 11, 12, 13, 14
-    assert torch.equal(pictures[place], expected)
+    assert torch.equal(pictures[index], expected)
 
 
 def test_the_files_are_found_in_the_folder_and_in_the_one_above_it(folder):
-    for given in (folder, folder.parent):
-        images = data.load_images(folder=given)
+    for path in (folder, folder.parent):
+        images = data.load_images(folder=path)
         assert_is_cifar10(images)
-        assert images.name == "CIFAR-10 (files in a folder)"  # whose SHA-256 nobody knows
+        assert images.name == "CIFAR-10 (files in a folder)"  # their SHA-256 is unknown
 
 
 def test_the_archive_is_found_in_a_folder(tmp_path):
@@ -170,26 +170,26 @@ def test_the_archive_is_found_in_a_folder(tmp_path):
     images = data.load_images(folder=tmp_path, source=source_of(ARCHIVE))
     assert_is_cifar10(images)
     assert images.name == "CIFAR-10"
-    assert everything_below(tmp_path) == [CIFAR10.file]  # and is not unpacked
+    assert paths_below(tmp_path) == [CIFAR10.file]  # it is not unpacked
 
 
 @pytest.mark.parametrize("name", CIFAR10_FILES)
-def test_a_file_that_is_missing_in_a_folder_is_named(name, folder):
+def test_a_file_missing_from_a_folder_is_named(name, folder):
     (folder / name).unlink()
     with pytest.raises(OSError, match=name):
         data.load_images(folder=folder)
 
 
-def test_a_folder_of_nothing_is_named(tmp_path):
-    for given in (tmp_path, tmp_path / "nowhere"):
+def test_a_folder_without_the_files_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError) as error:
-            data.load_images(folder=given)
-        assert str(given) in str(error.value) and CIFAR10.file in str(error.value)
+            data.load_images(folder=path)
+        assert str(path) in str(error.value) and CIFAR10.file in str(error.value)
 
 
 LABELS_TO_TEN = (
     bytes(COUNT * BYTES_PER_IMAGE - BYTES_PER_IMAGE) + b"\n" + bytes(BYTES_PER_IMAGE - 1)
-)  # 10, the last
+)  # the last label is 10
 CORRUPT = {
     "truncated": content_of(0)[:-1],
     "a record short": content_of(0)[:-BYTES_PER_IMAGE],
@@ -210,7 +210,7 @@ def test_a_corrupt_file_in_a_folder_is_named(name, corrupt, folder):
 
 
 def test_a_corrupt_folder_is_not_silently_replaced(folder, mirror):
-    """Neither by a download nor by a stand-in."""
+    """By neither a download nor a stand-in."""
     (folder / "data_batch_1.bin").write_bytes(b"")
     source = source_of(ARCHIVE, f"{mirror}/archive.tar.gz")
     with pytest.raises(ValueError, match=r"data_batch_1\.bin"):
@@ -226,7 +226,7 @@ def test_a_corrupt_archive_in_a_folder_is_named(corrupt, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"])
-def test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for(name, tmp_path):
+def test_the_python_version_of_cifar10_is_refused_in_favour_of_the_binary_one(name, tmp_path):
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=f"{name} is .* Python version .* the binary") as error:
         data.load_images(folder=tmp_path)
@@ -234,24 +234,24 @@ def test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for(nam
 
 
 @pytest.mark.parametrize("name", ["nowhere", CIFAR10.file])
-def test_a_folder_that_is_none_is_named(name, tmp_path):
+def test_a_path_that_is_not_a_folder_is_named(name, tmp_path):
     (tmp_path / CIFAR10.file).touch()
     with pytest.raises(ValueError, match=f"{name} must be a folder with .*, got (nothing|a file)"):
         data.load_images(folder=tmp_path / name)
 
 
-# --- What an archive may hold --------------------------------------------------------------------
+# --- Contents of an archive ----------------------------------------------------------------------
 
 
 def load_archive(members, tmp_path):
-    """CIFAR-10 from an archive of members, in a folder of its own."""
+    """CIFAR-10 from an archive of members, in a new folder."""
     (folder := tmp_path / "in").mkdir()
     (folder / CIFAR10.file).write_bytes(content := archive_of(members))
     return data.load_images(folder=folder, source=source_of(content))
 
 
 @pytest.mark.parametrize("name", CIFAR10_FILES)
-def test_a_file_that_an_archive_lacks_is_named(name, tmp_path):
+def test_a_file_missing_from_an_archive_is_named(name, tmp_path):
     members = [MEMBERS[other] for other in CIFAR10_FILES if other != name]
     with pytest.raises(ValueError, match=f"{name} in .*{CIFAR10.file}"):
         load_archive(members, tmp_path)
@@ -275,8 +275,8 @@ def test_a_corrupt_file_in_an_archive_is_named(corrupt, tmp_path):
     ],
     ids=["empty", "text", "truncated", "no tar", "corrupt"],
 )
-def test_what_is_no_archive_raises_value_error_or_os_error(content, tmp_path):
-    """Of the right checksum, that is: of a source that somebody else names."""
+def test_a_file_that_is_not_an_archive_raises_value_error_or_os_error(content, tmp_path):
+    """The checksum is right, as for another source."""
     (tmp_path / CIFAR10.file).write_bytes(content)
     with pytest.raises((ValueError, OSError)):
         data.load_images(folder=tmp_path, source=source_of(content))
@@ -301,7 +301,7 @@ def test_an_archive_writes_nothing_wherever_its_members_point(tmp_path):
         member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.DIRTYPE),
     ]
     assert_is_cifar10(load_archive([*hostile, *MEMBERS.values(), *hostile], tmp_path))
-    assert everything_below(tmp_path) == ["in", f"in/{CIFAR10.file}"]
+    assert paths_below(tmp_path) == ["in", f"in/{CIFAR10.file}"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symbolic", "hard"])
@@ -327,10 +327,10 @@ def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path, ca
     images = data.load_images(url=url, source=source)
     assert_is_cifar10(images)
     assert images.name == "CIFAR-10"
-    assert everything_below(tmp_path / "cache" / "nala_min") == [CIFAR10.file]
+    assert paths_below(tmp_path / "cache" / "nala_min") == [CIFAR10.file]
     message = capsys.readouterr().out
     assert address in message and f"{len(ARCHIVE):,} bytes" in message
-    # The author's host is slow, and there are other ways; a mirror of one's own need not be.
+    # Only the author's host is known to be slow: other ways are suggested only for it.
     assert all((way in message) != own_url for way in ("--url", "--data-dir", "--data synthetic"))
 
     (tmp_path / "served" / "archive.tar.gz").unlink()
@@ -339,18 +339,18 @@ def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path, ca
 
 
 @pytest.mark.parametrize("path", ["nothing.tar.gz", "wrong.tar.gz"])
-def test_a_given_address_that_fails_is_an_error_and_no_stand_in(path, mirror, tmp_path, stand_in):
+def test_a_failing_url_is_an_error_and_not_a_stand_in(path, mirror, tmp_path, stand_in):
     with pytest.raises(ValueError) as error:
         data.load_images(url=f"{mirror}/{path}", source=source_of(ARCHIVE))
     assert ("404" if path == "nothing.tar.gz" else f"{mirror}/{path}") in str(error.value)
-    assert everything_below(tmp_path / "cache" / "nala_min") == []
+    assert paths_below(tmp_path / "cache" / "nala_min") == []
 
 
 @pytest.mark.parametrize("url", ["no address", "http://127.0.0.1:0/refused"])
-def test_a_given_address_that_is_none_is_an_error_and_no_stand_in(url, tmp_path, stand_in):
+def test_an_invalid_url_is_an_error_and_not_a_stand_in(url, tmp_path, stand_in):
     with pytest.raises(ValueError):
         data.load_images(url=url, source=source_of(ARCHIVE))
-    assert everything_below(tmp_path / "cache" / "nala_min") == []
+    assert paths_below(tmp_path / "cache" / "nala_min") == []
 
 
 @pytest.mark.parametrize("path", ["nothing.tar.gz", "wrong.tar.gz"])
@@ -360,17 +360,17 @@ def test_without_the_archive_the_stand_in_is_announced(path, mirror, tmp_path, s
     message = capsys.readouterr().out.partition("NO CIFAR-10")[2]
     assert images is stand_in and DIGITS_NAME in message
     assert ("404" if path == "nothing.tar.gz" else source.url) in message
-    assert everything_below(tmp_path / "cache" / "nala_min") == []
+    assert paths_below(tmp_path / "cache" / "nala_min") == []
 
 
-def test_synthetic_is_the_drawn_digits_without_a_word(folder, stand_in, tmp_path, capsys):
+def test_synthetic_is_the_drawn_digits_and_prints_nothing(folder, stand_in, tmp_path, capsys):
     images = data.load_images("synthetic", source=source_of(ARCHIVE))
     assert images is stand_in and images.name == DIGITS_NAME
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "cache" / "nala_min").exists()
 
 
-# --- What identifies images ----------------------------------------------------------------------
+# --- Hashes of images ----------------------------------------------------------------------------
 
 
 def test_the_sha256_depends_on_every_part_and_on_its_order():
@@ -387,7 +387,7 @@ def test_the_sha256_depends_on_every_part_and_on_its_order():
     assert replace(images(), name="other", classes=("a",)).sha256 == images().sha256
 
 
-def test_the_sha256_is_of_training_images_their_labels_and_the_same_of_the_test(folder):
+def test_the_sha256_is_of_training_images_and_labels_then_of_test_images_and_labels(folder):
     images = data.load_images(folder=folder)
     digest = hashlib.sha256()
     for names in (CIFAR10_FILES[:5], CIFAR10_FILES[5:]):
@@ -402,12 +402,12 @@ def test_the_sha256_is_of_training_images_their_labels_and_the_same_of_the_test(
 
 
 def numbered(count):
-    """Images that know their number, and labels that do."""
+    """Images filled with their number, and labels of ten times that."""
     numbers = torch.arange(count)
     return numbers[:, None, None, None].expand(count, 3, 2, 2), 10 * numbers
 
 
-def chosen(count, batch_size, seed, step):
+def numbers_of(count, batch_size, seed, step):
     pictures, labels = data.shuffled_batch(*numbered(count), batch_size, seed, step)
     assert pictures.shape == (batch_size, 3, 2, 2)
     assert torch.equal(labels, 10 * pictures[:, 0, 0, 0])
@@ -415,21 +415,21 @@ def chosen(count, batch_size, seed, step):
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(20, 4), (23, 4), (7, 7), (13, 7), (5, 1)])
-def test_an_epoch_takes_each_image_at_most_once_and_has_an_order_of_its_own(count, batch_size):
+def test_each_epoch_takes_an_image_at_most_once_and_in_another_order(count, batch_size):
     steps = count // batch_size
     epochs = [
-        [i for step in range(steps) for i in chosen(count, batch_size, 1, epoch * steps + step)]
+        [i for step in range(steps) for i in numbers_of(count, batch_size, 1, epoch * steps + step)]
         for epoch in range(20)
     ]
     for epoch in epochs:
         assert len(set(epoch)) == len(epoch) == steps * batch_size
     assert len({tuple(epoch) for epoch in epochs}) > 15
-    assert {i for epoch in epochs for i in epoch} == set(range(count))  # none is left out for ever
+    assert {i for epoch in epochs for i in epoch} == set(range(count))  # none is always left out
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():
     def batch(seed, step):
-        return chosen(1000, 10, seed, step)
+        return numbers_of(1000, 10, seed, step)
 
     others = [batch(seed, step) for seed in range(5) for step in (0, 1, 99, 100, 200)]
     assert all(others.count(other) == 1 for other in others)
@@ -442,21 +442,21 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_batch_of_more_than_all_images_is_refused(count):
     with pytest.raises(ValueError, match=f"must be at most {count}, .*, got 6"):
-        chosen(count, 6, seed=1, step=0)
+        numbers_of(count, 6, seed=1, step=0)
 
 
 # --- Augmentation --------------------------------------------------------------------------------
 
 
 def reflected(i, size):
-    """Where place i of a row of size pixels lies, if both ends are mirrors."""
+    """Index of pixel i in a row of size pixels that is reflected at both ends."""
     while not 0 <= i < size:
         i = -i if i < 0 else 2 * (size - 1) - i
     return i
 
 
-def moved(image, down, right, mirrored):
-    """image, moved and mirrored pixel by pixel."""
+def shifted(image, down, right, mirrored):
+    """image, shifted and mirrored pixel by pixel."""
     channels, height, width = image.shape
     result = torch.empty_like(image)
     for channel in range(channels):
@@ -472,14 +472,14 @@ def moved(image, down, right, mirrored):
     ("height", "width", "shift"), [(6, 6, 1), (6, 5, 2), (5, 6, 4), (4, 3, 5), (3, 4, 9)]
 )
 @pytest.mark.parametrize("mirror", [True, False])
-def test_each_image_is_one_shift_and_maybe_a_mirror_image_of_itself(height, width, shift, mirror):
+def test_each_image_is_shifted_and_maybe_mirrored(height, width, shift, mirror):
     torch.manual_seed(height)
     image = torch.randint(256, (3, height, width), dtype=torch.uint8)
     augmented = data.augment(image.expand(60, -1, -1, -1), 1, 2, shift=shift, mirror=mirror)
     assert augmented.dtype == torch.uint8
     places = range(-shift, shift + 1)
     allowed = {
-        moved(image, down, right, mirrored).numpy().tobytes()
+        shifted(image, down, right, mirrored).numpy().tobytes()
         for down in places
         for right in places
         for mirrored in {False, mirror}
@@ -492,17 +492,17 @@ def test_all_shifts_occur_equally_often_in_each_direction_and_half_are_mirrored(
     image, count = torch.randint(256, (3, 7, 8), dtype=torch.uint8), 3000
     augmented = data.augment(image.expand(count, -1, -1, -1), 1, 2, shift=1, mirror=mirror)
     names = {
-        moved(image, down, right, mirrored).numpy().tobytes(): (down, right, mirrored)
+        shifted(image, down, right, mirrored).numpy().tobytes(): (down, right, mirrored)
         for down in (-1, 0, 1)
         for right in (-1, 0, 1)
         for mirrored in (False, True)
     }
-    found = [names[picture.tobytes()] for picture in augmented.numpy()]
+    drawn = [names[picture.tobytes()] for picture in augmented.numpy()]
     kinds = 18 if mirror else 9
-    assert len(set(found)) == kinds
-    assert all(mirror or not mirrored for _, _, mirrored in found)
-    shares = [found.count(kind) / count * kinds for kind in set(found)]
-    assert min(shares) > 0.7 and max(shares) < 1.3  # 4 standard deviations of one in 18
+    assert len(set(drawn)) == kinds
+    assert all(mirror or not mirrored for _, _, mirrored in drawn)
+    shares = [drawn.count(kind) / count * kinds for kind in set(drawn)]
+    assert min(shares) > 0.7 and max(shares) < 1.3  # 4 standard deviations at 18 kinds
 
 
 def test_augmentation_is_a_function_of_images_seed_and_step_alone():
@@ -516,7 +516,7 @@ def test_augmentation_is_a_function_of_images_seed_and_step_alone():
     torch.manual_seed(77)
     assert [augmented(seed, step) for seed in range(4) for step in range(4)] == others
     assert len(set(others)) == 16
-    assert torch.equal(images, before)  # it works on no image in place
+    assert torch.equal(images, before)  # not changed in place
 
 
 def test_no_image_takes_pixels_of_another_or_of_another_channel():
@@ -534,11 +534,11 @@ def test_normalised_bytes_lie_around_zero_with_the_order_kept():
     assert_close(data.normalise(images), torch.tensor([-1.875, -1.0, 0.0, 1.0, 135 / 64]))
 
 
-# --- Pictures of one's own -----------------------------------------------------------------------
+# --- A user's own images --------------------------------------------------------------------------
 
 
 def png(pixels, kind, depth=8, more=b""):
-    """The bytes of a PNG of rows of pixels, tuples of samples of depth bits; more: chunks."""
+    """The bytes of a PNG: rows of pixels, each a tuple of depth-bit samples; more: extra chunks."""
 
     def chunk(name, body):
         check = struct.pack(">I", zlib.crc32(name + body))
@@ -555,12 +555,12 @@ def png(pixels, kind, depth=8, more=b""):
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # in the format's numbers
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # the format's colour types
 
 
 @pytest.fixture
 def read(tmp_path):
-    """read(content): the image that read_png makes of a file of content."""
+    """read(content): the image that read_png returns for a file with this content."""
 
     def read(content):
         (tmp_path / "picture.png").write_bytes(content)
@@ -577,7 +577,7 @@ def plane(pixel, size=32):
 
 
 COLOURS = (b"PLTE", bytes([1, 2, 3, 200, 100, 50]))
-# A kind of PNG -> its content and the colour of all its pixels.
+# kind of PNG: (its content, the colour of all its pixels)
 ONE_COLOUR = {
     "red, green, blue": (png(plane((200, 100, 50)), RGB), (200, 100, 50)),
     "opaque": (png(plane((200, 100, 50, 255)), RGBA), (200, 100, 50)),
@@ -608,7 +608,7 @@ def test_a_png_of_any_kind_has_its_colour(kind, read):
 
 
 @pytest.mark.parametrize("transparent", [True, False])
-def test_a_png_of_32_by_32_is_taken_pixel_for_pixel(transparent, read):
+def test_a_32_by_32_png_is_read_pixel_for_pixel(transparent, read):
     image = torch.randint(256, (32, 32, 3))
     pixels = [[tuple(pixel) for pixel in row] for row in image.tolist()]
     if transparent:
@@ -626,11 +626,11 @@ def test_the_middle_square_of_a_png_is_taken(height, width, read):
     assert torch.equal(read(content), middle.to(torch.uint8))
 
 
-def test_a_larger_png_is_averaged_and_not_only_sampled(read):
-    """Else a fine pattern would become another picture."""
+def test_a_larger_png_is_averaged_not_subsampled(read):
+    """Subsampling would alias a fine pattern."""
     stripes = [[(255 * (x % 4 in (1, 2)),) for x in range(128)]] * 128
     image = read(png(stripes, GREY)).float()
-    assert (image - 127.5).abs().max() < 12  # at the sides a little more than half is white
+    assert (image - 127.5).abs().max() < 12  # slightly more than half is white at the sides
 
 
 def test_a_smaller_png_keeps_its_sides(read):
@@ -639,17 +639,17 @@ def test_a_smaller_png_keeps_its_sides(read):
 
 
 PICTURE = ONE_COLOUR["red, green, blue"][0]
-BOMB = zlib.compress(bytes(1_500_000), 9)  # more text than Pillow takes, in kilobytes
+BOMB = zlib.compress(bytes(1_500_000), 9)  # small, but unpacks to more than Pillow accepts
 
 
 def resized(content, width, height):
-    """content with another size in its head."""
+    """content with another size in its header."""
     head = struct.pack(">II", width, height) + content[24:29]
     check = struct.pack(">I", zlib.crc32(b"IHDR" + head))
     return content[:16] + head + check + content[33:]
 
 
-NO_PICTURE = {
+NOT_PNG = {
     "empty": b"",
     "text": b"not a picture\n" * 9,
     "JPEG": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00\xff\xd9",
@@ -669,18 +669,18 @@ NO_PICTURE = {
     "too many pixels": resized(PICTURE, 2**13, 2**13 + 1),
     "a second size": resized(PICTURE, 32, 32)[:33] + resized(PICTURE, 2**20, 2**20)[8:],
 }
-HARMLESS = {"bomb in iCCP", "short chunks"}  # to some versions of Pillow
+HARMLESS = {"bomb in iCCP", "short chunks"}  # some versions of Pillow accept them
 
 
-@pytest.mark.parametrize("content", NO_PICTURE)
-def test_what_is_no_png_raises_syntax_error_or_os_error(content, read):
+@pytest.mark.parametrize("content", NOT_PNG)
+def test_a_file_that_is_not_a_png_raises_syntax_error_or_os_error(content, read):
     with suppress(AssertionError) if content in HARMLESS else nullcontext():
         with pytest.raises((SyntaxError, OSError)) as error:
-            read(NO_PICTURE[content])
+            read(NOT_PNG[content])
         assert content != "too many pixels" or "pixels, got 8,192 x 8,193:" in str(error.value)
 
 
-def test_whatever_pillow_raises_is_a_syntax_error(read, monkeypatch):
+def test_an_exception_in_pillow_becomes_a_syntax_error(read, monkeypatch):
     for kind in (ValueError, KeyError, struct.error, zlib.error, RecursionError):
         monkeypatch.setattr("matplotlib.image.imread", Mock(side_effect=kind("broken")))
         with pytest.raises(SyntaxError, match="not a readable PNG"):
@@ -703,13 +703,13 @@ def test_images_do_not_depend_on_torch_s_defaults(folder, tmp_path):
     def make():
         images = data.load_images(folder=folder)
         batch, _ = data.shuffled_batch(*images.train, 2, seed=1, step=0)
-        moved = data.augment(batch, 1, 0, shift=2, mirror=True)
-        return [data.read_png(tmp_path / "picture.png"), moved, data.normalise(moved)]
+        shifted = data.augment(batch, 1, 0, shift=2, mirror=True)
+        return [data.read_png(tmp_path / "picture.png"), shifted, data.normalise(shifted)]
 
-    assert_ambient_has_no_say(make)
+    assert_independent_of_defaults(make)
 
 
-def test_a_png_that_is_missing_or_a_folder_raises_os_error(tmp_path):
+def test_a_missing_png_or_a_folder_raises_os_error(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere.png"):
         with pytest.raises(OSError, match=path.name):
             data.read_png(path)

@@ -1,4 +1,4 @@
-"""notebooks/results/README.md: every number, table and verdict is that of the run cards."""
+"""notebooks/results/README.md: every number, table and verdict agrees with the run cards."""
 
 import re
 from functools import partial
@@ -19,14 +19,14 @@ LABELS = {"softmax": "softmax", "elu": "elu + 1", "relu": "ReLU"}
 
 
 class Table(NamedTuple):
-    """Of the runs of a script's default recipe with four attentions."""
+    """How the page shows the runs of a script's default recipe with four attentions."""
 
-    result: str  # in the cards
-    heading: str  # what the page calls it
-    form: str  # of a number
-    away: str  # form of a difference, times unit, and half its interval
-    unit: int
-    better: int  # 1: more is better; -1: less
+    result: str  # its key in the cards
+    heading: str  # its name on the page
+    form: str  # format of a result
+    difference: str  # format of a difference and its half-width
+    unit: int  # factor of the difference
+    better: int  # 1: higher is better; -1: lower
     data: str
 
 
@@ -43,12 +43,12 @@ tables = pytest.mark.parametrize("task", TABLES)
 
 
 def cards(task, attention):
-    """The committed cards of a task's default run with another attention, by seed."""
+    """The committed cards of a task's default run with one attention, sorted by seed."""
     paths = runcard.RESULTS.glob(f"{task}_cpu_{attention}_seed*.json")
     return sorted((runcard.read_json(path) for path in paths), key=lambda c: c["config"]["seed"])
 
 
-def reached(task, attention):
+def final_results(task, attention):
     return [card["results"][TABLES[task].result] for card in cards(task, attention)]
 
 
@@ -64,21 +64,21 @@ def results_table(task):
         "|---|---|---|---|",
     ]
     for name in ATTENTIONS:
-        values, away = reached(task, name), ""
+        values, gap = final_results(task, name), ""
         if name != "nala":
-            both = compare.difference(values, reached(task, "nala"))
-            away = table.away.format(*(table.unit * number for number in both))
+            interval = compare.difference(values, final_results(task, "nala"))
+            gap = table.difference.format(*(table.unit * number for number in interval))
         low, middle, high = map(table.form.format, (min(values), mean(values), max(values)))
-        lines.append(f"| `{name}` | **{middle}** | {low} to {high} | {away} |")
+        lines.append(f"| `{name}` | **{middle}** | {low} to {high} | {gap} |")
     return "\n".join(lines).replace("%", " %")
 
 
 def verdict(task):
-    """What a task's 95 % intervals say of NaLa and the others, in the words of both pages."""
+    """NaLa against the others by a task's 95 % intervals, in the words of both pages."""
     groups = {"ahead of": [], "behind": [], "level with": []}
     for name, label in LABELS.items():
-        away, half = compare.difference(reached(task, name), reached(task, "nala"))
-        lead = -away * TABLES[task].better
+        gap, half = compare.difference(final_results(task, name), final_results(task, "nala"))
+        lead = -gap * TABLES[task].better
         group = "level with" if abs(lead) < half else "ahead of" if lead > 0 else "behind"
         groups[group].append(label)
     listed = {group: " and ".join(", ".join(x).rsplit(", ", 1)) for group, x in groups.items() if x}
@@ -86,7 +86,7 @@ def verdict(task):
 
 
 def small_tasks():
-    """What both pages say of text and images."""
+    """The sentence of both pages about text and images."""
     text, images = verdict("shakespeare"), verdict("cifar")
     if text == images:
         return f"On Shakespeare and on CIFAR-10, NaLa is {text}."
@@ -94,12 +94,12 @@ def small_tasks():
 
 
 @tables
-def test_results_table_is_the_run_cards(task):
+def test_results_table_agrees_with_the_run_cards(task):
     assert f"\n\n{results_table(task)}\n\n" in PAGE
     assert {len(cards(task, name)) for name in ATTENTIONS} == {5}
 
 
-def test_what_the_page_says_of_the_tables_is_what_their_intervals_say():
+def test_the_page_s_verdicts_follow_from_the_intervals():
     assert small_tasks() in PROSE
     text, images = (PROSE.index(f"## {name}") for name in ("Text", "Images"))
     sections = {"shakespeare": PROSE[text:images], "cifar": PROSE[images:]}
@@ -114,7 +114,7 @@ def test_what_the_page_says_of_the_tables_is_what_their_intervals_say():
         ("cifar", "python train_cifar.py --data-dir ."),
     ],
 )
-def test_the_default_run_is_its_run_card(task, command):
+def test_the_default_run_agrees_with_its_run_card(task, command):
     card, form = default(task), TABLES[task].form
     assert card["command"] == command
     number = form.format(card["results"][TABLES[task].result])
@@ -146,46 +146,52 @@ CARDS = {name: runcard.read_json(runcard.RESULTS / f"compare_{name}.json") for n
 STUDIED = {name: card["results"]["runs"] for name, card in CARDS.items()}
 
 
-def found(study, variant, result=None):
+def results_of(study, variant, result=None):
     return compare.values(STUDIED[study], variant, result or STUDIES[study].task.result)
 
 
-def away(study, variant, than="nala"):
-    """Mean difference of variant's result from another's, and half its 95 % interval."""
-    return compare.difference(found(study, variant), found(study, than))
+def difference_of(study, variant, baseline="nala"):
+    """Mean difference of variant's result from the baseline's, and the 95 % half-width."""
+    return compare.difference(results_of(study, variant), results_of(study, baseline))
 
 
-def said(study, variant, form="{:+.2f} ± {:.2f}"):
-    return form.format(*away(study, variant))
+def shown_difference(study, variant, form="{:+.2f} ± {:.2f}"):
+    return form.format(*difference_of(study, variant))
 
 
 def evidence():
-    """What stands in the page's text for each of these marks."""
-    norms = {kind: found("sharpness", "nala", f"norm of {kind}") for kind in ("one", "many")}
+    """The numbers in the page's text, each under a short name."""
+    norms = {kind: results_of("sharpness", "nala", f"norm of {kind}") for kind in ("one", "many")}
     minutes = sum(CARDS[name]["seconds"] for name in compare.DEFAULT_STUDIES) / 2 / 60
+    images = CARDS["images"]["seconds"] / 2 / 60
     return {
-        "@A1@": said("sharpness", "no query norm").lstrip("+"),
-        "@A2@": said("recall", "no cosine map, same state").lstrip("-"),
-        "@A3@": said("recall", "no query norm"),
-        "@L1@": said("recall", "lam 1"),
-        "@L2@": said("recall", "lam 2", "{:+.3f} ± {:.3f}"),
-        "@R@": "λ = 2 recalls {:+.2f} ± {:.2f} more (p = {:.3f})".format(
-            *answered("recall-powers")[0][2:]
+        "sharpness without the norm": shown_difference("sharpness", "no query norm").lstrip("+"),
+        "recall without the cosine map": shown_difference(
+            "recall", "no cosine map, same state"
+        ).lstrip("-"),
+        "recall without the norm": shown_difference("recall", "no query norm"),
+        "recall, lam 1": shown_difference("recall", "lam 1"),
+        "recall, lam 2": shown_difference("recall", "lam 2", "{:+.3f} ± {:.3f}"),
+        "recall, lam 2, more runs": "λ = 2 recalls {:+.2f} ± {:.2f} more (p = {:.3f})".format(
+            *answers_of("recall-powers")[0][2:]
         ),
-        "@W@": f"one of its runs falls to {min(found('recall-powers', 'lam 2')):.2f}",
-        "@Q5@": said("recall", "q and k 5 times as large"),
-        "@P@": "λ = 1 for keys only, recall changes by {}, for queries only by {}".format(
-            *(said("recall", f"lam 1 of {name}") for name in ("keys", "queries"))
+        "worst run": f"one of its runs falls to {min(results_of('recall-powers', 'lam 2')):.2f}",
+        "recall, longer queries and keys": shown_difference("recall", "q and k 5 times as large"),
+        "recall, lam 1 for one": "λ = 1 for keys only, recall changes by {},"
+        " for queries only by {}".format(
+            *(shown_difference("recall", f"lam 1 of {name}") for name in ("keys", "queries"))
         ),
-        "@D@": "4 channels recall {:.2f}, four of 8 as much as two of 16 ({:.2f}), one of 32 less"
-        " again ({:.2f})".format(*(mean(found("recall", f"nala, D = {n}")) for n in (4, 8, 32))),
-        "@T@": "heads of 4 channels recall {:+.2f} ± {:.2f} more".format(
-            *away("recall", "no query norm, D = 4", than="nala, D = 4")
+        "recall by channels": "4 channels recall {:.2f}, four of 8 as much as two of 16"
+        " ({:.2f}), one of 32 less again ({:.2f})".format(
+            *(mean(results_of("recall", f"nala, D = {n}")) for n in (4, 8, 32))
         ),
-        "@N1@": f"{min(norms['one']):.1f} to {max(norms['one']):.1f}",
-        "@N2@": f"{min(norms['many']):.2f} to {max(norms['many']):.2f}",
-        "@H@": f"{minutes:.0f} minutes",
-        "@I@": f"`--study images` another {CARDS['images']['seconds'] / 2 / 60:.0f} minutes",
+        "recall, heads of 4": "heads of 4 channels recall {:+.2f} ± {:.2f} more".format(
+            *difference_of("recall", "no query norm, D = 4", baseline="nala, D = 4")
+        ),
+        "norms, one key": f"{min(norms['one']):.1f} to {max(norms['one']):.1f}",
+        "norms, many keys": f"{min(norms['many']):.2f} to {max(norms['many']):.2f}",
+        "time of the default studies": f"{minutes:.0f} minutes",
+        "time of the images study": f"`--study images` another {images:.0f} minutes",
     }
 
 
@@ -195,7 +201,7 @@ MAIN = (
 )
 
 
-# The table's columns: study, heading, result and how to write it.
+# Columns of the table: {study: (heading, result, format)}.
 COLUMNS = {
     "recall": ("recall ↑", "accuracy at 64 pairs", "{:.2f}"),
     "sharpness": ("one or its group ↓", "error", "{:.3f}"),
@@ -206,8 +212,8 @@ COLUMNS = {
 
 
 def studies_table(main):
-    """The page's table of MAIN, or of all other variants: the mean result in each study, with the
-    lowest and highest in brackets."""
+    """The page's table of MAIN or of all other variants: each study's mean result, with the range
+    in brackets."""
     tried = {row["variant"] for name in COLUMNS for row in STUDIED[name]}
     rest = [name for name in VARIANTS if name in tried and name not in MAIN]
     heading = ["attention", *(heading for heading, *_ in COLUMNS.values())]
@@ -215,15 +221,15 @@ def studies_table(main):
     for name in MAIN if main else rest:
         cells = []
         for study, (_, result, form) in COLUMNS.items():
-            found = compare.values(STUDIED[study], name, result)
-            shown = [form.format(f(found)) for f in (mean, min, max)] if found else []
-            cells.append("{} ({} to {})".format(*shown) if found else "")
+            values = compare.values(STUDIED[study], name, result)
+            shown = [form.format(f(values)) for f in (mean, min, max)] if values else []
+            cells.append("{} ({} to {})".format(*shown) if values else "")
         lines.append([f"`{name}`", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-ANSWERED = {"text": ("{:+.3f} ± {:.3f}", 1), "images": ("{:+.1f} ± {:.1f} points", 100)}
-CALLED = {
+ANSWER_FORMATS = {"text": ("{:+.3f} ± {:.3f}", 1), "images": ("{:+.1f} ± {:.1f} points", 100)}
+VARIANT_LABELS = {
     "softmax": "softmax",
     "elu": "elu + 1",
     "relu": "ReLU",
@@ -234,13 +240,13 @@ CALLED = {
 }
 
 
-def called(variant):
-    """A variant in the words of the page."""
+def label_of(variant):
+    """A variant's name on the page."""
     first, *rest = variant.removeprefix("softmax, ").split(", ")
-    return ", ".join([CALLED[first], *rest])
+    return ", ".join([VARIANT_LABELS[first], *rest])
 
 
-def answered(study):
+def answers_of(study):
     return compare.answers(STUDIED[study], STUDIES[study])
 
 
@@ -249,32 +255,32 @@ def p_of(answer):
 
 
 def answers_table():
-    """The page's table of what text and images were asked, with corrected p-values."""
+    """The page's table of differences on text and images, with corrected p-values."""
     lines = [
         "| attention | minus | text, loss | p | images, accuracy | p |",
         "|---|---|---|---|---|---|",
     ]
-    for text, images in zip(*map(answered, ANSWERED), strict=True):
+    for text, images in zip(*map(answers_of, ANSWER_FORMATS), strict=True):
         cells = []
-        for answer, (form, unit) in zip((text, images), ANSWERED.values(), strict=True):
+        for answer, (form, unit) in zip((text, images), ANSWER_FORMATS.values(), strict=True):
             cells += [form.format(unit * answer.difference, unit * answer.half_width), p_of(answer)]
         than = {"nala": "NaLa"}.get(text.baseline, text.baseline)
-        lines.append(f"| {called(text.variant)} | {than} | {' | '.join(cells)} |")
+        lines.append(f"| {label_of(text.variant)} | {than} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def powers_table():
     """The page's table of NaLa with smaller powers, on text."""
-    called = {
+    labels = {
         "lam 1": "1 for queries and keys",
         "lam 2": "2 for queries and keys",
         "lam 1 of queries": "1 for queries only",
         "lam 1 of keys": "1 for keys only",
     }
     lines = ["| λ, instead of 3 | text, loss minus NaLa's | p |", "|---|---|---|"]
-    for x in answered("text-powers"):
+    for x in answers_of("text-powers"):
         lines.append(
-            f"| {called[x.variant]} | {x.difference:+.3f} ± {x.half_width:.3f} | {p_of(x)} |"
+            f"| {labels[x.variant]} | {x.difference:+.3f} ± {x.half_width:.3f} | {p_of(x)} |"
         )
     return "\n".join(lines)
 
@@ -289,11 +295,11 @@ def convolution_table():
         "| attention | with the convolution | without | without, minus NaLa's | p |",
         "|---|---|---|---|---|",
     ]
-    answers = {x.variant: x for x in answered("text-convolution")}
+    answers = {x.variant: x for x in answers_of("text-convolution")}
     for name, label in {"nala": "NaLa", "lam 1": "NaLa, λ = 1", **OTHERS, **LABELS}.items():
         variant = f"{name}{WITHOUT}".removeprefix("nala, ")
         study = "text-powers" if name == "lam 1" else "text"
-        losses = [mean(found(study, name)), mean(found("text-convolution", variant))]
+        losses = [mean(results_of(study, name)), mean(results_of("text-convolution", variant))]
         cells = [label, *(f"{loss:.3f}" for loss in losses), "", ""]
         if variant in answers:
             x = answers[variant]
@@ -302,7 +308,7 @@ def convolution_table():
     return "\n".join(lines)
 
 
-ELSEWHERE = {  # the study and what it changes, how to write its differences, and in what unit
+ELSEWHERE = {  # study: (what it changes, format of a difference, its factor)
     "text-long": ("windows of 1,024 characters", "{:+.3f} ± {:.3f}", 1),
     "text-gate": ("no gate", "{:+.3f} ± {:.3f}", 1),
     "images-powers": ("images", "{:+.1f} ± {:.1f} points", 100),
@@ -314,33 +320,33 @@ def elsewhere_table():
     lines = ["| what is different | attention | minus NaLa's | p |", "|---|---|---|---|"]
     named = {"lam 1": "NaLa, λ = 1", "lam 2": "NaLa, λ = 2", **LABELS}
     for study, (change, form, unit) in ELSEWHERE.items():
-        for x in answered(study):
-            label, away = (
+        for x in answers_of(study):
+            label, gap = (
                 named[x.variant.split(", ")[0]],
                 form.format(unit * x.difference, unit * x.half_width),
             )
-            lines.append(f"| {change} | {label} | {away} | {p_of(x)} |")
+            lines.append(f"| {change} | {label} | {gap} | {p_of(x)} |")
     return "\n".join(lines)
 
 
 def answers_verdict():
-    """Which answers are significant, as a family."""
+    """The answers that are significant after correction."""
     parts = []
-    for study in ANSWERED:
-        clear = [called(x.variant) for x in answered(study) if x.p < 0.05]
+    for study in ANSWER_FORMATS:
+        clear = [label_of(x.variant) for x in answers_of(study) if x.p < 0.05]
         clear = [re.sub(", (same state)", r" (\1)", name) for name in clear]
         parts.append(f"on {study} {', '.join(clear) or 'none'}")
     return f"Significant after correction: {'; '.join(parts)}."
 
 
 def shorter_runs():
-    """What both pages say of the study of text: it is clear, and the longer runs are not."""
+    """The sentence of both pages about the text study, whose differences are significant."""
     clear = {
-        x.variant: x.difference for x in answered("text") if x.p < 0.05 and x.baseline == "nala"
+        x.variant: x.difference for x in answers_of("text") if x.p < 0.05 and x.baseline == "nala"
     }
     plain = [-clear[name] for name in LABELS]
     assert min(plain) > 0  # NaLa is behind all three
-    bare = {x.variant.removesuffix(WITHOUT): -x.difference for x in answered("text-convolution")}
+    bare = {x.variant.removesuffix(WITHOUT): -x.difference for x in answers_of("text-convolution")}
     bare = [bare[name] for name in LABELS]
     return (
         "In runs a third as long, with eight seeds, it is"
@@ -357,8 +363,8 @@ PREMISE = {
 
 
 def premise_table():
-    """The page's table: rank correlation of entropy with norms, mean over seeds and blocks, with
-    the lowest and the highest of the blocks' means."""
+    """The page's table of rank correlations of entropy with norms: mean over seeds and blocks, with
+    the range of the blocks' means."""
     norms = {"query_norm": "query's norm", "key_norm": "key's norm"}
     heading = [f"{study}, {name}" for study in PREMISE for name in norms.values()]
     lines = [["attention", *heading], ["---"] * 5]
@@ -373,7 +379,7 @@ def premise_table():
 
 
 def correlation(study, attention, norm):
-    """Its mean over seeds and blocks, and the lowest and the highest mean of a block."""
+    """Its mean over seeds and blocks, then the lowest and the highest mean of a block."""
     rows = [row for row in PREMISE[study]["results"]["correlations"] if row["variant"] == attention]
     blocks = sorted({row["block"] for row in rows})
     means = [mean(row[norm] for row in rows if row["block"] == block) for block in blocks]
@@ -385,37 +391,37 @@ RATES = {"text-rates": ("text", "{:.3f}", -1), "images-rates": ("images", "{:.3f
 
 
 def rates_table():
-    """The page's table of results with half, the same and double the learning rates."""
+    """The page's table of results at half, the usual and double learning rates."""
     shown = [(study, factor) for study in RATES for factor in FACTORS]
     lines = [
         ["attention", *(f"{RATES[study][0]}, {factor}" for study, factor in shown)],
         ["---"] * (1 + len(shown)),
     ]
     for name in ATTENTIONS:
-        cells = (mean(found(study, name + FACTORS[factor])) for study, factor in shown)
+        cells = (mean(results_of(study, name + FACTORS[factor])) for study, factor in shown)
         forms = (RATES[study][1] for study, _ in shown)
         lines.append([f"`{name}`", *(f.format(x) for f, x in zip(forms, cells, strict=True))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rates_verdict():
-    """Which attentions are significantly better with other rates, and what the best rates of each
-    would change."""
+    """Attentions that are significantly better with other rates, and the gain from the best rates
+    of each."""
     better, gains = [], []
     for study, (_, _, sign) in RATES.items():
         for name in ATTENTIONS:
-            means = {f: sign * mean(found(study, name + end)) for f, end in FACTORS.items()}
+            means = {f: sign * mean(results_of(study, name + end)) for f, end in FACTORS.items()}
             gains.append((study, max(means.values()) - means["as used"]))
             for factor in ("half", "double"):
-                middle, half = away(study, name + FACTORS[factor], than=name)
+                middle, half = difference_of(study, name + FACTORS[factor], baseline=name)
                 if sign * middle > half:
                     better.append(f"{LABELS.get(name, 'NaLa')} with {factor} on {RATES[study][0]}")
     most = {study: max(gain for s, gain in gains if s == study) for study in RATES}
     ahead = [
-        f"{LABELS[name]} on {RATES[study][0]} ({said(study, name, '{:+.3f} ± {:.3f}')})"
+        f"{LABELS[name]} on {RATES[study][0]} ({shown_difference(study, name, '{:+.3f} ± {:.3f}')})"
         for study in RATES
         for name in ATTENTIONS[1:]
-        if abs(away(study, name)[0]) > away(study, name)[1]
+        if abs(difference_of(study, name)[0]) > difference_of(study, name)[1]
     ]
     return (
         f"Significantly better with other rates: {', '.join(better) or 'none'}. The best of the"
@@ -426,18 +432,18 @@ def rates_verdict():
     )
 
 
-def test_other_learning_rates_are_their_cards():
+def test_other_learning_rates_agree_with_their_cards():
     assert f"\n\n{rates_table()}\n\n" in PAGE
     assert rates_verdict() in PROSE
     for study, steps in (("text-rates", "1,200 steps"), ("images-rates", "900")):
         assert f"{STUDIES[study].task.steps:,}" in steps and steps in PROSE
 
 
-def test_the_tables_of_studies_are_their_cards():
+def test_the_tables_of_studies_agree_with_their_cards():
     for main in (True, False):
         assert f"\n\n{studies_table(main)}\n\n" in PAGE
-    for mark, text in evidence().items():
-        assert text in PROSE, mark
+    for name, text in evidence().items():
+        assert text in PROSE, name
 
 
 def test_the_default_studies_fit_two_hours_on_two_cores():
@@ -445,65 +451,70 @@ def test_the_default_studies_fit_two_hours_on_two_cores():
 
 
 @pytest.mark.parametrize("study", CARDS)
-def test_a_study_s_card_is_of_the_study_as_it_is(study):
+def test_a_study_s_card_is_of_the_current_study(study):
     card, now = CARDS[study], STUDIES[study]
     runs = [(row["variant"], row["seed"]) for row in card["results"]["runs"]]
     assert runs == [(v, seed) for seed in range(1, now.seeds + 1) for v in now.variants]
     assert card["config"]["variants"] == list(now.variants)
     task = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(now.task).items()}
-    later = {
+    added = {  # fields added since some cards, with the values they had then
         "weight_decay": 0.1,
         "schedule": "cosine",
         "held_out": False,
-    }  # was so before it said so
-    same = later | card["config"]["task"]
-    assert same == later | {k: v for k, v in task.items() if k not in ("file", "folder")}
+    }
+    recorded = added | card["config"]["task"]
+    assert recorded == added | {k: v for k, v in task.items() if k not in ("file", "folder")}
     command = card["command"].replace("nala_min.compare", "nala_min.lab.compare")  # before lab/
     assert command == f"python -m nala_min.lab.compare --study {study}"
 
 
-def test_what_the_readme_concludes_is_in_the_cards():
-    """1: ahead of elu + 1 and ReLU with states as large, run by run; softmax recalls more."""
+def test_the_readme_s_conclusions_follow_from_the_cards():
+    """Conclusions 1 and 2, and the claims about the norm, the cosine map and the settings."""
+    # Every run is ahead of elu + 1 and ReLU with equally large states; softmax recalls everything.
     for name in ("elu, same state", "relu, same state"):
-        assert min(found("recall", "nala")) > max(found("recall", name))
-        assert max(found("sharpness", "nala")) < min(found("sharpness", name))
-    assert min(found("recall", "softmax")) == 1 > max(found("recall", "nala"))
-    # 3: elu + 1 is no worse where all are to be averaged, ReLU is
-    assert mean(found("sharpness-all", "elu, same state")) < mean(found("sharpness-all", "nala"))
-    assert min(found("sharpness-all", "relu, same state")) > max(found("sharpness-all", "nala"))
-    # The claims: without the norm as bad as ReLU, without the cosine map far less is recalled.
-    norm, relu = (mean(found("sharpness", n)) for n in ("no query norm", "relu, same state"))
+        assert min(results_of("recall", "nala")) > max(results_of("recall", name))
+        assert max(results_of("sharpness", "nala")) < min(results_of("sharpness", name))
+    assert min(results_of("recall", "softmax")) == 1 > max(results_of("recall", "nala"))
+    # Where a query may have to average all keys, elu + 1 is better than NaLa and ReLU is worse.
+    assert mean(results_of("sharpness-all", "elu, same state")) < mean(
+        results_of("sharpness-all", "nala")
+    )
+    assert min(results_of("sharpness-all", "relu, same state")) > max(
+        results_of("sharpness-all", "nala")
+    )
+    # Without the norm, NaLa is as bad as ReLU; without the cosine map, it recalls far less.
+    norm, relu = (mean(results_of("sharpness", n)) for n in ("no query norm", "relu, same state"))
     assert norm == pytest.approx(relu, abs=0.001)
     for study, name in (("sharpness", "no query norm"), ("recall", "no cosine map, same state")):
-        middle, half = away(study, name)
+        middle, half = difference_of(study, name)
         assert abs(middle) > half
     for study, name in (
         ("sharpness", "no cosine map, same state"),
         ("sharpness", "magnitude-aware, same state"),
         ("recall", "no query norm"),
     ):
-        middle, half = away(study, name)
+        middle, half = difference_of(study, name)
         assert abs(middle) < half
-    # What bounds it.
+    # No other lam, tau, alpha or tanh is significantly better.
     for study in ("recall", "sharpness", "sharpness-all"):
         sign = 1 if study == "recall" else -1
         for name in STUDIES[study].variants:
             if name[:3] in ("lam", "tau", "alp", "tan"):
-                middle, half = away(study, name)
+                middle, half = difference_of(study, name)
                 assert sign * middle < half, (study, name)  # not significantly better
         worse = {"recall": ["lam 1", "lam 1 of keys"], "sharpness": ["alpha 2", "lam 1"]}
         for name in worse.get(study, ["alpha 2"]):
-            middle, half = away(study, name)
+            middle, half = difference_of(study, name)
             assert sign * middle < -half  # significantly worse
-    middle, half = away("recall", "q and k 5 times as large")
+    middle, half = difference_of("recall", "q and k 5 times as large")
     assert abs(middle) < half
 
 
 def test_the_answers_of_text_and_images_are_their_cards():
-    """Neither the norm nor the cosine map is why NaLa is behind; softmax does without the norm."""
+    """Neither the norm nor the cosine map holds NaLa back; softmax does not need the norm."""
     assert f"\n\n{answers_table()}\n\n" in PAGE
     assert answers_verdict() in PROSE and shorter_runs() in PROSE
-    p_values = {(x.variant, x.baseline): x.p for x in answered("text")}
+    p_values = {(x.variant, x.baseline): x.p for x in answers_of("text")}
     for name in ("no query norm", "no cosine map, same state", "split"):
         assert p_values[name, "nala"] > 0.05
     assert p_values["softmax, one norm", "softmax"] > 0.05
@@ -511,55 +522,57 @@ def test_the_answers_of_text_and_images_are_their_cards():
         assert f"{STUDIES[study].task.steps:,}" in steps and steps in PROSE
 
 
-def test_it_is_the_power_that_holds_nala_back_on_text():
-    """With λ = 1 it is level with softmax, elu + 1 and ReLU, whose runs are of the same seeds."""
+def test_the_power_holds_nala_back_on_text():
+    """With λ = 1 it is level with softmax, elu + 1 and ReLU, run with the same seeds."""
     assert f"\n\n{powers_table()}\n\n" in PAGE
-    assert found("text", "nala") == found("text-powers", "nala")  # to the last digit
-    p_values = {x.variant: x.p for x in answered("text-powers")}
+    assert results_of("text", "nala") == results_of("text-powers", "nala")  # bit for bit
+    p_values = {x.variant: x.p for x in answers_of("text-powers")}
     assert p_values["lam 1"] < 0.05
-    recalled = [f"{mean(found('recall', name)):.0%}" for name in ("lam 1", "nala")]
+    recalled = [f"{mean(results_of('recall', name)):.0%}" for name in ("lam 1", "nala")]
     assert "recalls {} of 64 values instead of {}".format(*recalled) in PROSE
     others = {}
     for name, label in LABELS.items():
-        others[label] = compare.difference(found("text-powers", "lam 1"), found("text", name))
+        others[label] = compare.difference(
+            results_of("text-powers", "lam 1"), results_of("text", name)
+        )
         assert abs(others[label][0]) < others[label][1], label
-    said = [f"{label} ({x:+.3f} ± {half:.3f})" for label, (x, half) in others.items()]
-    assert "level with {}, {} and {}.".format(*said) in PROSE
+    shown = [f"{label} ({x:+.3f} ± {half:.3f})" for label, (x, half) in others.items()]
+    assert "level with {}, {} and {}.".format(*shown) in PROSE
 
 
-def test_what_the_convolution_hides_is_its_card():
+def test_runs_without_the_convolution_agree_with_their_card():
     assert f"\n\n{convolution_table()}\n\n" in PAGE
-    bare = {x.variant.removesuffix(WITHOUT): x for x in answered("text-convolution")}
+    bare = {x.variant.removesuffix(WITHOUT): x for x in answers_of("text-convolution")}
     for name, x in bare.items():  # NaLa is last
         assert (x.p > 0.05) if name in OTHERS else (x.difference < 0 and x.p < 0.05)
-    losses = {name: found("text-convolution", name + WITHOUT) for name in bare}
+    losses = {name: results_of("text-convolution", name + WITHOUT) for name in bare}
     softmax, one = losses.pop("softmax"), losses["lam 1"]
     for theirs in losses.values():  # softmax is ahead of every linear attention
         middle, half = compare.difference(softmax, theirs)
         assert middle < -half
     elu, relu = (compare.difference(one, losses[name]) for name in ("elu", "relu"))
     assert all(abs(middle) < half for middle, half in (elu, relu))
-    said = "level with elu + 1 ({:+.3f} ± {:.3f}) and ReLU ({:+.3f} ± {:.3f})"
-    assert said.format(*elu, *relu) in PROSE
+    sentence = "level with elu + 1 ({:+.3f} ± {:.3f}) and ReLU ({:+.3f} ± {:.3f})"
+    assert sentence.format(*elu, *relu) in PROSE
     assert 0.4 < bare["lam 1"].difference / bare["softmax"].difference < 0.6  # "about half"
 
 
-def test_other_settings_are_their_cards():
-    """Only without a gate a difference is significant; there, both are better than with it."""
+def test_other_settings_agree_with_their_cards():
+    """Only without the gate is a difference significant; both attentions are better without it."""
     assert f"\n\n{elsewhere_table()}\n\n" in PAGE
     for study in ELSEWHERE:
-        for x in answered(study):
+        for x in answers_of(study):
             assert (x.difference > 0) == (study == "images-powers")
             assert (x.p < 0.05) == (study == "text-gate")
     gains = [
-        compare.difference(found("text-gate", without), found("text", name))
+        compare.difference(results_of("text-gate", without), results_of("text", name))
         for name, without in {"nala": "no gate", "softmax": "softmax, no gate"}.items()
     ]
     assert all(middle < -half for middle, half in gains)
     assert "NaLa {:+.3f} ± {:.3f}, softmax {:+.3f} ± {:.3f}".format(*gains[0], *gains[1]) in PROSE
 
 
-def test_the_premise_in_trained_models_is_its_cards():
+def test_the_premise_in_trained_models_agrees_with_its_cards():
     assert f"\n\n{premise_table()}\n\n" in PAGE
     for study, card in PREMISE.items():
         assert card["config"]["seeds"] == STUDIES[study].seeds
@@ -570,9 +583,9 @@ def test_the_premise_in_trained_models_is_its_cards():
     assert all(abs(correlation("text", name, "query_norm")[0]) < 0.2 for name in ("nala", "elu"))
 
 
-def test_the_alternative_texts_of_the_studies_pictures_are_the_cards():
+def test_alt_texts_of_the_studies_pictures_agree_with_the_cards():
     shares = [
-        f"{mean(found('recall', name)):.2f}"
+        f"{mean(results_of('recall', name)):.2f}"
         for name in ("nala", "no query norm", "elu, same state", "no cosine map, same state")
     ]
     assert (
@@ -580,7 +593,7 @@ def test_the_alternative_texts_of_the_studies_pictures_are_the_cards():
         " state to {}; NaLa with ReLU for its cosines, at the same state, to {}".format(*shares)
     ) in PROSE
     errors = [
-        f"{mean(found('sharpness', name, f'error of {kind}')):.2f}"
+        f"{mean(results_of('sharpness', name, f'error of {kind}')):.2f}"
         for name in ("no query norm", "elu, same state")
         for kind in ("one", "many")
     ]
@@ -597,25 +610,25 @@ SPEED = runcard.read_json(runcard.RESULTS / "speed_cpu_float32.json")["results"]
 EPYC = runcard.read_json(runcard.RESULTS / "speed_cpu_epyc.json")["results"]
 PEERS = runcard.read_json(runcard.RESULTS / "speed_cpu_peers.json")["results"]["peers"]
 LONG = runcard.read_json(runcard.RESULTS / "speed_cpu_long.json")["results"]
-BOTH = {"pass": "forward + backward"}
+BOTH_PASSES = {"pass": "forward + backward"}
 
 
 def ratio(rows, slow, fast, **which):
-    """How many times as long slow takes as fast: two forms, or two contexts of one form."""
+    """slow's time divided by fast's: two forms, or two contexts of one form."""
     times = [bench.select(rows, **which, **one)[0]["median"] for one in (slow, fast)]
     return times[0] / times[1]
 
 
-def against_softmax(length, form="nala", causal=True, results=SPEED):
+def speedup(length, form="nala", causal=True, results=SPEED):
     pair = {"form": "softmax"}, {"form": form}
-    return ratio(results["attention"], *pair, length=length, causal=causal, **BOTH)
+    return ratio(results["attention"], *pair, length=length, causal=causal, **BOTH_PASSES)
 
 
-def short(number):
+def format_ratio(number):
     return f"{number:.2f}" if number < 10 else f"{number:.1f}"
 
 
-def test_how_many_times_as_long_softmax_takes_is_the_run_card():
+def test_softmax_s_relative_times_agree_with_the_run_cards():
     (table,) = re.findall(r"^\| softmax's time ÷ NaLa's \|.+?\n\n", PAGE, re.MULTILINE | re.DOTALL)
     heading, _, *rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
     lengths = [int(cell.replace(",", "")) for cell in heading[1:]]
@@ -629,23 +642,23 @@ def test_how_many_times_as_long_softmax_takes_is_the_run_card():
     }
     assert [row[0] for row in rows] == list(forms)
     for name, *cells in rows:
-        assert cells == [short(against_softmax(n, *forms[name])) for n in lengths], name
+        assert cells == [format_ratio(speedup(n, *forms[name])) for n in lengths], name
 
 
 def cells(heading):
-    """The last column of the page's table of two columns with this heading, by its first."""
+    """The two-column table with this heading on the page, as a dict."""
     (table,) = re.findall(rf"^\| {heading} \|\n\|---\|---\|\n((?:\|.+\n)+)", PAGE, re.MULTILINE)
     return dict(line.strip("| ").split(" | ") for line in table.strip().splitlines())
 
 
 def steps_table():
-    """The page's table of training steps: what NaLa takes and holds beside softmax."""
+    """The page's table of training steps: NaLa's time and memory against softmax's."""
 
     def step(form, what, window):
         return bench.select(LONG["steps"], form=form, block=window)[0][what]
 
     def over(what, one, other):
-        return [short(step(one, what, n) / step(other, what, n)) for n in bench.LONG_WINDOWS]
+        return [format_ratio(step(one, what, n) / step(other, what, n)) for n in bench.LONG_WINDOWS]
 
     def per_second(form):
         sizes = {window: window * batch for window, batch in bench.LONG_WINDOWS.items()}
@@ -672,8 +685,8 @@ LONG_RUNS = {
 }
 
 
-def longer(window):
-    """How many times as long a whole run with softmax takes."""
+def time_ratio(window):
+    """Time of a whole run with softmax, divided by NaLa's."""
     runs = LONG_RUNS[window]
     return runs["softmax"]["seconds"] / runs["nala"]["seconds"]
 
@@ -685,16 +698,16 @@ def long_runs_table():
         "|---|---|---|---|---|",
     ]
     for window, runs in LONG_RUNS.items():
-        reached = [
+        results = [
             f"{run['results']['validation_loss']:.3f} after {run['seconds'] / 60:.1f} min"
             for run in runs.values()
         ]
         steps = runs["nala"]["config"]["steps"]
-        lines.append(f"| {window:,} | {steps} | {' | '.join(reached)} | {longer(window):.1f} |")
+        lines.append(f"| {window:,} | {steps} | {' | '.join(results)} | {time_ratio(window):.1f} |")
     return "\n".join(lines)
 
 
-def test_whole_runs_with_long_windows_are_their_cards():
+def test_whole_runs_with_long_windows_agree_with_their_cards():
     assert f"\n\n{long_runs_table()}\n\n" in PAGE
     for window, runs in LONG_RUNS.items():
         ours, theirs = (run["config"] | {"attention": ""} for run in runs.values())
@@ -705,15 +718,17 @@ def test_whole_runs_with_long_windows_are_their_cards():
 
 
 def speed_cells():
-    """The last column of the page's table of other numbers of speed."""
+    """The last column of the page's table of other speed measurements."""
     step = partial(ratio, SPEED["steps"])
     decode = partial(ratio, SPEED["decode"])
     peaks = [
-        bench.select(SPEED["attention"], form=form, length=16384, causal=True, **BOTH)[0]["peak"]
+        bench.select(SPEED["attention"], form=form, length=16384, causal=True, **BOTH_PASSES)[0][
+            "peak"
+        ]
         for form in ("nala", "softmax")
     ]
     place = SPEED["crossover"]["causal, forward + backward"]
-    compiled = bench.crossover(SPEED["attention"], form="compiled", causal=True, **BOTH)
+    compiled = bench.crossover(SPEED["attention"], form="compiled", causal=True, **BOTH_PASSES)
     steps = {
         block: "; ".join(
             f"{step({'form': form}, {'form': 'softmax'}, block=block):.3f}"
@@ -740,79 +755,79 @@ def speed_cells():
     ]
 
 
-def test_the_other_numbers_of_speed_are_the_run_card():
+def test_the_other_speed_measurements_agree_with_the_run_cards():
     assert f"\n\n{steps_table()}\n\n" in PAGE
     assert list(cells(r"\| measured").values()) == speed_cells()
 
 
-def test_the_times_of_other_libraries_are_the_run_card():
-    want = []
+def test_the_times_of_other_libraries_agree_with_the_run_card():
+    expected = []
     for form in ("fla_naive_chunk", "fast_transformers", "performer_pytorch"):
-        found = [
-            ratio(PEERS, {"form": form}, {"form": "nala"}, length=2**i, **BOTH)
+        ratios = [
+            ratio(PEERS, {"form": form}, {"form": "nala"}, length=2**i, **BOTH_PASSES)
             for i in range(10, 15)
         ]
-        want.append(f"{min(found):.3f} to {max(found):.3f}")
-    assert list(cells(r"library \| time ÷ ours").values()) == want
+        expected.append(f"{min(ratios):.3f} to {max(ratios):.3f}")
+    assert list(cells(r"library \| time ÷ ours").values()) == expected
     pair = {"form": "product"}, {"form": "nala"}
-    share = ratio(SPEED["attention"], *pair, length=4096, causal=True, **BOTH)
+    share = ratio(SPEED["attention"], *pair, length=4096, causal=True, **BOTH_PASSES)
     assert f"alone takes {share:.0%} at 4,096 tokens" in PROSE
     pair, alone = ({"form": "fast_transformers"}, {"form": "nala"}), {"pass": "forward"}
-    said = f"alone takes {ratio(PEERS, *pair, length=16384, **alone):.3f} times as long as ours"
-    assert f"{said} at 16,384 tokens" in PROSE
+    sentence = f"alone takes {ratio(PEERS, *pair, length=16384, **alone):.3f} times as long as ours"
+    assert f"{sentence} at 16,384 tokens" in PROSE
 
 
-def test_the_aims_that_are_missed_and_what_another_machine_takes():
-    assert against_softmax(4096) < 5 and against_softmax(16384) < 17
+def test_missed_targets_and_another_machine_s_times():
+    assert speedup(4096) < 5 and speedup(16384) < 17
     step = ratio(SPEED["steps"], {"form": "nala"}, {"form": "softmax"}, block=256)
     assert step > 1.2
     assert ratio(SPEED["decode"], {"form": "softmax"}, {"form": "nala"}, context=16384) < 10
-    said = []
+    ranges = []
     for form in ("softmax", "nala"):
-        here, there = (
+        ours, epyc = (
             [
                 row["median"]
-                for row in bench.select(card["attention"], form=form, causal=True, **BOTH)
+                for row in bench.select(card["attention"], form=form, causal=True, **BOTH_PASSES)
                 if row["length"] >= 1024
             ]
             for card in (SPEED, EPYC)
         )
-        ratios = [a / b for a, b in zip(here, there, strict=True)]
-        said.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
-    assert "softmax takes {} times as long as on the EPYC, NaLa {}.".format(*said) in PROSE
+        ratios = [a / b for a, b in zip(ours, epyc, strict=True)]
+        ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+    assert "softmax takes {} times as long as on the EPYC, NaLa {}.".format(*ranges) in PROSE
 
 
 def speed_in_short():
-    """Where causal NaLa passes the fused softmax, and how it and a training step with it stand at
-    16,384 tokens."""
+    """From how many tokens causal NaLa is faster than the fused softmax, and by how much at 16,384;
+    then the gain in training on long windows."""
     place = SPEED["crossover"]["causal, forward + backward"]
     assert place == EPYC["crossover"]["causal, forward + backward"]
-    there = short(against_softmax(16384, results=EPYC))
+    epyc = format_ratio(speedup(16384, results=EPYC))
     return (
         f"from {place:,} tokens",
-        f"at 16,384 it is {short(against_softmax(16384))} times as fast ({there} on an AMD EPYC)."
-        f" On windows of 8,192 characters it trains {longer(8192):.1f} times as fast, to about the"
-        " same loss",
+        f"at 16,384 it is {format_ratio(speedup(16384))} times as fast ({epyc} on an AMD EPYC)."
+        f" On windows of 8,192 characters it trains {time_ratio(8192):.1f} times as fast, to"
+        " about the same loss",
     )
 
 
 def test_speed_in_short():
     for length in (16384, 32768, 65536):
-        which = {"length": length, "causal": True, **BOTH}
+        which = {"length": length, "causal": True, **BOTH_PASSES}
         peaks = [
             bench.select(SPEED["attention"], form=form, **which)[0]["peak"]
             for form in ("nala", "softmax")
         ]
         assert peaks[0] <= 2 * peaks[1]
     assert "at most twice its memory from 16,384 tokens" in PROSE
-    where = speed_in_short()[0]
-    assert f"Causal NaLa is faster than the fused softmax {where}" in PROSE
+    crossover = speed_in_short()[0]
+    assert f"Causal NaLa is faster than the fused softmax {crossover}" in PROSE
 
 
-# --- When something breaks ------------------------------------------------------------------------
+# --- Faults and mutants ---------------------------------------------------------------------------
 
 
-def test_what_was_lost_is_the_run_card():
+def test_the_table_of_faults_agrees_with_its_run_card():
     results = runcard.read_json(runcard.RESULTS / "faults.json")["results"]
     (rows,) = re.findall(r"^\| fault \|.+\n\|---.+\n((?:\|.+\n)+)", PAGE, re.MULTILINE)
     assert rows.strip() == faults.table(results)
@@ -824,16 +839,16 @@ def test_what_was_lost_is_the_run_card():
         assert kills["times"] >= 20 and min(kills["phases"].values()) >= 5
 
 
-def test_what_mutants_showed_is_the_run_card():
+def test_the_mutation_score_agrees_with_its_run_card():
     card = runcard.read_json(runcard.RESULTS / "mutation.json")
-    found = card["results"]
-    survivors, equivalent = len(found["survivors"]), len(found["equivalent"])
-    assert found["mutants"] == found["caught"] + survivors + equivalent
-    share = found["caught"] / (found["caught"] + survivors)
+    results = card["results"]
+    survivors, equivalent = len(results["survivors"]), len(results["equivalent"])
+    assert results["mutants"] == results["caught"] + survivors + equivalent
+    share = results["caught"] / (results["caught"] + survivors)
     assert share >= 0.95 and card["config"]["every"] == 2
-    said = (
-        f"Of {found['mutants']} mutants, every second one that it makes, {equivalent} appear"
-        f" equivalent to the original; the tests caught {found['caught']} of the others,"
+    sentence = (
+        f"Of {results['mutants']} mutants, every second one that it makes, {equivalent} appear"
+        f" equivalent to the original; the tests caught {results['caught']} of the others,"
         f" {share:.1%}"
     )
-    assert said in PROSE
+    assert sentence in PROSE

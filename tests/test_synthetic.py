@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import assert_ambient_has_no_say
+from scripts import assert_independent_of_defaults
 
 from nala_min import data, synthetic
 
@@ -40,7 +40,7 @@ def test_drawn_digits_do_not_depend_on_torch_s_defaults():
         images = data.drawn_images(7, 3)
         return [*images.train, *images.test]
 
-    assert_ambient_has_no_say(make)
+    assert_independent_of_defaults(make)
 
 
 def test_no_drawn_image_occurs_twice_in_a_batch_nor_in_training_and_test(digits):

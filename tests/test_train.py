@@ -186,8 +186,8 @@ def test_the_recipe_of_settings(steps, every, device, bfloat16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     flags = ["--preset", "cpu", "--steps", steps, "--weight-decay", "0.25", "--schedule", "cosine"]
     recipe = parse_flags(Run, [*flags, "--seed", "7"]).recipe(torch.device(device))
-    given = {"muon": 0.125, "weight_decay": 0.25, "schedule": "cosine", "seed": 7}
-    assert recipe == Recipe(int(steps), 0.5, eval_every=every, bfloat16=bfloat16, **given)
+    options = {"muon": 0.125, "weight_decay": 0.25, "schedule": "cosine", "seed": 7}
+    assert recipe == Recipe(int(steps), 0.5, eval_every=every, bfloat16=bfloat16, **options)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_the_recipe_of_settings(steps, every, device, bfloat16, monkeypatch):
         ["--seed", "-1"],
     ],
 )
-def test_settings_that_no_run_can_have_are_a_mistake_that_names_the_flag(argv):
+def test_impossible_settings_name_the_flag(argv):
     with pytest.raises(UsageError, match=argv[0]):
         parse_flags(Run, ["--preset", "cpu", *argv])
 
 
 @pytest.mark.parametrize("name", ["dropout", "shift"])
-def test_only_what_may_be_zero_may_be_zero(name):
+def test_only_some_flags_may_be_zero(name):
     assert getattr(parse_flags(Run, [f"--{name}", "0"]), name) == 0
     with pytest.raises(UsageError, match=f"--{name} must be at least 0 and below .*, got -1"):
         parse_flags(Run, [f"--{name}", "-1"])
@@ -269,7 +269,7 @@ def test_blocks_that_do_not_fit_together_say_why(argv, reason):
         ),
     ],
 )
-def test_a_script_turns_a_mistake_into_one_line_and_an_exit_code(
+def test_a_script_turns_an_error_into_one_line_and_an_exit_code(
     error, code, line, monkeypatch, capsys
 ):
     def main():
@@ -285,7 +285,7 @@ def test_a_script_turns_a_mistake_into_one_line_and_an_exit_code(
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
-def test_a_script_s_bug_is_not_called_a_mistake_of_the_user(kind):
+def test_a_bug_in_a_script_keeps_its_traceback(kind):
     def main():
         raise kind("a bug")
 
@@ -331,7 +331,7 @@ def test_choose_device_takes_the_named_one_or_the_best(name, cuda, mps, chosen, 
 @pytest.mark.parametrize(
     ("name", "cuda", "mps"), [("cuda", False, True), ("cuda", False, False), ("mps", True, False)]
 )
-def test_choose_device_refuses_one_that_is_not_there(name, cuda, mps, machine):
+def test_choose_device_refuses_a_missing_device(name, cuda, mps, machine):
     machine(cuda, mps)
     with pytest.raises(UsageError, match=f"--device {name}"):
         train.choose_device(name)
@@ -339,7 +339,7 @@ def test_choose_device_refuses_one_that_is_not_there(name, cuda, mps, machine):
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_each_process_takes_its_own_card(name, machine, monkeypatch):
-    """Or none does: a job of cards and processors would wait for itself."""
+    """With too few cards, no process starts: a mixed job would deadlock."""
     machine(True, False)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -354,18 +354,18 @@ def test_each_process_takes_its_own_card(name, machine, monkeypatch):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_bfloat16_is_for_cards_that_compute_in_it(there, monkeypatch):
+def test_bfloat16_is_for_cards_that_support_it(native, monkeypatch):
     def supported(including_emulation=True):
-        return there or including_emulation
+        return native or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert train.has_bfloat16(torch.device("cuda")) == there
+    assert train.has_bfloat16(torch.device("cuda")) == native
     assert not any(train.has_bfloat16(torch.device(name)) for name in ("cpu", "mps"))
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
-def test_products_are_in_tf32_only_where_others_are_in_bfloat16(bfloat16, tmp_path):
-    """And only while it trains, whatever ends it."""
+def test_float32_products_use_tf32_only_with_bfloat16(bfloat16, tmp_path):
+    """And only during training, however it ends."""
     before, seen = torch.get_float32_matmul_precision(), []
 
     def loss(model, x, y):
@@ -403,7 +403,7 @@ def test_a_compiled_run_is_another_run():
     [("linear", 0.75, 0.5, 0.001), ("cosine", 0.1 + 0.9 * (0.5 + math.sqrt(0.125)), 0.55, 0.1)],
 )
 def test_the_learning_rate_warms_up_and_decays(schedule, quarter, half, last):
-    """In a line to nothing, or along a cosine to a tenth."""
+    """Linearly to zero, or along a cosine to a tenth."""
     recipe = Recipe(steps=1000, learning_rate=0.5, warmup=10, schedule=schedule)
     rates = [recipe.learning_rate_at(step, 2.0) / 2.0 for step in range(1000)]
     for step in range(10):
@@ -462,15 +462,15 @@ def test_muon_takes_the_matrices_between_the_ends_of_a_model(make):
     recipe = Recipe(3, 0.25, muon=0.5, weight_decay=0.125)
     adam, muon = train.make_optimizers(model, recipe)
     groups = [(opt, group) for opt in (adam, muon) for group in opt.param_groups]
-    found = [id(p) for _, group in groups for p in group["params"]]
-    assert sorted(found) == sorted(id(p) for p in model.parameters())
+    ids = [id(p) for _, group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
     kind = {id(p): (opt, group["weight_decay"]) for opt, group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
-            want = adam, 0.0
+            expected = adam, 0.0
         else:
-            want = (adam if name in ("embed.weight", "head.weight") else muon), 0.125
-        assert kind[id(parameter)] == want, name
+            expected = (adam if name in ("embed.weight", "head.weight") else muon), 0.125
+        assert kind[id(parameter)] == expected, name
     assert {group["lr"] for group in adam.param_groups} == {0.25}
     assert {group["lr"] for group in muon.param_groups} == {0.5}
 
@@ -490,10 +490,12 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_singular_values(shape
 @pytest.mark.parametrize("rope", [None, "numerator"])
 @pytest.mark.parametrize("make", [small_model, small_vit])
 def test_a_step_lets_a_card_run_ahead(make, rope, monkeypatch):
-    """Tensors of the device "meta" have no values: what reads one, as .item() does, or mixes
-    devices, fails."""
-    plain = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **more: plain(*args, **more))
+    """Tensors on the "meta" device have no values: reading one, as .item() does, or mixing devices
+    fails."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, **options)
+    )
     with torch.device("meta"):
         model = make()
         if make is small_model:
@@ -510,9 +512,8 @@ def test_a_step_lets_a_card_run_ahead(make, rope, monkeypatch):
 
 
 def test_muon_steps_by_hand():
-    """Nesterov's momentum, made orthogonal; a convolution counts as a matrix with a row for each
-    of its outputs, and a tall one steps further. Two of one shape and of different sizes are taken
-    together and do not mix."""
+    """Nesterov momentum, orthogonalised. A convolution is a matrix with one row per output channel,
+    and a tall matrix takes longer steps. Matrices of equal shape are batched but stay separate."""
     shapes = (6, 2), (4, 3, 2, 2), (6, 2), (2, 6)
     weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     fitted = [nn.Parameter(weight.clone()) for weight in weights]
@@ -523,9 +524,9 @@ def test_muon_steps_by_hand():
             gradient = parameter.grad = 10.0**i * torch.randn_like(parameter)
             momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
             ahead = 0.05 * gradient + 0.95 * momenta[i]
-            turn = train.orthogonal(ahead.reshape(len(ahead), -1)).reshape(ahead.shape)
-            tall = math.sqrt(3) if len(ahead) == 6 else 1.0
-            weights[i] = (1 - 0.5 * 0.25) * weights[i] - 0.5 * tall * turn
+            direction = train.orthogonal(ahead.reshape(len(ahead), -1)).reshape(ahead.shape)
+            stretch = math.sqrt(3) if len(ahead) == 6 else 1.0
+            weights[i] = (1 - 0.5 * 0.25) * weights[i] - 0.5 * stretch * direction
         optimizer.step()
     for parameter, weight in zip(fitted, weights, strict=True):
         assert_close(parameter.data, weight)
@@ -553,14 +554,14 @@ def evaluate(model):
 
 
 def train_small(model, path, recipe=None, **options):
-    """fit with the functions above, and what options put in their place."""
+    """fit with the functions above, unless options replace them."""
     options = dict(batch=batch, loss=loss, evaluate=evaluate, extra=EXTRA) | options
     recipe = recipe or Recipe(steps=7, learning_rate=0.01, warmup=2, eval_every=3)
     return fit(model, recipe, checkpoint=path, **options)
 
 
 def test_each_step_and_process_draws_its_own_random_numbers(tmp_path, monkeypatch):
-    """Dropout depends on recipe.seed, step and process, not on what was drawn before."""
+    """Dropout depends on recipe.seed, step and process, not on earlier draws."""
     drawn = []
 
     def drawing(model, inputs, targets):
@@ -582,9 +583,7 @@ def test_each_step_and_process_draws_its_own_random_numbers(tmp_path, monkeypatc
     assert len({number for some in others for number in some}) == sum(map(len, others))
 
 
-def test_the_history_has_mean_losses_since_the_last_point_and_training_goes_on_in_its_mode(
-    tmp_path,
-):
+def test_the_history_has_mean_losses_since_the_last_point_and_training_mode_is_restored(tmp_path):
     losses, modes = [], []
 
     def recording(model, inputs, targets):
@@ -601,7 +600,7 @@ def test_the_history_has_mean_losses_since_the_last_point_and_training_goes_on_i
     assert modes == [True] * 7
 
 
-def test_the_history_has_every_number_that_evaluate_gives_and_the_log_names_them(tmp_path, capsys):
+def test_the_history_and_the_log_have_every_number_from_evaluate(tmp_path, capsys):
     numbers = {"test_loss": 0.75, "test_accuracy": 0.5}
     history, _ = train_small(
         small_model(), tmp_path / "checkpoint.pt", evaluate=lambda model: dict(numbers)
@@ -648,14 +647,14 @@ def test_a_step_is_clipped_adamw_at_the_recipe_s_learning_rate(tmp_path):
             decay = 0.5 if parameter.ndim >= 2 else 0.0
             with torch.no_grad():
                 parameter -= rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * parameter)
-    assert min(norms) > 0.3  # the clipping bites
+    assert min(norms) > 0.3  # every step is clipped
     for (name, parameter), other in zip(fitted.named_parameters(), model.parameters(), strict=True):
         assert_close(parameter, other, rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("muon", [None, 0.02])
 def test_frozen_and_unused_parameters_stay_as_they_are(muon, tmp_path):
-    """Through a checkpoint, too."""
+    """Also through a checkpoint."""
     model = small_model()
     model.blocks[0].mlp.requires_grad_(False)
     model.unused = nn.Linear(3, 3)
@@ -670,48 +669,48 @@ def test_frozen_and_unused_parameters_stay_as_they_are(muon, tmp_path):
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_every_module_has_its_mode_back_after_training(fails, training, tmp_path):
-    """And what is frozen in evaluation mode stays in it meanwhile, if the model is in training."""
+    """During training, a block keeps its evaluation mode if the model was in training mode."""
 
-    def watching(model, inputs, targets):
-        seen.append(model.blocks[0].training)
-        return loss(model, inputs, targets) / (0 if fails and len(seen) == 5 else 1)
+    def recording(model, inputs, targets):
+        modes_seen.append(model.blocks[0].training)
+        return loss(model, inputs, targets) / (0 if fails and len(modes_seen) == 5 else 1)
 
     def careless(model):
         model.train()
         return evaluate(model)
 
-    model, seen = small_model().train(training), []
+    model, modes_seen = small_model().train(training), []
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     try:
-        train_small(model, tmp_path / "checkpoint.pt", loss=watching, evaluate=careless)
+        train_small(model, tmp_path / "checkpoint.pt", loss=recording, evaluate=careless)
         assert not fails
     except UsageError:  # the loss is not finite
         assert fails
     assert [module.training for module in model.modules()] == modes
-    assert set(seen) == {not training}
+    assert set(modes_seen) == {not training}
 
 
 def test_training_does_not_depend_on_torch_s_defaults(tmp_path):
-    want, _ = train_small(small_model(), tmp_path / "whole.pt")
+    expected, _ = train_small(small_model(), tmp_path / "whole.pt")
     for dtype in (torch.float64, torch.bfloat16):
         model = small_model()
         with ambient(dtype, "cpu"):
-            found, _ = train_small(model, tmp_path / f"{dtype}.pt")
-        assert found == want
+            actual, _ = train_small(model, tmp_path / f"{dtype}.pt")
+        assert actual == expected
 
 
 def test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back():
-    found = []
+    tensors = []
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.bfloat16)
     try:
-        run_script(lambda: found.append(torch.ones(1)))
+        run_script(lambda: tensors.append(torch.ones(1)))
         assert (torch.ones(1).dtype, torch.ones(1).device.type) == (torch.bfloat16, "meta")
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
-    assert (found[0].dtype, found[0].device.type) == (torch.float32, "cpu")
+    assert (tensors[0].dtype, tensors[0].device.type) == (torch.float32, "cpu")
 
 
 # --- torch.compile -------------------------------------------------------------------------------
@@ -719,7 +718,7 @@ def test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back():
 
 @pytest.fixture
 def compiles(monkeypatch):
-    """What is compiled and, of each graph that runs then, the word "graph"; without a compiler."""
+    """The compiled objects, plus "graph" for each graph that runs. Needs no compiler."""
     seen, real = [], torch.compile
 
     def backend(graph, _):
@@ -734,7 +733,7 @@ def compiles(monkeypatch):
 def test_compiled_training_is_the_same_training_and_either_resumes_the_other(
     first, compiles, tmp_path
 ):
-    """Only training is compiled: what evaluates and what is saved is the model itself."""
+    """Only training is compiled: the plain model is evaluated and saved."""
     path, seen = tmp_path / "checkpoint.pt", []
 
     def batch_until(step):
@@ -743,25 +742,25 @@ def test_compiled_training_is_the_same_training_and_either_resumes_the_other(
             raise KeyboardInterrupt
         return batch(step)
 
-    def looking(model):
+    def recording(model):
         seen.append(model)
         return evaluate(model)
 
     model = small_model()
     with pytest.raises(KeyboardInterrupt):
-        train_small(model, path, batch=batch_until, evaluate=looking, compile=first)
+        train_small(model, path, batch=batch_until, evaluate=recording, compile=first)
     history, _ = train_small(
-        model, path, batch=batch_until, evaluate=looking, resume=True, compile=not first
+        model, path, batch=batch_until, evaluate=recording, resume=True, compile=not first
     )
-    want, _ = train_small(small_model(), tmp_path / "whole.pt")
-    for point, other in zip(history, want, strict=True):
+    expected, _ = train_small(small_model(), tmp_path / "whole.pt")
+    for point, other in zip(history, expected, strict=True):
         assert point == pytest.approx(other, rel=1e-4)
     assert [x for x in compiles if x != "graph"] == [torch.sin, model]
-    assert compiles[-1] == "graph"  # the model was not only given to the compiler, but ran
+    assert compiles[-1] == "graph"  # the compiled model also ran
     assert all(x is model for x in seen if x != "stopped")
 
 
-def test_without_a_compiler_training_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_training_continues_and_says_so(tmp_path, monkeypatch, capsys):
     def fails(function):
         raise RuntimeError("no C++ compiler\nin many lines")
 

@@ -24,7 +24,7 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_checks.py::test_all_ways_of_marking_agree
         test_checks.py::test_no_file_changes_the_mark_of_the_next
         test_checks.py::test_pytest_and_report_import_a_file_as_python_does
-        test_checks.py::test_a_death_costs_one_mark
+        test_checks.py::test_a_check_that_hangs_or_exits_costs_one_mark
         test_checks.py::test_no_process_outlives_its_caller""",
     "One call has two meanings": """
         test_model.py::test_fewer_queries_than_keys_are_the_last_ones
@@ -33,9 +33,9 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_runcard.py::test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag
         test_bench.py::test_what_cannot_be_written_is_told_before_the_work
         test_measure.py::test_what_cannot_be_written_is_told_before_the_work
-        test_compare.py::test_what_cannot_be_written_in_the_last_study_is_told_before_the_first
-        test_compare.py::test_data_and_file_of_the_last_study_are_looked_at_before_the_first
-        test_compare.py::test_a_checkpoint_of_another_task_is_told_before_the_work
+        test_compare.py::test_unwritable_output_of_the_last_study_is_an_error_before_the_first
+        test_compare.py::test_the_last_study_s_data_and_attention_file_are_checked_before_the_first
+        test_compare.py::test_a_checkpoint_of_another_task_is_an_error_before_the_work
         test_checkpoint.py::test_a_folder_that_is_a_file_is_one_line_before_any_training""",
     "Compiled training fails at changing sizes": """
         test_fast.py::test_a_compiled_model_trains_at_changing_sizes
@@ -48,14 +48,14 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_flags.py::test_a_run_without_streams_is_finished_and_no_file_takes_their_place
         test_flags.py::test_a_script_runs_in_a_notebook""",
     "A library raises an unexpected exception": """
-        test_images.py::test_what_is_no_png_raises_syntax_error_or_os_error
-        test_images.py::test_whatever_pillow_raises_is_a_syntax_error
-        test_images.py::test_what_is_no_archive_raises_value_error_or_os_error
+        test_images.py::test_a_file_that_is_not_a_png_raises_syntax_error_or_os_error
+        test_images.py::test_an_exception_in_pillow_becomes_a_syntax_error
+        test_images.py::test_a_file_that_is_not_an_archive_raises_value_error_or_os_error
         test_data.py::test_without_a_home_the_cache_is_a_temporary_folder
         test_platforms.py::test_a_user_without_a_home_and_a_name_can_train""",
     "A default fails its own check": """
-        test_compare.py::test_as_many_workers_as_processors_that_may_be_used
-        test_compare.py::test_where_no_system_tells_of_affinity_all_processors_count""",
+        test_compare.py::test_there_are_as_many_workers_as_usable_processors
+        test_compare.py::test_without_affinity_all_processors_count""",
     "Data is identified by name instead of content": """
         test_checkpoint.py::test_data_and_attention_that_were_renamed_go_on
         test_checkpoint.py::test_other_content_of_the_same_name_does_not_go_on
@@ -89,8 +89,8 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_checkpoint.py::test_another_text_is_named_and_not_its_whole_vocabulary
         test_checkpoint.py::test_a_path_may_be_a_string
         test_images.py::test_a_path_may_be_a_string
-        test_images.py::test_the_python_version_of_cifar10_is_named_and_the_binary_one_asked_for
-        test_images.py::test_a_folder_that_is_none_is_named
+        test_images.py::test_the_python_version_of_cifar10_is_refused_in_favour_of_the_binary_one
+        test_images.py::test_a_path_that_is_not_a_folder_is_named
         test_checks.py::test_a_path_without_a_python_file_has_one_line""",
     "top_k keeps every tie": """
         test_model.py::test_top_k_keeps_k_tokens_of_equal_logits""",
