@@ -1,4 +1,4 @@
-"""What checkpoint.py saves, loads, resumes and stops; runs are those of test_train.py."""
+"""Saving, loading, stopping and resuming, in checkpoint.py; the runs are those of test_train.py."""
 
 import argparse
 import errno
@@ -69,20 +69,20 @@ def test_a_checkpoint_that_does_not_load_is_one_line_that_names_it(damage, tmp_p
 
 
 def interrupt_at(stop, number=signal.SIGINT, times=1):
-    """A batch function in whose step stop the signal comes."""
+    """A batch function that raises the signal in step stop."""
 
-    def interrupted(step):
+    def interrupting(step):
         if step == stop:
             for _ in range(times):
                 signal.raise_signal(number)
         return batch(step)
 
-    return interrupted
+    return interrupting
 
 
 @pytest.fixture(autouse=True)
 def no_nohup():
-    """The tests themselves may be run under it, where SIGHUP is ignored."""
+    """Under nohup, the tests would ignore SIGHUP."""
     if hasattr(signal, "SIGHUP"):
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -91,11 +91,11 @@ def no_nohup():
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is closed, where that is told
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # a closed terminal; Windows has no such signal
 
 
 def assert_same_run(one, other):
-    """Two checkpoints hold the same, but for the time that it took, to the last bit."""
+    """Two checkpoints are equal bit for bit, except for their times."""
     saved, again = checkpoint.load_checkpoint(one), checkpoint.load_checkpoint(other)
     assert saved.keys() == again.keys()
     for name in ("format", "step", "history", "extra"):
@@ -117,16 +117,16 @@ def assert_same_run(one, other):
         (4, HANGUP, None),
     ],
 )
-def test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits(stop, number, muon, tmp_path):
+def test_a_stopped_run_is_saved_and_resumes_bit_for_bit(stop, number, muon, tmp_path):
     recipe = Recipe(steps=7, learning_rate=0.01, muon=muon, warmup=2, eval_every=3)
     whole = small_model(seed=1, dropout=0.2)
     history, _ = train_small(whole, tmp_path / "whole.pt", recipe)
 
-    handlers = [signal.getsignal(each) for each in (*SIGNALS, HANGUP)]
+    handlers = [signal.getsignal(sig) for sig in (*SIGNALS, HANGUP)]
     stopped = small_model(seed=1, dropout=0.2)
     with pytest.raises(KeyboardInterrupt, match=f"continues from step {stop + 1}$"):
         train_small(stopped, tmp_path / "parts.pt", recipe, batch=interrupt_at(stop, number))
-    assert [signal.getsignal(each) for each in (*SIGNALS, HANGUP)] == handlers
+    assert [signal.getsignal(sig) for sig in (*SIGNALS, HANGUP)] == handlers
     assert checkpoint.load_checkpoint(tmp_path / "parts.pt")["step"] == stop + 1
 
     torch.manual_seed(17)  # another random state
@@ -154,8 +154,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
     assert_same_run(tmp_path / "whole.pt", tmp_path / "parts.pt")
 
 
-def test_ctrl_c_while_the_first_checkpoint_is_written_says_how_to_go_on(tmp_path, monkeypatch):
-    """Whoever sees a checkpoint may stop the run, before its first step too."""
+def test_ctrl_c_during_the_first_checkpoint_says_how_to_resume(tmp_path, monkeypatch):
+    """A run can be stopped before its first step, as soon as it has a checkpoint."""
     write = checkpoint.write_atomically
 
     def interrupted(path, function):
@@ -169,7 +169,7 @@ def test_ctrl_c_while_the_first_checkpoint_is_written_says_how_to_go_on(tmp_path
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_script_stopped_after_training_says_how_to_go_on(number, capsys):
+def test_a_script_stopped_after_training_says_how_to_resume(number, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit, match="130"):
@@ -180,7 +180,7 @@ def test_a_script_stopped_after_training_says_how_to_go_on(number, capsys):
 
 
 def test_a_second_sigterm_waits(tmp_path):
-    """Launchers send it to a process and to its parent, which hands it on."""
+    """Launchers signal a process and its parent, which forwards the signal."""
     with pytest.raises(KeyboardInterrupt, match="continues from step 5"):
         train_small(
             small_model(), tmp_path / "parts.pt", batch=interrupt_at(4, signal.SIGTERM, times=2)
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_an_evaluation_that_is_not_finite_ends_the_run_too(broken, tmp_path):
+def test_an_evaluation_that_is_not_finite_also_ends_the_run(broken, tmp_path):
     numbers = {"test_accuracy": 0.5, "test_loss": broken}
     with pytest.raises(UsageError, match="not finite at step 3: lower --lr"):
         train_small(small_model(), tmp_path / "checkpoint.pt", evaluate=lambda model: dict(numbers))
@@ -265,7 +265,7 @@ def test_a_run_that_is_not_finished_is_not_overwritten(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_another_run_is_not_overwritten_but_the_same_one_is_made_again(tmp_path):
+def test_only_a_run_with_the_same_settings_is_overwritten(tmp_path):
     path = tmp_path / "checkpoint.pt"
     history, _ = train_small(small_model(), path)
     before = path.read_bytes()
@@ -279,10 +279,10 @@ def test_another_run_is_not_overwritten_but_the_same_one_is_made_again(tmp_path)
 
 
 @pytest.mark.parametrize("stop", [0, 2])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_checkpoint(
+def test_a_full_disk_is_one_line_and_the_run_resumes_from_the_last_checkpoint(
     stop, tmp_path, monkeypatch
 ):
-    """In the first checkpoint or a later one, half of which is written."""
+    """The disk fills up halfway through the first checkpoint or a later one."""
     write, count = checkpoint.write_atomically, itertools.count()
 
     def full(path, fill):
@@ -296,9 +296,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_checkpoint(
 
     monkeypatch.setattr(checkpoint, "write_atomically", full)
     path = tmp_path / "run" / "checkpoint.pt"
-    mend = ["fix that, or name another folder with --out", "", "--resume continues from step 3"]
+    advice = ["fix that, or name another folder with --out", "", "--resume continues from step 3"]
     with pytest.raises(
-        UsageError, match=f"cannot be written .*No space left.*{mend[stop]}"
+        UsageError, match=f"cannot be written .*No space left.*{advice[stop]}"
     ) as error:
         train_small(small_model(), path)
     assert "\n" not in str(error.value)
@@ -318,19 +318,19 @@ def test_a_folder_that_is_a_file_is_one_line_before_any_training(tmp_path):
 def test_the_checkpoint_is_written_at_every_evaluation(tmp_path):
     path, steps = tmp_path / "checkpoint.pt", []
 
-    def look(step):
+    def read_step(step):
         steps.append(checkpoint.load_checkpoint(path)["step"] if path.exists() else 0)
         return batch(step)
 
-    train_small(small_model(), path, batch=look)
+    train_small(small_model(), path, batch=read_step)
     assert steps == [0, 0, 0, 3, 3, 3, 6]
     saved = checkpoint.load_checkpoint(path)
     assert saved["step"] == 7 and saved["extra"] == EXTRA
 
 
-# --- What is saved can be read again, and goes on ------------------------------------------------
+# --- Saved values can be read again --------------------------------------------------------------
 
-PLAIN = {  # what a caller may give, and what becomes of it
+PLAIN = {  # kind: (a value, its plain form)
     "a path": (Path("a") / "b", os.path.join("a", "b")),
     "paths below": ({"files": [Path("a"), (Path("b"),)]}, {"files": ["a", ["b"]]}),
     "numbers of NumPy": ([np.float32(0.5), np.float64(0.1), np.int64(3)], [0.5, 0.1, 3]),
@@ -341,24 +341,24 @@ PLAIN = {  # what a caller may give, and what becomes of it
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_whatever_extra_holds_is_read_again_as_plain_values(kind, tmp_path):
-    given, want = PLAIN[kind]
-    path, extra = tmp_path / "checkpoint.pt", EXTRA | {"more": given}
+def test_values_in_extra_are_read_again_as_plain_values(kind, tmp_path):
+    value, expected = PLAIN[kind]
+    path, extra = tmp_path / "checkpoint.pt", EXTRA | {"more": value}
     history, _ = train_small(small_model(), path, extra=extra)
-    assert checkpoint.load_checkpoint(path)["extra"]["more"] == want
+    assert checkpoint.load_checkpoint(path)["extra"]["more"] == expected
     assert train_small(small_model(), path, extra=extra, resume=True)[0] == history
 
 
 @pytest.mark.parametrize("value", [{1}, object(), 1j, {"a": [argparse.Namespace()]}, {(1, 2): 3}])
-def test_what_no_checkpoint_holds_is_refused_before_any_training(value, tmp_path):
+def test_values_that_cannot_be_saved_are_refused_before_any_training(value, tmp_path):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(TypeError):
         train_small(small_model(), path, extra=EXTRA | {"more": value}, batch=None)
     assert not path.exists()
 
 
-class Talkative(torch.nn.Linear):
-    """A layer that saves what no checkpoint can hold."""
+class UnsavableLinear(torch.nn.Linear):
+    """A layer whose extra state cannot be checkpointed."""
 
     def get_extra_state(self):
         return argparse.Namespace()
@@ -366,14 +366,14 @@ class Talkative(torch.nn.Linear):
 
 def test_a_state_that_cannot_be_read_again_is_refused_before_any_training(tmp_path):
     model = small_model()
-    model.head = Talkative(16, 11, bias=False)
+    model.head = UnsavableLinear(16, 11, bias=False)
     with pytest.raises(UsageError, match="the model state cannot be checkpointed") as error:
         train_small(model, tmp_path / "checkpoint.pt", batch=None)
     assert "\n" not in str(error.value) and not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("number", [np.mean([1.0, 2.0]), np.float32(1.5), torch.tensor(1.5)])
-def test_a_number_of_evaluate_is_a_plain_number(number, tmp_path):
+def test_numbers_from_evaluate_are_saved_as_plain_numbers(number, tmp_path):
     path = tmp_path / "checkpoint.pt"
     history, _ = train_small(small_model(), path, evaluate=lambda model: {"loss": number})
     assert history[-1]["loss"] == 1.5 and type(history[-1]["loss"]) is float
@@ -382,7 +382,7 @@ def test_a_number_of_evaluate_is_a_plain_number(number, tmp_path):
 
 @pytest.mark.parametrize("failing", [3, 6, 7])
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, ZeroDivisionError])
-def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(error, failing, tmp_path):
+def test_a_failed_evaluation_costs_no_step_and_is_repeated(error, failing, tmp_path):
     path, points = tmp_path / "checkpoint.pt", iter([3, 6, 7])
 
     def evaluate_or_fail(model):
@@ -399,7 +399,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(error, failin
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "missing"])
-def test_what_may_be_the_only_copy_is_to_be_moved_aside(damage, tmp_path):
+def test_an_unreadable_checkpoint_should_be_moved_aside_not_deleted(damage, tmp_path):
     DAMAGES[damage](path := tmp_path / "checkpoint.pt")
     for resume in (False, True):
         with pytest.raises(UsageError, match="move it aside, or name another folder") as error:
@@ -408,7 +408,7 @@ def test_what_may_be_the_only_copy_is_to_be_moved_aside(damage, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    """The loss that made them was finite still."""
+    """The loss was still finite."""
 
     def breaking(step):
         if step == 4:
@@ -449,7 +449,7 @@ def with_attention(attention, **digests):
         ),
     ],
 )
-def test_data_and_attention_that_were_renamed_go_on(one, other, tmp_path):
+def test_renamed_data_and_attention_files_resume(one, other, tmp_path):
     path = tmp_path / "checkpoint.pt"
     history, _ = train_small(small_model(), path, extra=one)
     assert train_small(small_model(), path, extra=other, resume=True)[0] == history
@@ -472,7 +472,7 @@ def test_data_and_attention_that_were_renamed_go_on(one, other, tmp_path):
         ),
     ],
 )
-def test_other_content_of_the_same_name_does_not_go_on(one, other, named, tmp_path):
+def test_other_content_under_the_same_name_does_not_resume(one, other, named, tmp_path):
     train_small(small_model(), path := tmp_path / "checkpoint.pt", extra=one)
     with pytest.raises(UsageError, match=named):
         train_small(small_model(), path, extra=other, resume=True)
@@ -501,19 +501,21 @@ def partly_compiled(model):
 @pytest.mark.parametrize(
     ("first", "second"), [(compiled, partly_compiled), (partly_compiled, compiled)]
 )
-def test_a_compiled_model_is_saved_under_plain_names_and_goes_on_as_any(first, second, tmp_path):
+def test_a_compiled_model_is_saved_under_plain_names_and_resumes_in_any_form(
+    first, second, tmp_path
+):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
         train_small(first(small_model()), path, batch=interrupt_at(4))
     assert checkpoint.load_checkpoint(path)["model"].keys() == small_model().state_dict().keys()
     history, _ = train_small(second(small_model(seed=2)), path, resume=True)
-    want, _ = train_small(small_model(), tmp_path / "whole.pt")
-    for point, other in zip(history, want, strict=True):
+    expected, _ = train_small(small_model(), tmp_path / "whole.pt")
+    for point, other in zip(history, expected, strict=True):
         assert point == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminal tells that it is closed")
-def test_nohup_goes_on_when_the_terminal_is_closed(tmp_path):
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no signal for a closed terminal")
+def test_nohup_keeps_training_when_the_terminal_is_closed(tmp_path):
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         history, _ = train_small(

@@ -162,7 +162,7 @@ def test_parameters_are_nearly_equal(task):
 
 
 def test_a_variant_has_the_heads_in_its_name():
-    """As many heads as NaLa, or half as many with twice the channels; D = n gives n channels each."""
+    """As many as NaLa, or half as many with twice the channels; D = n gives n channels per head."""
     for name, variant in VARIANTS.items():
         _, _, channels = name.partition(", D = ")
         heads = 0.5 if name.endswith(", same state") else 1

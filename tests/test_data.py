@@ -23,35 +23,35 @@ from nala_min.synthetic import MANUAL_NAME
 
 CONTENT = "".join(f"Bürger {i}: Höre mich!\n" for i in range(8000)).encode("utf-8")  # 4 reads
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-HALF = 100_000  # bytes, about
-BLOCK = 1 << 16  # bytes of a read
+HALF = 100_000  # about half, in bytes
+BLOCK = 1 << 16  # bytes per read
 
 
-def answer(body, status="200 OK", length=None):
-    """The bytes of an HTTP answer that claims a body of length bytes."""
+def response(body, status="200 OK", length=None):
+    """The bytes of an HTTP response whose Content-Length is length."""
     length = len(body) if length is None else length
     return f"HTTP/1.0 {status}\r\nContent-Length: {length}\r\n\r\n".encode() + body
 
 
 def rest(start, stop=None):
-    """The answer to a Range request for CONTENT from start on, broken off at stop."""
-    return answer(CONTENT[start:stop], "206 Partial Content", len(CONTENT) - start)
+    """The response to a Range request for CONTENT from start, cut off at stop."""
+    return response(CONTENT[start:stop], "206 Partial Content", len(CONTENT) - start)
 
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4000\r\n" + CONTENT[:100]
 WRONG_BYTE = CONTENT[:-9] + b"?" + CONTENT[-8:]
-BROKEN_OFF = answer(CONTENT[:HALF], length=len(CONTENT))
+BROKEN_OFF = response(CONTENT[:HALF], length=len(CONTENT))
 
-# What a server does -> its answer (None: it refuses the connection) and what download raises.
+# failure: (the response; None refuses the connection, the exception from download)
 FAILURES = {
-    "wrong byte": (answer(WRONG_BYTE), ValueError),
-    "a byte too many": (answer(CONTENT + b"\n"), ValueError),
-    "empty body": (answer(b""), (OSError, ValueError)),
-    "an error page": (answer(b"<p>Sign in first</p>"), (OSError, ValueError)),
+    "wrong byte": (response(WRONG_BYTE), ValueError),
+    "a byte too many": (response(CONTENT + b"\n"), ValueError),
+    "empty body": (response(b""), (OSError, ValueError)),
+    "an error page": (response(b"<p>Sign in first</p>"), (OSError, ValueError)),
     "truncated chunk": (CHUNKED, http.client.HTTPException),
     "not HTTP": (b"220 mail server ready\r\n", http.client.HTTPException),
     "no answer": (b"", OSError),
-    "404": (answer(b"not here", status="404 Not Found"), OSError),
+    "404": (response(b"not here", status="404 Not Found"), OSError),
     "refused": (None, OSError),
 }
 failures = pytest.mark.parametrize("failure", FAILURES)
@@ -61,10 +61,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.ranges.append(self.headers["Range"])
-        server.may_answer.wait(5)
-        answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
-        with contextlib.suppress(ConnectionError):  # the client has heard enough
-            for piece in [answer] if isinstance(answer, bytes) else answer():
+        server.may_respond.wait(5)
+        response = server.responses.pop(0) if len(server.responses) > 1 else server.responses[0]
+        with contextlib.suppress(ConnectionError):  # the client may hang up early
+            for piece in [response] if isinstance(response, bytes) else response():
                 self.wfile.write(piece)
 
     def log_message(self, *arguments):
@@ -73,34 +73,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A loopback server. Each GET has the next of server.answers, the last for ever: bytes, or a
-    function that gives pieces. server.ranges has what Range each GET asked for."""
+    """A loopback server. Each GET gets the next of server.responses, then the last one repeatedly.
+    A response is bytes or a generator function. server.ranges has the Range header of each GET."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
-        server.answers, server.ranges = [answer(CONTENT)], []
-        server.may_answer = threading.Event()
-        server.may_answer.set()
+        server.responses, server.ranges = [response(CONTENT)], []
+        server.may_respond = threading.Event()
+        server.may_respond.set()
         server.source = source_at(f"http://127.0.0.1:{server.server_address[1]}/input.txt")
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
-        server.may_answer.set()
+        server.may_respond.set()
         server.shutdown()
         thread.join()
 
 
 def source_at(url):
-    """CONTENT, told to be Tiny Shakespeare, at url."""
+    """A source for CONTENT at url, under the name of Tiny Shakespeare."""
     return replace(SHAKESPEARE, url=url, size=len(CONTENT), sha256=SHA256)
 
 
 @pytest.fixture
 def source_of(server):
-    """source_of(failure): CONTENT, at a server that fails so."""
+    """source_of(failure): a source on a server with this failure."""
 
     def source_of(failure):
-        server.answers = [FAILURES[failure][0]]
-        if server.answers != [None]:
+        server.responses = [FAILURES[failure][0]]
+        if server.responses != [None]:
             return server.source
         with socket.create_server(("127.0.0.1", 0)) as closed:
             return source_at(f"http://127.0.0.1:{closed.getsockname()[1]}/input.txt")
@@ -110,7 +110,7 @@ def source_of(server):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """Where the download belongs, in a cache of this test's own."""
+    """The path of the download, in a separate cache for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "nala_min" / "tinyshakespeare.txt"
 
@@ -119,7 +119,7 @@ def files_below(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-# --- A text of one's own -------------------------------------------------------------------------
+# --- A user's own text ---------------------------------------------------------------------------
 
 
 def test_a_given_file_is_read_byte_for_byte(tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_a_given_file_that_is_missing_raises_os_error(tmp_path):
 # --- A source and its cache ----------------------------------------------------------------------
 
 
-def test_a_source_is_at_a_file_with_its_bytes_and_nowhere_else(tmp_path):
+def test_a_source_matches_only_a_file_with_its_bytes(tmp_path):
     source, path = source_at("http://unused"), tmp_path / "file"
     assert not source.matches(path)
     assert not source.matches(tmp_path)  # a folder
@@ -235,11 +235,13 @@ def test_a_cache_that_cannot_be_written_gives_the_stand_in(server, cached):
     assert data.load_text(source=server.source).name == MANUAL_NAME
 
 
-def test_a_text_that_broke_off_is_a_stand_in_at_first_and_whole_at_the_next_call(server, cached):
-    server.answers = [BROKEN_OFF, b""]
+def test_after_a_broken_download_the_stand_in_is_used_and_the_next_call_completes_it(
+    server, cached
+):
+    server.responses = [BROKEN_OFF, b""]
     assert data.load_text(source=server.source).name == MANUAL_NAME
     assert files_below(cached.parent) == [f"{cached.name}.part"]
-    server.answers = [rest(HALF)]
+    server.responses = [rest(HALF)]
     assert data.load_text(source=server.source).text == CONTENT.decode("utf-8")
     assert files_below(cached.parent) == [cached.name]
 
@@ -252,7 +254,7 @@ def test_a_download_that_fails_raises_and_leaves_no_file(failure, source_of, tmp
     with pytest.raises(FAILURES[failure][1]):
         data.download(source_of(failure), tmp_path / "new" / "input.txt")
     assert files_below(tmp_path) == []
-    gc.collect()  # a connection left open would warn
+    gc.collect()  # an open connection would warn
 
 
 def test_wrong_bytes_are_named_and_deleted_and_the_old_file_stays(source_of, tmp_path):
@@ -266,10 +268,10 @@ def test_wrong_bytes_are_named_and_deleted_and_the_old_file_stays(source_of, tmp
     assert path.read_bytes() == b"old"
 
 
-def test_after_wrong_bytes_the_next_download_begins_anew(server, tmp_path):
-    """Nothing of them is left to go on from."""
+def test_after_wrong_bytes_the_next_download_starts_over(server, tmp_path):
+    """No part of them is kept."""
     path = tmp_path / "input.txt"
-    server.answers = [answer(WRONG_BYTE), answer(CONTENT)]
+    server.responses = [response(WRONG_BYTE), response(CONTENT)]
     with pytest.raises(ValueError, match="deleted"):
         data.download(server.source, path)
     data.download(server.source, path)
@@ -282,11 +284,11 @@ def test_an_endless_answer_is_not_read_to_its_end(server, tmp_path):
 
     def endless():
         yield b"HTTP/1.0 200 OK\r\n\r\n"
-        for _ in range(1000):  # so that a download that reads on fails, rather than hangs
+        for _ in range(1000):  # finite: a download that keeps reading fails instead of hanging
             sent.append(BLOCK)
             yield b"a" * BLOCK
 
-    server.answers = [endless]
+    server.responses = [endless]
     with pytest.raises(ValueError, match="deleted") as error:
         data.download(server.source, tmp_path / "input.txt")
     size = int(str(error.value).split(" gave ")[1].split(" bytes")[0].replace(",", ""))
@@ -296,63 +298,61 @@ def test_an_endless_answer_is_not_read_to_its_end(server, tmp_path):
 
 
 def test_a_silent_server_raises_os_error_after_the_timeout(server, tmp_path):
-    server.may_answer.clear()
+    server.may_respond.clear()
     with pytest.raises(OSError, match="timed out"):
         data.download(server.source, tmp_path / "input.txt", timeout=0.1)
     assert files_below(tmp_path) == []
 
 
-def test_a_download_goes_on_at_once_as_often_as_more_comes(server, tmp_path):
-    server.answers = [BROKEN_OFF, rest(HALF, HALF + 5), rest(HALF + 5)]
+def test_a_broken_download_resumes_at_once_while_more_arrives(server, tmp_path):
+    server.responses = [BROKEN_OFF, rest(HALF, HALF + 5), rest(HALF + 5)]
     data.download(server.source, tmp_path / "input.txt")
     assert server.ranges == [None, f"bytes={HALF}-", f"bytes={HALF + 5}-"]
     assert files_below(tmp_path) == ["input.txt"]
     assert (tmp_path / "input.txt").read_bytes() == CONTENT
 
 
-# What a server that broke off says to the request for the rest -> what download raises.
+# case: (the response to the request for the rest, the exception from download)
 NO_MORE = {
     "hangs up": (b"", OSError),
     "empty body": (rest(HALF, HALF), (OSError, http.client.HTTPException)),
-    "an error page": (answer(b"<p>Sign in first</p>"), (OSError, ValueError)),
-    "503": (answer(b"later", status="503 Service Unavailable"), OSError),
+    "an error page": (response(b"<p>Sign in first</p>"), (OSError, ValueError)),
+    "503": (response(b"later", status="503 Service Unavailable"), OSError),
     "not HTTP": (b"220 mail server ready\r\n", http.client.HTTPException),
 }
 
 
 @pytest.mark.parametrize("no_more", NO_MORE)
-def test_what_came_before_nothing_more_came_is_where_the_next_call_goes_on(
-    no_more, server, tmp_path
-):
+def test_the_next_call_resumes_where_the_download_stopped(no_more, server, tmp_path):
     path = tmp_path / "input.txt"
     path.write_bytes(b"old")
-    server.answers = [BROKEN_OFF, NO_MORE[no_more][0]]
+    server.responses = [BROKEN_OFF, NO_MORE[no_more][0]]
     with pytest.raises(NO_MORE[no_more][1]):
         data.download(server.source, path)
     assert server.ranges == [None, f"bytes={HALF}-"]
     assert path.read_bytes() == b"old"
     assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:HALF]
 
-    server.answers = [rest(HALF)]
+    server.responses = [rest(HALF)]
     data.download(server.source, path)
     assert server.ranges[2:] == [f"bytes={HALF}-"]
     assert path.read_bytes() == CONTENT
     assert files_below(tmp_path) == ["input.txt"]
 
 
-def test_a_server_that_knows_no_ranges_begins_anew(server, tmp_path):
+def test_a_server_without_ranges_starts_over(server, tmp_path):
     (tmp_path / "input.txt.part").write_bytes(CONTENT[:HALF])
     data.download(server.source, tmp_path / "input.txt")
-    assert server.ranges == [f"bytes={HALF}-"]  # and was answered with 200 and all
+    assert server.ranges == [f"bytes={HALF}-"]  # the response is 200 with the whole file
     assert (tmp_path / "input.txt").read_bytes() == CONTENT
     assert files_below(tmp_path) == ["input.txt"]
 
 
-def test_a_server_that_knows_no_ranges_and_breaks_off_again_takes_nothing_away(server, tmp_path):
-    server.answers = [BROKEN_OFF, answer(CONTENT[:10], length=len(CONTENT))]
+def test_a_server_without_ranges_that_breaks_off_again_costs_nothing(server, tmp_path):
+    server.responses = [BROKEN_OFF, response(CONTENT[:10], length=len(CONTENT))]
     with pytest.raises((OSError, http.client.HTTPException)):
         data.download(server.source, tmp_path / "input.txt")
-    assert len(server.ranges) == 2  # it is not asked for ever
+    assert len(server.ranges) == 2  # no endless retries
     assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:HALF]
 
 
@@ -361,9 +361,9 @@ def test_a_server_that_knows_no_ranges_and_breaks_off_again_takes_nothing_away(s
     [(b"?" * HALF, 1), (WRONG_BYTE, 0), (CONTENT + b"more", 0)],
     ids=["corrupt", "whole and corrupt", "too long"],
 )
-def test_a_wrong_part_file_is_found_out_and_deleted(part, requests, server, tmp_path):
+def test_a_wrong_part_file_is_detected_and_deleted(part, requests, server, tmp_path):
     (tmp_path / "input.txt.part").write_bytes(part)
-    server.answers = [rest(HALF)]
+    server.responses = [rest(HALF)]
     with pytest.raises(ValueError, match="deleted"):
         data.download(server.source, tmp_path / "input.txt")
     assert len(server.ranges) == requests
@@ -377,18 +377,18 @@ def test_a_whole_part_file_needs_no_network(source_of, tmp_path):
     assert files_below(tmp_path) == ["input.txt"]
 
 
-def test_an_interrupted_download_keeps_what_has_come(server, tmp_path, monkeypatch):
-    """Ctrl-C must not cost what took many minutes."""
+def test_an_interrupted_download_keeps_its_bytes(server, tmp_path, monkeypatch):
+    """Ctrl-C must not waste minutes of downloading."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(data.tqdm, "update", interrupt)  # called after each block
+    with monkeypatch.context() as patch:
+        patch.setattr(data.tqdm, "update", interrupt)  # called after each block
         with pytest.raises(KeyboardInterrupt):
             data.download(server.source, tmp_path / "input.txt")
     assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:BLOCK]
-    server.answers = [rest(BLOCK)]
+    server.responses = [rest(BLOCK)]
     data.download(server.source, tmp_path / "input.txt")
     assert server.ranges == [None, f"bytes={BLOCK}-"]
     assert (tmp_path / "input.txt").read_bytes() == CONTENT
@@ -404,29 +404,29 @@ def test_another_process_may_be_faster(shares_the_part_file, server, tmp_path):
             os.replace(part, path)
         else:
             path.write_bytes(CONTENT)
-        yield answer(CONTENT)
+        yield response(CONTENT)
 
-    server.answers = [other_process_finishes]
+    server.responses = [other_process_finishes]
     data.download(server.source, path)
     assert path.read_bytes() == CONTENT
     assert files_below(tmp_path) == ["input.txt"]
 
 
 @pytest.mark.parametrize(
-    ("part", "answers"),
+    ("part", "responses"),
     [
-        (b"", [answer(CONTENT)]),
+        (b"", [response(CONTENT)]),
         (b"", [BROKEN_OFF, rest(HALF)]),
         (CONTENT[:HALF], [rest(HALF)]),
-        (CONTENT[:HALF], [answer(CONTENT)]),
+        (CONTENT[:HALF], [response(CONTENT)]),
     ],
-    ids=["at once", "broken off", "in two calls", "anew"],
+    ids=["at once", "broken off", "in two calls", "from the start"],
 )
 def test_the_progress_bar_counts_each_byte_once_up_to_the_total(
-    part, answers, server, tmp_path, capsys
+    part, responses, server, tmp_path, capsys
 ):
     (tmp_path / "input.txt.part").write_bytes(part)
-    server.answers = answers
+    server.responses = responses
     data.download(server.source, tmp_path / "input.txt")
     last = capsys.readouterr().err.split("\r")[-1]
     size = tqdm.format_sizeof(len(CONTENT))
@@ -484,7 +484,7 @@ def test_a_text_is_split_into_its_first_nine_tenths_and_its_last_tenth(length):
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 79, 80])
-def test_a_text_of_less_than_a_window_and_its_target_in_the_last_tenth_is_not_split(length):
+def test_a_text_whose_last_tenth_has_no_window_and_target_is_refused(length):
     with pytest.raises(ValueError, match="longer than 80"):
         data.split_text("a" * length, block_size=8)
 
@@ -492,7 +492,7 @@ def test_a_text_of_less_than_a_window_and_its_target_in_the_last_tenth_is_not_sp
 # --- Windows -------------------------------------------------------------------------------------
 
 
-def test_random_windows_are_pieces_of_the_text_and_targets_come_one_later():
+def test_random_windows_are_pieces_of_the_text_and_targets_are_shifted_by_one():
     inputs, targets = random_windows(torch.arange(100), 8, 5, seed=1, step=0)
     assert inputs.shape == targets.shape == (5, 8)
     assert torch.equal(inputs, inputs[:, :1] + torch.arange(8))
@@ -509,7 +509,7 @@ def test_random_windows_are_a_function_of_seed_and_step_alone():
 
 
 @pytest.mark.parametrize("num_windows", [1, 2, 5])
-def test_random_windows_reach_every_place_and_never_run_beyond_the_end(num_windows):
+def test_random_windows_start_everywhere_and_never_run_past_the_end(num_windows):
     block = 8
     inputs, targets = random_windows(torch.arange(block + num_windows), block, 200, seed=1, step=0)
     assert set(inputs[:, 0].tolist()) == set(range(num_windows))
@@ -526,7 +526,7 @@ def test_windows_do_not_depend_on_torch_s_defaults():
 
 @pytest.mark.parametrize(("length", "left_over"), [(9, 0), (16, 7), (17, 0), (100, 3)])
 @pytest.mark.parametrize("batch", [1, 2, 64])
-def test_all_windows_predict_each_token_once_but_a_rest_shorter_than_a_window(
+def test_all_windows_predict_each_token_once_except_an_incomplete_last_window(
     length, left_over, batch
 ):
     batches = list(all_windows(torch.arange(length), 8, batch))

@@ -1,4 +1,4 @@
-"""What nala_min/measure.py reads off an attention, a computation and a trained model."""
+"""Measurements of an attention, a computation and a trained model, in nala_min/measure.py."""
 
 import math
 import runpy
@@ -45,28 +45,28 @@ def test_nala_reacts_to_small_norms_only():
 
 
 def test_a_norm_scale_moves_the_fall_to_longer_queries():
-    """With scale s a query of norm s has the power, and so the entropy, of norm 1 without."""
+    """At scale s, norm s gives the same power and entropy as norm 1 without a scale."""
     torch.manual_seed(1)
     (scaled,) = measure.entropy_against_norm("cosine", NORMS[2:3], draws=50, norm_scale=4.0)
     assert_close(scaled, curve("cosine")[1])
 
 
-def test_the_committed_card_is_what_the_code_measures():
-    """One of its points for each feature map, made again."""
+def test_the_committed_card_agrees_with_the_code():
+    """Remeasures one point per feature map."""
     card = runcard.read_json(runcard.RESULTS / "entropy_gap.json")
     norms, config = torch.tensor(card["results"]["norms"]), dict(card["config"])
     seed = config.pop("seed")
     for name, values in card["results"]["entropies"].items():
         torch.manual_seed(seed)
-        (again,) = measure.entropy_against_norm(name, norms[[20]], **config).tolist()
-        assert again == pytest.approx(values[20], abs=1e-4)
+        (actual,) = measure.entropy_against_norm(name, norms[[20]], **config).tolist()
+        assert actual == pytest.approx(values[20], abs=1e-4)
 
 
-# --- What a computation costs ---------------------------------------------------------------------
+# --- The cost of a computation --------------------------------------------------------------------
 
 
-def test_recorder_counts_operations_and_the_most_bytes_at_one_time():
-    """Two tensors of 4,000 bytes at once, and a third after the first has gone."""
+def test_recorder_counts_operations_and_peak_bytes():
+    """Two tensors of 4,000 bytes, then a third after the first is freed."""
     x = torch.ones(1000)
     with measure.Recorder() as recorder:
         first = x + 1
@@ -78,16 +78,16 @@ def test_recorder_counts_operations_and_the_most_bytes_at_one_time():
     assert recorder.allocated == 0
 
 
-def test_recorder_counts_no_view_and_no_change_in_place():
+def test_recorder_ignores_views_and_in_place_operations():
     x, y = torch.ones(10, 10), torch.ones(10, 10)
     with measure.Recorder() as recorder:
         x.add_(1).view(100)[:5].mul_(2)
         kept = x.T
-        torch.mul(x, 2, out=y)  # a keyword to the kernel
+        torch.mul(x, 2, out=y)  # out is a keyword argument
     assert (recorder.peak, kept.shape) == (0, (10, 10))
 
 
-def test_recorder_sees_what_the_backward_pass_needs():
+def test_recorder_counts_the_memory_of_the_backward_pass():
     x = torch.ones(1000, requires_grad=True)
     with measure.Recorder() as recorder:
         x.exp().exp().sum().backward()
@@ -97,11 +97,11 @@ def test_recorder_sees_what_the_backward_pass_needs():
 
 # --- A trained model ------------------------------------------------------------------------------
 
-ROWS, COLUMNS = 3, 5  # of patches in every image here
+ROWS, COLUMNS = 3, 5  # patches in each image
 
 
 def small_vit(**options):
-    """In float64, with weights so large that no two maps look alike."""
+    """In float64, with weights large enough to make all maps differ."""
     sizes = {"num_classes": 7, "num_layers": 2, "num_heads": 2, "dim": 32, "patch_size": 2}
     model = NaLaViT(ViTConfig(**sizes | options)).double()
     for block in model.blocks:
@@ -109,26 +109,26 @@ def small_vit(**options):
     return model
 
 
-def bytes_of(count=2, height=2 * ROWS, width=2 * COLUMNS - 1):
-    """count images of noise, (count, 3, height, width) uint8."""
+def noise(count=2, height=2 * ROWS, width=2 * COLUMNS - 1):
+    """Random images, (count, 3, height, width) uint8."""
     return torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
 
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    """So that a map can be held to what it is made of, digit by digit."""
+    """Normalise images in float64, for exact comparisons."""
     monkeypatch.setattr(measure, "normalise", lambda images: normalise(images).double())
 
 
 def spy(module, seen, name):
-    """Put what module takes and gives into seen[name], at every call."""
+    """Record module's first input and its output in seen[name] at every call."""
     module.register_forward_hook(
-        lambda _, taken, given: seen.__setitem__(name, (taken[0].detach(), given))
+        lambda _, inputs, output: seen.__setitem__(name, (inputs[0].detach(), output))
     )
 
 
 def weights_by_hand(layer, x, name):
-    """Eq. (5) or (1), head by head, of x (B, R, S, E): the mean over heads, (B, N, N)."""
+    """Weights by Eq. (5) or (1), head by head: x (B, R, S, E) to the mean over heads (B, N, N)."""
     q, k = (x.flatten(1, 2) @ layer.project.weight.chunk(4)[i].T for i in (0, 1))
     maps = []
     for q_h, k_h in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True):
@@ -145,18 +145,18 @@ def weights_by_hand(layer, x, name):
 def test_attention_maps_are_the_weights_of_the_block_s_own_queries_and_keys(
     attention, block, in_float64
 ):
-    model, images, seen = small_vit(attention=attention), bytes_of(), {}
+    model, images, seen = small_vit(attention=attention), noise(), {}
     layer = model.blocks[block].attention
     spy(layer, seen, "block")
     maps = measure.attention_maps(model, images, block)
     assert tuple(maps) == measure.MAPS
-    for name, got in maps.items():
-        want = weights_by_hand(layer, seen["block"][0], name)
-        assert got.shape == (2, ROWS, COLUMNS, ROWS, COLUMNS)
+    for name, actual in maps.items():
+        expected = weights_by_hand(layer, seen["block"][0], name)
+        assert actual.shape == (2, ROWS, COLUMNS, ROWS, COLUMNS)
         for r in range(ROWS):
             for s in range(COLUMNS):
-                row = want[:, COLUMNS * r + s].view(2, ROWS, COLUMNS)
-                assert_close(got[:, r, s], row, msg=f"{name} at {r}, {s}")
+                row = expected[:, COLUMNS * r + s].view(2, ROWS, COLUMNS)
+                assert_close(actual[:, r, s], row, msg=f"{name} at {r}, {s}")
 
 
 @pytest.mark.parametrize(
@@ -166,34 +166,34 @@ def test_attention_maps_are_the_weights_of_the_block_s_own_queries_and_keys(
     + [{"rope": "numerator"}, {"rope": "numerator", "attention": "elu"}],
     ids=str,
 )
-def test_the_map_of_the_block_s_own_kernel_makes_what_its_attention_makes(options, in_float64):
-    """o, read off between the attention and the normalisation; of one head, whose map is its own
-    mean."""
+def test_the_map_of_the_block_s_own_kernel_gives_its_attention_s_output(options, in_float64):
+    """o is the input of the normalisation minus the convolution. With one head, the map is not
+    averaged."""
     model, seen = small_vit(num_heads=1, **options), {}
     layer = model.blocks[-1].attention
     for name in ("project", "local", "norm"):
         spy(getattr(layer, name), seen, name)
-    (weights,) = measure.attention_maps(model, bytes_of(), feature_maps=[None]).values()
+    (weights,) = measure.attention_maps(model, noise(), feature_maps=[None]).values()
     v = seen["project"][1].chunk(4, dim=-1)[2]
-    o = seen["norm"][0] - seen["local"][1][0]  # what is normalised is o + local(v)
+    o = seen["norm"][0] - seen["local"][1][0]  # the norm's input is o + local(v)
     assert_close(torch.einsum("bhwrs,brse->bhwe", weights, v), o)
 
 
 @pytest.mark.parametrize("attention", [*FIVE, ("split", "softmax"), ("softmax", "nala")])
 @pytest.mark.parametrize("block", [0, 1])
 def test_attention_maps_are_not_negative_and_sum_to_one(attention, block):
-    """Or, under ReLU, to the share of the two heads that have any mass left."""
-    maps = measure.attention_maps(small_vit(attention=attention).float(), bytes_of(), block)
+    """With ReLU, to the share of the two heads whose weights are not all 0."""
+    maps = measure.attention_maps(small_vit(attention=attention).float(), noise(), block)
     for name, weights in maps.items():
         assert weights.min() >= 0, name
         heads = 2 * weights.sum((-2, -1))
-        want = heads.round().clamp(0, 2) if name == "relu" else torch.full_like(heads, 2)
-        assert_close(heads, want, msg=name)
+        expected = heads.round().clamp(0, 2) if name == "relu" else torch.full_like(heads, 2)
+        assert_close(heads, expected, msg=name)
 
 
-def test_attention_maps_leave_nothing_behind():
-    """No hook, no gradient; one image alone has the map that it has among others."""
-    model, images = small_vit().float(), bytes_of()
+def test_attention_maps_have_no_side_effects():
+    """No hooks and no gradients. An image's map does not depend on the rest of the batch."""
+    model, images = small_vit().float(), noise()
     maps = measure.attention_maps(model, images)
     assert not model.blocks[-1].attention._forward_pre_hooks
     alone = measure.attention_maps(model, images[1:])
@@ -203,16 +203,16 @@ def test_attention_maps_leave_nothing_behind():
 
 
 @pytest.mark.parametrize("count", [1, 500, 1001])
-def test_classify_in_parts_is_classify_at_once_and_keeps_the_order(count):
+def test_classify_in_batches_equals_one_batch_and_keeps_the_order(count):
     """On normalised bytes, without dropout or gradients."""
-    model, images = small_vit(dim=8, num_layers=1, dropout=0.5).float().train(), bytes_of(count)
+    model, images = small_vit(dim=8, num_layers=1, dropout=0.5).float().train(), noise(count)
     model.head.weight.data.mul_(100.0)
     images = images[:, :, :4, :4]
     logits = measure.classify(model, images)
     assert logits.shape == (count, 7) and not logits.requires_grad
     with torch.no_grad():
         assert_close(logits, model.eval()((images.float() - 120) / 64), rtol=1e-4, atol=1e-4)
-    assert logits.unique(dim=0).shape[0] == count  # so that another order would differ
+    assert logits.unique(dim=0).shape[0] == count  # so another order would differ
 
 
 def test_score_by_hand():
@@ -237,24 +237,24 @@ def test_confusion_matrix_by_hand():
 
 
 def test_the_worst_pairs_count_mistakes_in_both_directions():
-    """Neither the right answers on the diagonal, nor a pair twice; of equals the first is first."""
+    """The diagonal is not counted, each pair appears once, and ties keep their order."""
     confusion = torch.tensor([[90, 4, 1, 0], [3, 50, 0, 5], [8, 0, 70, 2], [0, 2, 0, 60]])
     assert measure.worst_pairs(confusion) == [(0, 2, 9), (0, 1, 7), (1, 3, 7)]
     assert measure.worst_pairs(torch.eye(3, dtype=torch.long)) == []
     assert {type(x) for pair in measure.worst_pairs(confusion) for x in pair} == {int}
 
 
-# --- How a trained model attends ----------------------------------------------------------------
+# --- Attention statistics of a trained model ----------------------------------------------------
 
 
 def quantiles(x):
-    """The median, and the bounds of the middle half and of the middle nine tenths."""
+    """The quantiles in attention_stats: 5, 25, 50, 75 and 95 %."""
     return [float(x.flatten().quantile(level)) for level in (0.05, 0.25, 0.5, 0.75, 0.95)]
 
 
 @pytest.mark.parametrize("attention", ["nala", "softmax", ("split", "relu")])
-def test_health_of_an_image_model_by_hand(attention, in_float64):
-    model, images, seen = small_vit(attention=attention), bytes_of(), {}
+def test_stats_of_an_image_model_by_hand(attention, in_float64):
+    model, images, seen = small_vit(attention=attention), noise(), {}
     for i, block in enumerate(model.blocks):
         spy(block.attention, seen, i)
     blocks = measure.attention_stats(model, images)
@@ -279,14 +279,14 @@ def test_health_of_an_image_model_by_hand(attention, in_float64):
             least = weights.sum(-1).min().item()
             assert block["least_normaliser"] == pytest.approx(least, rel=1e-4)
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
-        surprise = -(weights * weights.clamp_min(1e-300).log()).sum(-1)
-        assert block["entropy"] == pytest.approx(quantiles(surprise), rel=1e-4, abs=1e-6)
+        entropy = -(weights * weights.clamp_min(1e-300).log()).sum(-1)
+        assert block["entropy"] == pytest.approx(quantiles(entropy), rel=1e-4, abs=1e-6)
         assert block["top"] == pytest.approx(quantiles(weights.amax(-1)), rel=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["nala", "softmax"])
-def test_health_of_a_language_model_is_that_of_its_last_token(attention):
-    """With one token before it, the entropy of the last is at most that of two keys."""
+def test_stats_of_a_language_model_are_of_its_last_token(attention):
+    """With two tokens, the last one's entropy is at most log 2."""
     options = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16, "attention": attention}
     model, tokens = NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12))
     for block in measure.attention_stats(model, tokens):
@@ -297,7 +297,7 @@ def test_health_of_a_language_model_is_that_of_its_last_token(attention):
 
 
 def test_rank_correlation_by_hand():
-    """1 for any rising curve, -1 for any falling one; ranks 0 1 2 3 against 1 0 2 3 give 0.8."""
+    """Rising: 1, falling: -1; ranks 0 1 2 3 against 1 0 2 3: 0.8."""
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 2.0, 3.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
     y = torch.tensor([[0.1, 1.0, 7.0, 900.0], [-4.0, 0.0, -1.0, 9.0], [2.0, 1.0, 3.0, 4.0]])
     expected = torch.tensor([1.0, -1.0, 0.8], dtype=torch.float64)
@@ -315,11 +315,11 @@ def test_the_weights_of_a_language_model_do_not_look_ahead(attention):
             assert weights.shape == (5, 2, 12, 12)
             assert (weights.triu(1) == 0).all() and (weights >= 0).all()
         own = "cosine" if attention == "nala" else "softmax"
-        assert torch.equal(weights, block.weights(own))  # None is the block's own
+        assert torch.equal(weights, block.weights(own))  # None means the block's own
 
 
-def test_health_is_that_of_a_model_without_dropout():
-    """In training mode, too: the same twice."""
+def test_stats_are_measured_without_dropout():
+    """Also in training mode: repeated calls agree."""
     options = {"vocab_size": 9, "num_layers": 2, "dim": 16, "dropout": 0.5}
     model, tokens = NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12))
     first, second = (measure.attention_stats(model.train(), tokens) for _ in range(2))
@@ -327,31 +327,31 @@ def test_health_is_that_of_a_model_without_dropout():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_classify_and_health_of_a_model_in_any_dtype(dtype):
-    images, model = bytes_of(), small_vit()
+def test_classify_and_stats_of_a_model_in_any_dtype(dtype):
+    images, model = noise(), small_vit()
     logits = measure.classify(model.float(), images)
-    spread = measure.attention_stats(model, images)[0]["entropy"]
+    expected = measure.attention_stats(model, images)[0]["entropy"]
     model, tolerance = model.to(dtype), 0.05 if dtype == torch.bfloat16 else 1e-3
     assert_close(measure.classify(model, images).float(), logits, rtol=0, atol=tolerance / 10)
-    found = measure.attention_stats(model, images)[0]["entropy"]
-    assert found == pytest.approx(spread, abs=tolerance)
+    actual = measure.attention_stats(model, images)[0]["entropy"]
+    assert actual == pytest.approx(expected, abs=tolerance)
 
 
 def test_a_learned_norm_scale_is_in_the_power():
     model = NaLaLM(LMConfig(vocab_size=9, num_layers=1, dim=16, norm_scale=None))
     tokens = torch.randint(9, (5, 12))
     before = measure.attention_stats(model, tokens)[0]["power"]
-    model.blocks[0].attention.norm_scale.data.fill_(1e9)  # tanh of nearly nothing
+    model.blocks[0].attention.norm_scale.data.fill_(1e9)  # tanh(norm / scale) is nearly 0
     after = measure.attention_stats(model, tokens)[0]["power"]
     assert after == pytest.approx([1.5] * 5)
     assert before[-1] > 1.5 + 1e-3
 
 
-def test_asking_leaves_no_hook_behind_even_after_an_error():
+def test_attention_inputs_leave_no_hooks_even_after_an_error():
     model = small_vit().float()
     with pytest.raises(ValueError, match="images must be"):
-        measure.attention_inputs(model, bytes_of()[:, :2])
-    measure.attention_inputs(model, bytes_of())
+        measure.attention_inputs(model, noise()[:, :2])
+    measure.attention_inputs(model, noise())
     assert all(not block.attention._forward_pre_hooks for block in model.blocks)
 
 
@@ -365,19 +365,19 @@ def small_lm(**options):
 
 READERS = {
     "validation_loss": lambda lm, vit: measure.validation_loss(lm, torch.randint(9, (50,)), 8),
-    "classify": lambda lm, vit: measure.classify(vit, bytes_of()).tolist(),
+    "classify": lambda lm, vit: measure.classify(vit, noise()).tolist(),
     "text's stats": lambda lm, vit: measure.attention_stats(lm, torch.randint(9, (3, 70))),
-    "images' stats": lambda lm, vit: measure.attention_stats(vit, bytes_of()),
-    "maps": lambda lm, vit: [x.tolist() for x in measure.attention_maps(vit, bytes_of()).values()],
+    "images' stats": lambda lm, vit: measure.attention_stats(vit, noise()),
+    "maps": lambda lm, vit: [x.tolist() for x in measure.attention_maps(vit, noise()).values()],
 }
 
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("reader", READERS)
-def test_what_reads_a_model_gives_every_module_its_mode_back(reader, fails):
+def test_measuring_a_model_restores_every_module_s_mode(reader, fails):
     models = small_lm(dropout=0.5), small_vit(dropout=0.5).float()
     for model in models:
-        model.train().blocks[0].eval()  # one is frozen
+        model.train().blocks[0].eval()  # a block in evaluation mode
         if fails:
             model.norm.register_forward_pre_hook(lambda *call: 1 / 0)
     modes = [[module.training for module in model.modules()] for model in models]
@@ -390,40 +390,40 @@ def test_what_reads_a_model_gives_every_module_its_mode_back(reader, fails):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_read_does_not_depend_on_torch_s_defaults(reader):
+def test_measurements_do_not_depend_on_torch_s_defaults(reader):
     def read():
         torch.manual_seed(1)
         return READERS[reader](*models)
 
     models = small_lm(), small_vit().float()
-    want = read()
+    expected = read()
     for dtype in (torch.float64, torch.bfloat16):
         with ambient(dtype, "cpu"):
-            assert read() == want
+            assert read() == expected
 
 
 @pytest.mark.parametrize("make", [small_vit, small_lm])
 def test_norms_and_entropies_are_those_of_each_head_and_token(make, in_float64, monkeypatch):
-    """In several batches as at once: the last token of a text, every third patch here."""
+    """The same in batches as at once: for text the last token, for these images every fifth patch."""
     monkeypatch.setattr(measure, "MAX_QUERIES", 3)
     monkeypatch.setattr(measure, "eval_batch_size", lambda model, inputs: 2)
     text = make is small_lm
     model = make().double()
-    inputs = torch.randint(model.config.vocab_size, (5, 7)) if text else bytes_of(5)
+    inputs = torch.randint(model.config.vocab_size, (5, 7)) if text else noise(5)
     blocks = measure.norms_and_entropies(model, inputs)
-    for found, block in zip(blocks, measure.attention_inputs(model, inputs), strict=True):
+    for actual, block in zip(blocks, measure.attention_inputs(model, inputs), strict=True):
         count = block.q.shape[2]
         tokens = slice(count - 1, None) if text else slice(None, None, -(-count // 3))
         weights = block.weights()[:, :, tokens]
-        wanted = {
+        expected = {
             "query_norm": block.q[:, :, tokens].norm(dim=-1),
             "key_norm": block.k[:, :, tokens].norm(dim=-1),
             "entropy": -(weights * weights.clamp_min(1e-300).log()).sum(dim=-1),
         }
-        assert found.keys() == wanted.keys()
-        for name, x in wanted.items():
+        assert actual.keys() == expected.keys()
+        for name, x in expected.items():
             by_head = torch.stack([x[:, head].flatten() for head in range(x.shape[1])])
-            assert_close(found[name], by_head)
+            assert_close(actual[name], by_head)
 
 
 @pytest.mark.parametrize(
@@ -431,22 +431,19 @@ def test_norms_and_entropies_are_those_of_each_head_and_token(make, in_float64, 
     [(name, None) for name in (*FIVE, "focused", "clipped", "magnitude-aware")]
     + [(name, "numerator") for name in ("nala", "split", "elu", "relu", "focused", "clipped")],
 )
-def test_the_weights_of_some_queries_are_those_among_all(attention, rope):
+def test_the_weights_of_some_queries_are_rows_of_all_weights(attention, rope):
     for model, inputs in (
         (small_lm(attention=attention, rope=rope), torch.randint(9, (3, 12))),
-        (small_vit(attention=attention, rope=rope).float(), bytes_of()),
+        (small_vit(attention=attention, rope=rope).float(), noise()),
     ):
         for block in measure.attention_inputs(model, inputs):
             weights = block.weights()
-            some = block.weights_of([0, 3, 11])
-            assert_close(some, weights[:, :, [0, 3, 11]], rtol=1e-4, atol=1e-6)
+            selected = block.weights_of([0, 3, 11])
+            assert_close(selected, weights[:, :, [0, 3, 11]], rtol=1e-4, atol=1e-6)
 
 
 def test_stats_of_a_compiled_model_are_those_of_the_model():
-    for model, inputs in (
-        (small_lm(), torch.randint(9, (3, 12))),
-        (small_vit().float(), bytes_of()),
-    ):
+    for model, inputs in ((small_lm(), torch.randint(9, (3, 12))), (small_vit().float(), noise())):
         compiled = torch.compile(model, backend="eager")
         assert measure.attention_stats(compiled, inputs) == measure.attention_stats(model, inputs)
 
@@ -457,28 +454,28 @@ def peak(function, *arguments):
     return recorder.peak
 
 
-def test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of_tokens(monkeypatch):
+def test_memory_for_measuring_does_not_grow_with_examples_or_the_square_of_tokens(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 2**16)
     for attention in ("nala", "softmax"):
         lm, vit = small_lm(attention=attention), small_vit(attention=attention).float()
-        text, most = torch.randint(9, (2**15 + 1,)), 60 * 4 * 2**16  # bytes
+        text, limit = torch.randint(9, (2**15 + 1,)), 60 * 4 * 2**16  # bytes
         for block in (32, 1024, 4096):
-            assert peak(measure.validation_loss, lm, text, block) < most
-            assert peak(measure.attention_stats, lm, text[:-1].view(-1, block)) < most
+            assert peak(measure.validation_loss, lm, text, block) < limit
+            assert peak(measure.attention_stats, lm, text[:-1].view(-1, block)) < limit
         for count, side in ((256, 16), (16, 64), (1, 96)):
-            assert peak(measure.classify, vit, bytes_of(count, side, side)) < most
-            assert peak(measure.attention_stats, vit, bytes_of(count, side, side)) < 3 * most
+            assert peak(measure.classify, vit, noise(count, side, side)) < limit
+            assert peak(measure.attention_stats, vit, noise(count, side, side)) < 3 * limit
 
 
-def test_the_default_runs_are_evaluated_as_many_at_a_time_as_ever():
+def test_batch_sizes_for_evaluating_the_default_runs():
     assert measure.eval_batch_size(small_lm(dim=128, num_heads=4), torch.zeros(1, 128)) == 64
     assert measure.eval_batch_size(small_lm(), torch.zeros(1, BUDGET)) == 1
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     assert measure.eval_batch_size(small_vit(patch_size=4, dim=64, num_heads=4), images) == 256
 
 
-def test_queries_that_are_sampled_stand_for_all(monkeypatch):
-    vit, images = small_vit().float(), bytes_of(2, 40, 40)
+def test_sampled_queries_represent_all(monkeypatch):
+    vit, images = small_vit().float(), noise(2, 40, 40)
     stats = []
     for queries in (64, 10**6):
         monkeypatch.setattr(measure, "MAX_QUERIES", queries)
@@ -492,13 +489,13 @@ def test_queries_that_are_sampled_stand_for_all(monkeypatch):
 # --- The program ----------------------------------------------------------------------------------
 
 
-def test_the_card_is_written_where_out_says(tmp_path, monkeypatch, capsys):
+def test_the_card_is_written_to_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["measure.py", "--out", str(tmp_path / "new")])
     run_script(measure.main)
-    again, card = (
+    written, card = (
         runcard.read_json(p / "entropy_gap.json") for p in (tmp_path / "new", runcard.RESULTS)
     )
-    assert again.keys() == card.keys() and again["config"] == card["config"]
+    assert written.keys() == card.keys() and written["config"] == card["config"]
     assert (tmp_path / "new" / "entropy_gap.png").exists()
     assert "entropy_gap.json" in capsys.readouterr().out
 
@@ -506,7 +503,7 @@ def test_the_card_is_written_where_out_says(tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", ["measure.py", "--out", str(tmp_path / "file" / "x")])
-    monkeypatch.setattr(measure, "entropy_against_norm", lambda *_, **__: pytest.fail("worked"))
+    monkeypatch.setattr(measure, "entropy_against_norm", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(SystemExit, match="2"):
         run_script(measure.main)
     assert "cannot be written" in capsys.readouterr().err
@@ -514,12 +511,12 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, c
 
 def test_an_installed_wheel_writes_to_runs_and_not_beside_itself(tmp_path, monkeypatch):
     assert measure.Settings().out == runcard.RESULTS
-    monkeypatch.setattr(runcard, "RESULTS", tmp_path / "notebooks" / "results")  # is not there
+    monkeypatch.setattr(runcard, "RESULTS", tmp_path / "notebooks" / "results")  # missing
     assert runpy.run_path(measure.__file__)["Settings"]().out == Path("runs")
 
 
-def test_attention_maps_come_to_the_cpu_to_be_drawn():
-    """From any device; from the one that holds no numbers, nothing can come."""
+def test_attention_maps_are_moved_to_the_cpu():
+    """From any device. Moving from "meta", which has no values, fails."""
     with torch.device("meta"):
         model = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=8))
         images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)

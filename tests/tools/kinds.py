@@ -13,12 +13,12 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_fast.py::test_whatever_asks_for_a_derivative_gets_the_right_one
         test_distributed.py::test_a_sequence_in_pieces_is_the_whole_sequence""",
     "A saved file cannot be loaded": """
-        test_checkpoint.py::test_whatever_extra_holds_is_read_again_as_plain_values
-        test_checkpoint.py::test_what_no_checkpoint_holds_is_refused_before_any_training
+        test_checkpoint.py::test_values_in_extra_are_read_again_as_plain_values
+        test_checkpoint.py::test_values_that_cannot_be_saved_are_refused_before_any_training
         test_checkpoint.py::test_a_state_that_cannot_be_read_again_is_refused_before_any_training
-        test_checkpoint.py::test_a_number_of_evaluate_is_a_plain_number
+        test_checkpoint.py::test_numbers_from_evaluate_are_saved_as_plain_numbers
         test_checkpoint.py::test_weights_that_are_not_finite_are_not_saved
-        test_checkpoint.py::test_what_may_be_the_only_copy_is_to_be_moved_aside""",
+        test_checkpoint.py::test_an_unreadable_checkpoint_should_be_moved_aside_not_deleted""",
     "A mark depends on the machine, or on the previously marked file": """
         test_checks.py::test_check_works_under_any_defaults_and_gives_them_back
         test_checks.py::test_all_ways_of_marking_agree
@@ -57,19 +57,19 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_compare.py::test_there_are_as_many_workers_as_usable_processors
         test_compare.py::test_without_affinity_all_processors_count""",
     "Data is identified by name instead of content": """
-        test_checkpoint.py::test_data_and_attention_that_were_renamed_go_on
-        test_checkpoint.py::test_other_content_of_the_same_name_does_not_go_on
+        test_checkpoint.py::test_renamed_data_and_attention_files_resume
+        test_checkpoint.py::test_other_content_under_the_same_name_does_not_resume
         test_own_attention.py::test_a_file_that_changed_is_another_attention""",
     "Training or evaluation mode is not restored": """
         test_model.py::test_generate_gives_every_module_its_mode_back
-        test_measure.py::test_what_reads_a_model_gives_every_module_its_mode_back
+        test_measure.py::test_measuring_a_model_restores_every_module_s_mode
         test_train.py::test_every_module_has_its_mode_back_after_training""",
     "The session's PyTorch defaults leak in": """
         test_model.py::test_the_default_dtype_changes_no_angle
         test_data.py::test_windows_do_not_depend_on_torch_s_defaults
         test_distributed.py::test_what_processes_say_does_not_depend_on_torch_s_defaults
         test_images.py::test_images_do_not_depend_on_torch_s_defaults
-        test_measure.py::test_what_is_read_does_not_depend_on_torch_s_defaults
+        test_measure.py::test_measurements_do_not_depend_on_torch_s_defaults
         test_synthetic.py::test_drawn_digits_do_not_depend_on_torch_s_defaults
         test_train.py::test_training_does_not_depend_on_torch_s_defaults
         test_train.py::test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back""",
@@ -99,15 +99,15 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_flags.py::test_without_docstrings_there_is_no_description
         test_flags.py::test_a_closed_terminal_is_a_ctrl_c_unless_it_is_to_be_ignored
         test_measure.py::test_an_installed_wheel_writes_to_runs_and_not_beside_itself
-        test_checkpoint.py::test_a_stopped_run_is_saved_and_goes_on_to_the_very_same_bits
-        test_checkpoint.py::test_nohup_goes_on_when_the_terminal_is_closed
-        test_checkpoint.py::test_a_compiled_model_is_saved_under_plain_names_and_goes_on_as_any
+        test_checkpoint.py::test_a_stopped_run_is_saved_and_resumes_bit_for_bit
+        test_checkpoint.py::test_nohup_keeps_training_when_the_terminal_is_closed
+        test_checkpoint.py::test_a_compiled_model_is_saved_under_plain_names_and_resumes_in_any_form
         test_faults.py::""",
     "The work is done, then its evaluation fails": """
-        test_checkpoint.py::test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for
+        test_checkpoint.py::test_a_failed_evaluation_costs_no_step_and_is_repeated
         test_measure.py::test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of
-        test_measure.py::test_the_weights_of_some_queries_are_those_among_all
-        test_measure.py::test_queries_that_are_sampled_stand_for_all""",
+        test_measure.py::test_the_weights_of_some_queries_are_rows_of_all_weights
+        test_measure.py::test_sampled_queries_represent_all""",
 }
 BEGIN, END = "<!-- by tools/kinds.py -->\n", "<!-- end -->\n"
 
