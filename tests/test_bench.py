@@ -1,4 +1,4 @@
-"""What nala_min/lab/bench.py measures; that a second is a second is not tested here."""
+"""The measurements in nala_min/lab/bench.py, except for the clock itself."""
 
 import itertools
 import sys
@@ -29,18 +29,18 @@ CARDS = {
 RESULTS = CARDS["float32"]["results"]
 
 
-# --- What is compared -----------------------------------------------------------------------------
+# --- The compared forms ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_forms_are_one_attention(causal):
-    """Softmax, too, sees what NaLa sees; the product is given features and is the same again."""
+    """The product takes features. Softmax has the same mask."""
     forms = bench.forms(causal, compiled=False)
     q, k, v = torch.randn(3, 1, 2, 70, 8, dtype=torch.float64)
-    want = nala_attention(q, k, v, causal=causal, mode="parallel")
+    expected = nala_attention(q, k, v, causal=causal, mode="parallel")
     for name in {"nala", "readable", "quadratic"} & forms.keys():
-        assert_close(forms[name](q, k, v), want)
-    assert_close(forms["product"](query_features(q), key_features(k), v), want)
+        assert_close(forms[name](q, k, v), expected)
+    assert_close(forms["product"](query_features(q), key_features(k), v), expected)
     split = nala_attention(q, k, v, causal=causal, mode="parallel", feature_map="split")
     assert_close(forms["split"](q, k, v), split)
     assert_close(
@@ -59,7 +59,7 @@ def test_only_the_quadratic_form_holds_n_squared_numbers():
 
 
 def test_the_two_passes():
-    """Forward without a gradient; or all gradients, also of what the form does not use."""
+    """Forward without gradients, or the gradients of all inputs; None if an input is unused."""
     inputs = [torch.randn(2, 3, requires_grad=True) for _ in range(3)]
     seen = []
 
@@ -75,8 +75,8 @@ def test_the_two_passes():
     assert k is None and torch.equal(q, torch.full((2, 3), 2.0)) and torch.equal(v, q / 2)
 
 
-def test_softmax_written_out_is_softmax_and_its_memory_is_counted_not_used(monkeypatch):
-    """Its scores, their exponentials and gradients: two N x N matrices a head at least."""
+def test_softmax_written_out_is_softmax_and_its_memory_is_computed(monkeypatch):
+    """Scores, exponentials and gradients: at least two N x N matrices per head."""
     q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
     assert_close(bench.written_out(q, k, v), softmax_attention(q, k, v))
     monkeypatch.setattr(bench, "LONG", 200)
@@ -90,11 +90,11 @@ def test_softmax_written_out_is_softmax_and_its_memory_is_counted_not_used(monke
 
 
 def test_decoding_attends_to_the_same_context(monkeypatch):
-    """All three see the whole context and the tokens decoded so far; times are those of one."""
-    found = {}
+    """All three see the context and the tokens decoded so far; times are per token."""
+    outputs = {}
 
     def take_turns(calls, device, budget):
-        found.update({name: call() for name, call in calls.items()})
+        outputs.update({name: call() for name, call in calls.items()})
         row = {"median": 8.0, "low": 4.0, "high": 16.0, "runs": 3, "bytes": 12}
         return {name: row for name in calls}
 
@@ -120,13 +120,13 @@ def test_decoding_attends_to_the_same_context(monkeypatch):
     )
     assert all([row[k] for k in ("median", "low", "high", "bytes")] == [2, 1, 4, 3] for row in rows)
     for context in contexts:
-        assert_close(found["softmax", context], found["softmax_grown", context])
-    (first, nothing), *_ = calls  # the context that NaLa's state is made of
+        assert_close(outputs["softmax", context], outputs["softmax_grown", context])
+    (first, nothing), *_ = calls  # the context in NaLa's state
     assert nothing is None and first[0].shape[2] == contexts[0]
     token = next(qkv for qkv, state in calls if state is not None)
     whole = [torch.cat([x, *4 * [y]], dim=2) for x, y in zip(first, token, strict=True)]
-    want = nala_attention(*whole, causal=True)[:, :, -1:]
-    assert_close(found["nala", contexts[0]], want)
+    expected = nala_attention(*whole, causal=True)[:, :, -1:]
+    assert_close(outputs["nala", contexts[0]], expected)
 
 
 def test_a_training_step_trains():
@@ -147,19 +147,19 @@ def test_a_training_step_trains():
         assert loss() < before
 
 
-# --- How it is measured ---------------------------------------------------------------------------
+# --- Timing ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is pushed."""
+    """A clock that only advances when called."""
     now = [0.0]
     monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def push(seconds):
+    def advance(seconds):
         now[0] += seconds
 
-    return push
+    return advance
 
 
 def test_calls_take_turns_until_the_budget_is_used_up(clock):
@@ -174,7 +174,7 @@ def test_calls_take_turns_until_the_budget_is_used_up(clock):
 
         return run
 
-    found = bench.take_turns(
+    results = bench.take_turns(
         {
             "a": call("a", 3, *(0, 1), *(0, 4), *(0, 2), *(0, 1)),
             "b": call("b", 2, *(0, 2), *(0, 2), *(0, 5), *(0, 9)),
@@ -183,13 +183,13 @@ def test_calls_take_turns_until_the_budget_is_used_up(clock):
         CPU,
         budget=20,
     )
-    assert "".join(calls) == "abc" + 4 * "aabb"  # to warm up, where c uses up all; then in turns
-    assert found["a"] == {"median": 1.5, "low": 1, "high": 4, "runs": 4, "peak": 0}
-    assert found["b"] == {"median": 3.5, "low": 2, "high": 9, "runs": 4, "peak": 0}
-    assert found["c"] == {"median": 60, "low": 60, "high": 60, "runs": 1, "peak": 0}
+    assert "".join(calls) == "abc" + 4 * "aabb"  # warm-up, which uses up c's budget; then turns
+    assert results["a"] == {"median": 1.5, "low": 1, "high": 4, "runs": 4, "peak": 0}
+    assert results["b"] == {"median": 3.5, "low": 2, "high": 9, "runs": 4, "peak": 0}
+    assert results["c"] == {"median": 60, "low": 60, "high": 60, "runs": 1, "peak": 0}
 
 
-def test_three_turns_are_taken_at_least_and_fifty_at_most(clock):
+def test_at_least_three_and_at_most_fifty_turns_are_taken(clock):
     assert bench.take_turns({"a": lambda: clock(8)}, CPU, budget=9)["a"]["runs"] == 3
     assert bench.take_turns({"a": lambda: None}, CPU, budget=9)["a"]["runs"] == 50
 
@@ -201,7 +201,7 @@ def test_compiling_is_not_timed(clock):
     assert rows["compiled", "forward"]["peak"] is None
 
 
-def test_the_peak_is_what_tensors_hold_at_one_time():
+def test_the_peak_is_of_tensors_that_exist_at_once():
     def call():
         first = torch.ones(1000)
         del first
@@ -220,17 +220,17 @@ def row(form, length, median, **rest):
         ([1, 2, 4], [2, 2, 2], 20),
         ([1, 2, 4], [0, 0, 0], 10),
         ([1, 2, 4], [9, 9, 9], None),
-        ([3, 1, 4], [2, 2, 2], 40),  # for good, not for once
+        ([3, 1, 4], [2, 2, 2], 40),  # faster once, then slower
     ],
 )
-def test_crossover_is_where_nala_stays_the_faster(softmax, nala, length):
+def test_crossover_is_where_nala_stays_faster(softmax, nala, length):
     rows = [row("softmax", *pair) for pair in zip([10, 20, 40], softmax, strict=True)]
     rows += [row("nala", *pair) for pair in zip([10, 20, 40], nala, strict=True)]
     rows += [row("nala", 10, 99, causal=False), row("softmax", 10, 1, causal=False)]
     assert bench.crossover(rows, causal=True) == length
 
 
-def test_the_table_says_how_many_times_as_fast():
+def test_the_table_has_the_speedup():
     rows = [row("softmax", 10, 0.004, low=0.003, high=0.009, peak=2**20)]
     rows += [row("compiled", 10, 0.001, low=0.001, high=0.002, peak=None)]
     first, second = bench.table(rows).splitlines()
@@ -296,7 +296,7 @@ def prefix_sums(q, k, v):
 
 
 def install(monkeypatch, **functions):
-    """Modules that keep what the libraries promise of their functions, or a broken one."""
+    """Install modules that behave like the libraries, unless functions replace theirs."""
 
     def naive_chunk_linear_attn(q, k, v, scale=None, normalize=False):  # (B, N, H, .)
         assert scale == 1 and normalize
@@ -309,12 +309,12 @@ def install(monkeypatch, **functions):
     def causal_linear_attention_noncuda(q, k, v):
         return prefix_sums(q, k, v) / prefix_sums(q, k, v[..., :1] ** 0)
 
-    places = {
+    functions_by_module = {
         "fla.ops.linear_attn.naive": naive_chunk_linear_attn,
         "fast_transformers.causal_product": prefix_sums,
         "performer_pytorch.performer_pytorch": causal_linear_attention_noncuda,
     }
-    for path, function in places.items():
+    for path, function in functions_by_module.items():
         names = path.split(".")
         for i in range(len(names)):
             module = types.ModuleType(".".join(names[: i + 1]))
@@ -329,30 +329,30 @@ def install(monkeypatch, **functions):
 def test_peers_are_given_features_and_must_agree_with_ours(monkeypatch):
     install(monkeypatch)
     ((*rows,),) = bench.peer_rows({16: (1, 2, 4)}, CPU, torch.float32, 0)
-    here = bench.peers(CPU)
-    assert [r["form"] for r in rows[::2]] == list(here)
-    assert list(here) == ["nala", "fla_naive_chunk", "fast_transformers", "performer_pytorch"]
-    there = bench.peers(torch.device("cuda"))
-    assert [name for name in there if name not in here] == ["fla_chunk"]
+    on_cpu = bench.peers(CPU)
+    assert [r["form"] for r in rows[::2]] == list(on_cpu)
+    assert list(on_cpu) == ["nala", "fla_naive_chunk", "fast_transformers", "performer_pytorch"]
+    on_cuda = bench.peers(torch.device("cuda"))
+    assert [name for name in on_cuda if name not in on_cpu] == ["fla_chunk"]
     inputs = torch.rand(3, 1, 2, 16, 4)
-    assert_close(there["fla_chunk"](*inputs), here["nala"](*inputs))
+    assert_close(on_cuda["fla_chunk"](*inputs), on_cpu["nala"](*inputs))
     for name in ("fla", "fast_transformers", "performer_pytorch"):
         install(monkeypatch, **{name: lambda q, k, v, *rest, **options: v})
         with pytest.raises(AssertionError):
             list(bench.peer_rows({16: (1, 2, 4)}, CPU, torch.float32, 0))
 
 
-def test_without_other_libraries_there_is_ours(monkeypatch):
+def test_without_other_libraries_only_ours_is_measured(monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     assert list(bench.peers(CPU)) == ["nala"]
 
 
-# --- The whole ------------------------------------------------------------------------------------
+# --- The program ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [["--quick"], ["--quick", "--peers"], ["--quick", "--long"]])
 def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
-    """Quick, with times that are made up: a card like the committed one."""
+    """Quick and with fake times, a card has the same keys as the committed one."""
 
     def take_turns(calls, device, budget):
         return {
@@ -365,7 +365,7 @@ def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
     monkeypatch.setattr(bench, "HEADS", 1)
     monkeypatch.setattr(bench, "LONG", 64)
     monkeypatch.setattr(bench, "DIM", 8)
-    monkeypatch.setattr(bench, "__doc__", None)  # as python -OO has it
+    monkeypatch.setattr(bench, "__doc__", None)  # as under python -OO
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags, "--device", "cpu"])
     monkeypatch.chdir(tmp_path)
     bench.main()
@@ -378,23 +378,23 @@ def test_main_writes_a_card_and_a_picture(monkeypatch, tmp_path, capsys, flags):
     assert card["results"].keys() == CARDS[name]["results"].keys()
     picture = tmp_path / "runs" / "speed" / "speed_cpu_float32.png"
     assert picture.exists() == (name == "float32")
-    said = capsys.readouterr().out
-    assert "take turns in one run" in said and "reference is" in said and "speed_cpu_" in said
+    out = capsys.readouterr().out
+    assert "take turns in one run" in out and "reference is" in out and "speed_cpu_" in out
 
 
-def test_the_committed_cards_are_whole_and_consistent():
+def test_the_committed_cards_are_complete_and_consistent():
     lengths = [2**i for i in range(6, 17)]
     rows = RESULTS["attention"]
     for causal, direction in ((True, "causal"), (False, "bidirectional")):
         forms = [*bench.forms(causal, compiled=False), "compiled"]
         for what in ("forward", "forward + backward"):
             for form in forms:
-                found = bench.select(rows, form=form, causal=causal, **{"pass": what})
+                selected = bench.select(rows, form=form, causal=causal, **{"pass": what})
                 longest = bench.MAX_LENGTH.get(form, lengths[-1])
-                assert [r["length"] for r in found] == [n for n in lengths if n <= longest], form
-                assert all(0 < r["low"] <= r["median"] <= r["high"] for r in found)
-            place = bench.crossover(rows, causal=causal, **{"pass": what})
-            assert RESULTS["crossover"][f"{direction}, {what}"] == place
+                assert [r["length"] for r in selected] == [n for n in lengths if n <= longest], form
+                assert all(0 < r["low"] <= r["median"] <= r["high"] for r in selected)
+            crossover = bench.crossover(rows, causal=causal, **{"pass": what})
+            assert RESULTS["crossover"][f"{direction}, {what}"] == crossover
     for name, flags in {"float32": "", "peers": " --peers", "long": " --long"}.items():
         assert CARDS[name]["command"] == f"python -m nala_min.lab.bench{flags}"
     assert {r["form"] for r in CARDS["peers"]["results"]["peers"]} == {
@@ -413,7 +413,7 @@ def test_the_committed_cards_are_whole_and_consistent():
     assert {r["length"] for r in long["long"]} == {bench.LONG}
 
 
-def test_the_picture_is_the_card():
+def test_the_picture_agrees_with_the_card():
     figure = plots.speed(RESULTS)
     time, memory, decode = figure.axes
     lines = {line.get_label(): line for line in time.get_lines()}
@@ -428,19 +428,19 @@ def test_the_picture_is_the_card():
         rows = bench.select(RESULTS["decode"], form=form)
         (drawn,) = (line for line in decode.get_lines() if line.get_label() == label)
         assert list(drawn.get_ydata()) == pytest.approx([1000 * r["median"] for r in rows])
-    place = RESULTS["crossover"]["causal, forward + backward"]
+    crossover = RESULTS["crossover"]["causal, forward + backward"]
     (note,) = time.texts
-    assert f"{place:,}" in note.get_text() and note.xy[0] == place
+    assert f"{crossover:,}" in note.get_text() and note.xy[0] == crossover
     assert all(axes.get_xscale() == axes.get_yscale() == "log" for axes in figure.axes)
-    nowhere = RESULTS | {"crossover": dict.fromkeys(RESULTS["crossover"])}
-    assert not plots.speed(nowhere).axes[0].texts
+    without_crossover = RESULTS | {"crossover": dict.fromkeys(RESULTS["crossover"])}
+    assert not plots.speed(without_crossover).axes[0].texts
 
 
-def test_what_cannot_be_written_is_told_before_the_work(monkeypatch, capsys, tmp_path):
+def test_an_unwritable_output_is_an_error_before_the_work(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").touch()
     out = str(tmp_path / "file" / "x")
     monkeypatch.setattr("sys.argv", ["bench", "--quick", "--out", out])
-    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match="2"):
         run_script(bench.main)
     assert "cannot be written" in capsys.readouterr().err

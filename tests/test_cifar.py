@@ -26,8 +26,8 @@ from nala_min import (
     synthetic,
 )
 
-COUNT = 60  # images in a file, in place of 10,000
-WRONG = 6  # ships in the test file that are labelled cats, so that there are mistakes to count
+COUNT = 60  # images per file, instead of 10,000
+WRONG = 6  # test images of ships labelled as cats, to have mistakes to count
 CAT, SHIP = 3, 8
 SIZES = {
     "layers": 1,
@@ -52,24 +52,24 @@ pytestmark = pytest.mark.usefixtures("small_files")
 
 @pytest.fixture(scope="module")
 def small_files():
-    """Files of COUNT images are whole."""
+    """Accept files of COUNT images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "IMAGES_PER_FILE", COUNT)
         yield
 
 
 def stripes(kind, phase, side=32):
-    """A square (side, side) from 0 to 1 of upright or level stripes, of one of five widths."""
-    places = np.arange(side) / side * (3, 5, 7, 9, 12)[kind % 5]
-    wave = 0.5 + 0.5 * np.sin(2 * np.pi * (places + phase))
+    """Vertical or horizontal stripes in one of five widths: (side, side), from 0 to 1."""
+    positions = np.arange(side) / side * (3, 5, 7, 9, 12)[kind % 5]
+    wave = 0.5 + 0.5 * np.sin(2 * np.pi * (positions + phase))
     return np.broadcast_to(wave if kind < 5 else wave[:, None], (side, side))
 
 
 def write_images(folder, seed=0):
-    """The six files of CIFAR-10, with stripes: a kind for each class, and its mirror image.
+    """Write CIFAR-10's six files with stripes of random phase, one kind per class.
 
-    Each may be its own negative, so that no linear classifier can be right about more than half of
-    any class but one.
+    An image is as likely as its negative, so a linear classifier is right about at most half of
+    the images in every class but one.
     """
     random = np.random.default_rng(seed)
     folder.mkdir()
@@ -86,7 +86,7 @@ def write_images(folder, seed=0):
 
 
 def read_images(folder, names):
-    """Images (n, 3, 32, 32) and labels (n,) of the files, read by other means than data's."""
+    """Images (n, 3, 32, 32) and labels (n,) of the files, read without nala_min.data."""
     content = b"".join((folder / name).read_bytes() for name in names)
     records = np.array(list(content), np.uint8).reshape(-1, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype("<i8")
@@ -97,7 +97,7 @@ TRAINING, TEST = [f"data_batch_{i}.bin" for i in (1, 2, 3, 4, 5)], ["test_batch.
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run that has learnt the stripes: its folder, and what it printed."""
+    """A finished run on the stripes: its folders, card and output."""
     folder = tmp_path_factory.mktemp("trained")
     write_images(folder / "images")
     result = run_here(train_cifar, folder, *FLAGS, "--data-dir", "images", "--out", "run")
@@ -108,22 +108,21 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(*flags): what the script does with them, in this process, from tmp_path; it draws no
-    pictures: that takes time."""
+    """run(*flags): run the script in this process, from tmp_path; without pictures, for speed."""
     monkeypatch.setattr(plots, "write", lambda *arguments: None)
     return partial(run_here, train_cifar, tmp_path)
 
 
 @pytest.fixture
 def files(trained, tmp_path):
-    """What the commands below find in tmp_path: images, good and bad, and a copy of the run."""
+    """tmp_path, with the images and a copy of the run."""
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """The stand-in, but fewer of them."""
+    """The stand-in, with fewer digits."""
     digits = data.drawn_images(60, 30)
     monkeypatch.setattr(data, "drawn_images", lambda: digits)
     return digits
@@ -131,21 +130,21 @@ def few_digits(monkeypatch):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What the script asks data for, besides images, and is given, a list for each function."""
+    """The script's calls of data.shuffled_batch and data.augment, with the images they return."""
     calls = {"shuffled_batch": [], "augment": []}
 
-    def watch(name, original):
-        def watched(*arguments, **options):
+    def record(name, original):
+        def recorded(*arguments, **options):
             result = original(*arguments, **options)
-            given = result if name == "augment" else result[0]
+            images = result if name == "augment" else result[0]
             numbers = tuple(x for x in arguments if not isinstance(x, torch.Tensor))
-            calls[name].append(SimpleNamespace(numbers=numbers, options=options, given=given))
+            calls[name].append(SimpleNamespace(numbers=numbers, options=options, images=images))
             return result
 
-        monkeypatch.setattr(data, name, watched)
+        monkeypatch.setattr(data, name, recorded)
 
     for name in calls:
-        watch(name, getattr(data, name))
+        record(name, getattr(data, name))
     return calls
 
 
@@ -172,21 +171,21 @@ def test_a_run_writes_its_five_files_and_nothing_else(trained):
     assert sorted(path.name for path in trained.folder.iterdir()) == ["images", "run"]
 
 
-def test_a_run_prints_its_data_its_accuracy_and_what_it_confuses(trained):
+def test_a_run_prints_its_data_accuracy_and_confusions(trained):
     out, results = trained.result.stdout, trained.card["results"]
     assert out.startswith(f"{FROM_FOLDER}: {5 * COUNT} images to train on. NaLaViT on cpu, ")
     assert f" attention nala (linear), {results['parameters']:,} parameters.\n" in out
     assert "\nstep   200 " in out
     accuracy, loss = f"{results['test_accuracy']:.2%}", f"{results['test_loss']:.4f}"
-    said = f"Test accuracy {accuracy}, loss {loss}, on {COUNT} images of {FROM_FOLDER}."
-    assert f"\n{said} Most often confused:\n  cat and ship: " in out
+    sentence = f"Test accuracy {accuracy}, loss {loss}, on {COUNT} images of {FROM_FOLDER}."
+    assert f"\n{sentence} Most often confused:\n  cat and ship: " in out
     mistakes = [int(n) for n in re.findall(r"^  \w+ and \w+: (\d+) times$", out, re.MULTILINE)]
     assert 1 <= len(mistakes) <= 3 and all(mistakes)
     assert out.endswith(f"Checkpoint, run card and pictures: {Path('run')}\n")
 
 
-def test_a_run_learns_what_no_linear_classifier_can(trained):
-    """It is right about all but those of a wrong label; see write_images."""
+def test_a_run_learns_more_than_a_linear_classifier_can(trained):
+    """It is right about all images but the mislabelled ones; see write_images."""
     results = trained.card["results"]
     assert 0.8 <= results["test_accuracy"] <= 1 - WRONG / COUNT
     assert results["confusion"][CAT][SHIP] >= WRONG - 1
@@ -229,7 +228,7 @@ def test_the_numbers_on_the_card_are_those_of_the_checkpoint_on_the_test_images(
 
 
 def test_test_images_are_not_trained_on(run, files):
-    """Others give the same weights, but another loss."""
+    """Other test images give the same weights but another loss."""
     write_images(files / "others", seed=1)
     for name in TRAINING:
         shutil.copy(files / "images" / name, files / "others")
@@ -243,8 +242,8 @@ def test_test_images_are_not_trained_on(run, files):
     assert losses[0] != losses[1]
 
 
-def test_the_data_order_and_augmentation_are_the_seed_s_and_not_the_attention_s(run, files, seen):
-    """A fair comparison: every attention sees the same images, moved in the same way."""
+def test_data_order_and_augmentation_depend_on_the_seed_not_the_attention(run, files, seen):
+    """For a fair comparison, every attention sees the same augmented images."""
     for flags in ([], ["--attention", "softmax"], ["--seed", "2"]):
         assert run(*SHORT, *flags).returncode == 0
     first, softmax, other = (
@@ -252,23 +251,23 @@ def test_the_data_order_and_augmentation_are_the_seed_s_and_not_the_attention_s(
     )
     for name in seen:
         for step in range(3):
-            assert torch.equal(first[name][step].given, softmax[name][step].given), name
-            assert not torch.equal(first[name][step].given, other[name][step].given), name
+            assert torch.equal(first[name][step].images, softmax[name][step].images), name
+            assert not torch.equal(first[name][step].images, other[name][step].images), name
     assert [call.numbers for call in first["augment"]] == [(1, 0), (1, 1), (1, 2)]
     assert [call.numbers for call in other["augment"]] == [(2, 0), (2, 1), (2, 2)]
 
 
-def test_augmentation_shifts_as_asked_and_mirrors_photographs_but_not_digits(
+def test_augmentation_shifts_by_the_flag_and_mirrors_photographs_but_not_digits(
     run, files, seen, few_digits
 ):
-    """A mirrored ship is a ship, a mirrored 3 is no digit."""
+    """A mirrored ship is a ship; a mirrored 3 is not a digit."""
     assert run(*SHORT, "--shift", 2, "--out", "photographs").returncode == 0
     digits = ["--data", "synthetic", "--steps", 3, "--shift", 0]
     assert run(*FLAGS, *digits, "--out", "digits").returncode == 0
     options = [call.options for call in seen["augment"]]
     assert options == [{"shift": 2, "mirror": True}] * 3 + [{"shift": 0, "mirror": False}] * 3
-    for chosen, moved in zip(seen["shuffled_batch"][3:], seen["augment"][3:], strict=True):
-        assert torch.equal(chosen.given, moved.given)
+    for chosen, augmented in zip(seen["shuffled_batch"][3:], seen["augment"][3:], strict=True):
+        assert torch.equal(chosen.images, augmented.images)
 
 
 def test_without_network_and_folder_the_stand_in_is_announced_and_named(run, files, few_digits):
@@ -288,7 +287,7 @@ def test_without_network_and_folder_the_stand_in_is_announced_and_named(run, fil
     )
 
 
-def test_digits_that_are_asked_for_are_no_stand_in(run, files, few_digits):
+def test_requested_digits_are_not_announced_as_a_stand_in(run, files, few_digits):
     result = run(*FLAGS, "--steps", 1, "--data", "synthetic", "--out", "digits")
     assert result.returncode == 0
     assert "NO CIFAR-10" not in result.stdout and "Downloading" not in result.stdout
@@ -312,7 +311,7 @@ def test_an_attention_for_each_block_is_a_hybrid(run, files):
 
 
 def test_eval_prints_what_the_run_printed_from_a_checkpoint_alone(run, files, trained):
-    """And writes nothing. Sizes are the checkpoint's: no flag repeats them."""
+    """It writes nothing. The sizes come from the checkpoint, not from flags."""
     (files / "run" / "card.json").unlink()
     before = files_below(files)
     result = run("--out", "run", "--eval", "--data-dir", "images", "--device", "cpu")
@@ -322,7 +321,7 @@ def test_eval_prints_what_the_run_printed_from_a_checkpoint_alone(run, files, tr
     assert files_below(files) == before
 
 
-def test_a_test_on_images_of_other_classes_is_refused(run, files, few_digits):
+def test_eval_on_images_of_other_classes_is_refused(run, files, few_digits):
     result = run("--out", "run", "--eval", "--data", "synthetic", "--device", "cpu")
     assert_mistake(result, train_cifar, "--eval")
     assert result.stdout == ""
@@ -338,7 +337,7 @@ def test_a_missing_checkpoint_is_noticed_before_any_download(run, files):
 def test_predict_names_the_class_of_a_large_picture_without_any_images(
     kind, run, files, monkeypatch
 ):
-    """Of a picture that is too wide, its middle."""
+    """Of a wide picture, the middle is classified."""
     monkeypatch.delattr(data, "load_images")
     wide = np.zeros((96, 200))
     wide[:, 52:148] = stripes(kind, 0.4, side=96)
@@ -346,8 +345,8 @@ def test_predict_names_the_class_of_a_large_picture_without_any_images(
     before = files_below(files)
     result = run("--out", "run", "--predict", "wide.png", "--device", "cpu")
     assert result.returncode == 0 and result.stderr == ""
-    name, said = "wide.png", r"(\w+) (\d+)%, (\w+) (\d+)%, (\w+) (\d+)%"
-    match = re.fullmatch(rf"{name}: {said} \(trained on (.+)\)\n", result.stdout)
+    name, pattern = "wide.png", r"(\w+) (\d+)%, (\w+) (\d+)%, (\w+) (\d+)%"
+    match = re.fullmatch(rf"{name}: {pattern} \(trained on (.+)\)\n", result.stdout)
     assert match, result.stdout
     first, *shares = match[1], *map(int, match.group(2, 4, 6))
     assert first == data.CIFAR10_CLASSES[kind]
@@ -369,7 +368,7 @@ def test_a_finished_run_resumes_without_training(run, files, trained, seen):
 
 
 @pytest.mark.parametrize("stop", [5, 8])
-def test_an_interrupted_run_goes_on_to_the_very_same_bits(stop, run, files, monkeypatch):
+def test_an_interrupted_run_resumes_bit_for_bit(stop, run, files, monkeypatch):
     """Also with dropout, between two checkpoints."""
     original, command = data.shuffled_batch, [*SHORT, "--steps", 21, "--dropout", 0.25]
 
@@ -395,7 +394,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_bits(stop, run, files, monk
     assert one["results"] == other["results"]
 
 
-def test_a_run_announces_what_committed_runs_of_it_reached(run, files, trained, monkeypatch):
+def test_a_run_announces_the_results_of_committed_runs(run, files, trained, monkeypatch):
     command = [*FLAGS, "--data-dir", "images", "--out", "run", "--resume"]
     monkeypatch.setattr(runcard, "RESULTS", files)
     assert "No committed run" in run(*command).stdout
@@ -418,7 +417,7 @@ RUN = ["--out", "run"]
 OF_TEXT = ["--out", "of_text"]
 MISTAKES = {
     "a folder that is missing": (["--data-dir", "nowhere"], "--data-dir: nowhere "),
-    "a file for a folder": (["--data-dir", "text.txt"], "--data-dir: text.txt "),
+    "a file in place of a folder": (["--data-dir", "text.txt"], "--data-dir: text.txt "),
     "a truncated file": (["--data-dir", "truncated"], "data_batch_5.bin"),
     "a patch that is no power of 2": (["--patch", "3"], "--patch"),
     "heads that do not divide dim": (["--heads", "3"], "--heads"),
@@ -431,31 +430,34 @@ MISTAKES = {
     "a negative shift": (["--shift", "-1"], "--shift"),
     "two sources of images": (["--data", "synthetic"], "--data synthetic"),
     "a folder and an address": (["--url", "http://127.0.0.1:9/"], "--url"),
-    "half a pixel": (["--shift", "1.5"], "--shift"),
+    "a fractional shift": (["--shift", "1.5"], "--shift"),
     "a batch of more than there is": (["--batch", str(5 * COUNT + 1)], "--batch"),
-    "a Muon that climbs": (["--muon", "-1"], "--muon"),
-    "a dropout of everything": (["--dropout", "1"], "--dropout"),
+    "a negative Muon rate": (["--muon", "-1"], "--muon"),
+    "a dropout of 1": (["--dropout", "1"], "--dropout"),
     "a picture that is missing": ([*RUN, "--predict", "nowhere.png"], "--predict nowhere.png"),
     "a picture that is no PNG": ([*RUN, "--predict", "text.txt"], "--predict text.txt"),
     "a picture that is cut off": ([*RUN, "--predict", "cut.png"], "--predict cut.png"),
-    "a folder for a picture": ([*RUN, "--predict", "images"], "--predict images"),
+    "a folder in place of a picture": ([*RUN, "--predict", "images"], "--predict images"),
     "a picture without a checkpoint": (["--predict", "whole.png"], "--out"),
-    "a picture for garbage": (["--out", "garbage", "--predict", "whole.png"], "garbage"),
-    "a picture for a model of text": ([*OF_TEXT, "--predict", "whole.png"], "of_text"),
+    "a picture with a garbage checkpoint": (
+        ["--out", "garbage", "--predict", "whole.png"],
+        "garbage",
+    ),
+    "a picture with a text model": ([*OF_TEXT, "--predict", "whole.png"], "of_text"),
     "a test without a checkpoint": (["--eval"], "--out"),
-    "a test of garbage": (["--out", "garbage", "--eval"], "garbage"),
-    "a test of a model of text": ([*OF_TEXT, "--eval"], "of_text"),
+    "a test of a garbage checkpoint": (["--out", "garbage", "--eval"], "garbage"),
+    "a test of a text model": ([*OF_TEXT, "--eval"], "of_text"),
     "no checkpoint to resume": (["--resume"], "--out"),
     "another patch to resume": ([*RUN, "--patch", "2", "--resume"], "patch = 4, not 2"),
     "other images to resume": ([*RUN, "--data-dir", "others", "--resume"], "data = "),
-    "a model of text to resume": ([*OF_TEXT, "--resume"], "of_text"),
-    "a file for the folder of the run": (["--out", "text.txt"], "text.txt"),
+    "a text model to resume": ([*OF_TEXT, "--resume"], "of_text"),
+    "a file in place of the run's folder": (["--out", "text.txt"], "text.txt"),
 }
 
 
 @pytest.fixture
-def mistaken(files):
-    """What only mistakes find."""
+def bad_files(files):
+    """files, plus those that only mistakes use."""
     for name in ("missing", "truncated", "labels"):
         shutil.copytree(files / "images", files / name)
     (files / "missing" / "data_batch_2.bin").unlink()
@@ -482,16 +484,16 @@ def mistaken(files):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_that_names_the_flag_or_file(mistake, run, mistaken):
+def test_a_mistake_is_one_line_that_names_the_flag_or_file(mistake, run, bad_files):
     flags, named = MISTAKES[mistake]
-    before = files_below(mistaken)
+    before = files_below(bad_files)
     result = run(*FLAGS, "--data-dir", "images", "--out", "new", *flags)
     assert_mistake(result, train_cifar, named)
-    assert files_below(mistaken) == before
+    assert files_below(bad_files) == before
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://[", "file:///nowhere", "http://127.0.0.1:9/"])
-def test_a_wrong_url_gives_no_stand_in_but_a_mistake_below_the_bar(url, run, tmp_path):
+def test_a_wrong_url_is_an_error_below_the_bar_and_not_a_stand_in(url, run, tmp_path):
     result = run(*FLAGS, "--url", url, "--out", "new")
     assert result.returncode == 2
     bar, message = result.stderr.removesuffix("\n").split("\n")

@@ -1,4 +1,4 @@
-"""What the notebooks share: nala_min/course/notebook.py."""
+"""The notebooks' shared functions, in nala_min/course/notebook.py."""
 
 import base64
 import inspect
@@ -18,7 +18,7 @@ from nala_min.course import notebook
 
 @pytest.fixture
 def displayed(monkeypatch):
-    """What a notebook would show: the arguments of each call of display."""
+    """The arguments of each call of display."""
     calls = []
     monkeypatch.setattr(notebook, "display", lambda *args, **options: calls.append((args, options)))
     return calls
@@ -30,7 +30,7 @@ def test_begin_fixes_random_numbers_style_and_decimals():
         drawn = torch.rand(2)
         assert matplotlib.rcParams["axes.grid"] is True
         shown = repr(torch.tensor([math.pi, 1e-4]))
-        assert shown.replace(" ", "") == "tensor([3.142,0.000])"  # torch 2.7 pads
+        assert shown.replace(" ", "") == "tensor([3.142,0.000])"  # torch 2.7 pads with spaces
         torch.manual_seed(3)
         assert torch.equal(drawn, torch.rand(2))
     torch.set_printoptions(profile="default")
@@ -40,17 +40,17 @@ def test_show_gives_a_picture_and_its_text(displayed):
     figure, axes = plots.figure(width=5, height=2)
     axes.plot([0, 1], [0, 1])
     notebook.show(figure, "A line that rises.")
-    ((picture,), options), ((words,), _) = displayed
+    ((picture,), options), ((details,), _) = displayed
     png = base64.b64decode(picture["image/png"])
     assert png.startswith(b"\x89PNG") and options["raw"]
-    assert picture["text/plain"] == words["text/plain"] == "A line that rises."
+    assert picture["text/plain"] == details["text/plain"] == "A line that rises."
     assert options["metadata"] == {"image/png": {"alt": "A line that rises.", "width": 480}}
-    assert words["text/markdown"].startswith("<details><summary>")
-    assert "A line that rises." in words["text/markdown"]
+    assert details["text/markdown"].startswith("<details><summary>")
+    assert "A line that rises." in details["text/markdown"]
 
 
 def test_a_picture_is_sharper_than_the_page(displayed):
-    """In a notebook, that is, which has begun as all do."""
+    """After begin(), which every notebook calls."""
     with matplotlib.rc_context():
         notebook.begin()
         notebook.show(plots.figure(width=5, height=2)[0], "Empty axes.")
@@ -62,7 +62,7 @@ def test_a_picture_is_sharper_than_the_page(displayed):
 
 
 def test_a_picture_is_readable_on_a_dark_page(displayed):
-    """Its background is white and not transparent, whatever the style says."""
+    """Its background is white, not transparent, whatever the style."""
     with matplotlib.rc_context({"savefig.facecolor": "none", "savefig.transparent": False}):
         notebook.show(plots.figure()[0], "Empty axes.")
     png = base64.b64decode(displayed[0][0][0]["image/png"])
@@ -87,7 +87,7 @@ def test_source_is_the_code_as_it_runs(displayed):
     for text in shown.values():
         for function in (entropy, plots.write):
             assert inspect.getsource(function).rstrip() in text
-        assert "\ndef generate(self, tokens" in text  # as far to the left as a function
+        assert "\ndef generate(self, tokens" in text  # dedented
 
 
 def test_source_may_be_folded_below_a_line(displayed):
@@ -99,7 +99,7 @@ def test_source_may_be_folded_below_a_line(displayed):
     assert shown["text/plain"] == inspect.getsource(entropy).rstrip()
 
 
-def test_slider_draws_at_its_start_and_where_it_is_put(displayed):
+def test_slider_draws_at_its_start_and_at_a_new_value(displayed):
     drawn = []
 
     def draw(norm):
@@ -117,7 +117,7 @@ def test_slider_draws_at_its_start_and_where_it_is_put(displayed):
     (knob,) = [w for w in widgets if hasattr(w, "step")]
     (picture,) = [w for w in widgets if isinstance(w, ipywidgets.Image)]
     assert (knob.min, knob.max, knob.description) == (0, 10, "norm")
-    # An Output makes nbclient write to the kernel while it reads from it, and sometimes it hangs.
+    # With an Output, nbclient writes to the kernel while reading from it, and sometimes hangs.
     assert not any(isinstance(w, ipywidgets.Output) for w in widgets)
     assert knob.step == pytest.approx(0.1)
     first = picture.value

@@ -1,5 +1,5 @@
-"""Wrong values of every flag of every command, made from its dataclass: one line that names the
-flag, and exit code 2. And standard streams of every kind: no run ends because of its output."""
+"""A wrong value of any flag gives one line that names the flag, and exit code 2; the values are
+generated from the commands' dataclasses. No kind of standard stream ends a run."""
 
 import io
 import os
@@ -39,13 +39,13 @@ WRONG = {
     str: ["nope", ""],
     bool: ["--{}=yes", "--no-{}"],
 }
-# Any text is right, or is found out only when a file or an address is looked for: tests of the
-# scripts do that.
+# Flags that accept any text, or whose files and URLs are only checked when opened; the scripts'
+# tests cover those.
 FREE = {"data", "data_dir", "out", "predict", "prompt", "url"}
 
 
 def wrong_values(settings):
-    """(flag, argv) for each flag and wrong value; a flag without one is a mistake of this file."""
+    """(flag, argv) for each flag and each of its wrong values."""
     hints, presets = typing.get_type_hints(settings), getattr(settings, "PRESETS", {})
     for item in fields(settings):
         kind, flag = hints[item.name], item.name.replace("_", "-")
@@ -94,9 +94,9 @@ class Place:
     out: Path = flag(Path("runs"), "where")
 
 
-def test_a_tilde_is_the_home_folder_behind_an_equals_sign_too(monkeypatch, capsys):
+def test_a_tilde_is_the_home_folder_even_after_an_equals_sign(monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/somebody")
-    monkeypatch.setenv("USERPROFILE", "/home/somebody")  # on Windows
+    monkeypatch.setenv("USERPROFILE", "/home/somebody")  # for Windows
     for argv in (["--out=~/x"], ["--out", "~/x"]):
         assert parse_flags(Place, argv).out == Path("/home/somebody/x")
     assert parse_flags(Place, ["--out=./~/x"]).out == Path("./~/x")
@@ -126,12 +126,12 @@ def test_a_mistake_is_one_line_even_if_its_message_has_many(capsys):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
-def test_a_closed_terminal_is_a_ctrl_c_unless_it_is_to_be_ignored(before):
+def test_a_closed_terminal_acts_like_ctrl_c_unless_ignored(before):
     old = signal.signal(signal.SIGHUP, before)
     try:
         run_script(lambda: None)
-        asked = signal.default_int_handler if before == signal.SIG_DFL else before
-        assert signal.getsignal(signal.SIGHUP) == asked
+        expected = signal.default_int_handler if before == signal.SIG_DFL else before
+        assert signal.getsignal(signal.SIGHUP) == expected
     finally:
         signal.signal(signal.SIGHUP, old)
 
@@ -139,8 +139,8 @@ def test_a_closed_terminal_is_a_ctrl_c_unless_it_is_to_be_ignored(before):
 # --- Standard streams -----------------------------------------------------------------------------
 
 
-class Foreign:
-    """Has as little as a stream can have."""
+class MinimalStream:
+    """A stream that has only write."""
 
     def __init__(self, error=None):
         self.text, self.error = "", error
@@ -151,16 +151,16 @@ class Foreign:
         self.text += text
 
 
-def speak():
+def print_to_both():
     print("out", flush=True)
     print("err", file=sys.stderr, flush=True)
 
 
-def test_a_stream_that_is_not_python_s_own_is_written_to(monkeypatch):
-    out, err = Foreign(), Foreign()
+def test_a_custom_stream_is_written_to(monkeypatch):
+    out, err = MinimalStream(), MinimalStream()
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr("sys.stderr", err)
-    run_script(speak)
+    run_script(print_to_both)
     assert (out.text, err.text) == ("out\n", "err\n")
     assert sys.stdout is out and sys.stderr is err
 
@@ -177,15 +177,15 @@ def test_a_stream_that_is_not_python_s_own_is_written_to(monkeypatch):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_stream_that_is_broken_closed_or_none_ends_nothing(error, monkeypatch):
+def test_a_broken_closed_or_missing_stream_does_not_end_a_script(error, monkeypatch):
     done = []
     for name in ("sys.stdout", "sys.stderr"):
-        monkeypatch.setattr(name, error and Foreign(error))
+        monkeypatch.setattr(name, error and MinimalStream(error))
 
     def main():
-        speak()
+        print_to_both()
         done.append(True)
-        raise UsageError("of which nobody hears")
+        raise UsageError("not shown")
 
     with pytest.raises(SystemExit) as exit:
         run_script(main)
@@ -193,7 +193,7 @@ def test_a_stream_that_is_broken_closed_or_none_ends_nothing(error, monkeypatch)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437"])
-def test_what_a_console_cannot_show_is_a_question_mark(encoding, monkeypatch):
+def test_characters_that_a_console_cannot_show_become_question_marks(encoding, monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
     monkeypatch.setattr("sys.stdout", console)
     run_script(lambda: print("5 € an hour © \udc80"))
@@ -215,17 +215,17 @@ def assert_finished(folder):
 @pytest.mark.parametrize(
     ("streams", "unbuffered"), [(["stdout"], ""), (["stdout", "stderr"], "1")], ids=str
 )
-def test_a_run_whose_reader_goes_away_is_finished(streams, unbuffered, folder):
-    """As with `| head -1`: the pipe breaks at the first byte, or is found broken at the last."""
+def test_a_run_finishes_even_if_its_reader_exits(streams, unbuffered, folder):
+    """As with `| head -1`: the first write fails or, with buffering, the last flush."""
     read, write = os.pipe()
     os.close(read)
-    given = {name: subprocess.DEVNULL for name in ("stdout", "stderr")} | dict.fromkeys(
+    outputs = {name: subprocess.DEVNULL for name in ("stdout", "stderr")} | dict.fromkeys(
         streams, write
     )
     command = [sys.executable, train_shakespeare.__file__, *TRAIN]
-    more = environment(folder) | {"PYTHONUNBUFFERED": unbuffered}
+    variables = environment(folder) | {"PYTHONUNBUFFERED": unbuffered}
     code = subprocess.run(
-        command, cwd=folder, env=os.environ | more, timeout=300, **given
+        command, cwd=folder, env=os.environ | variables, timeout=300, **outputs
     ).returncode
     os.close(write)
     assert code == 0
@@ -233,7 +233,7 @@ def test_a_run_whose_reader_goes_away_is_finished(streams, unbuffered, folder):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes descriptors")
-def test_a_run_without_streams_is_finished_and_no_file_takes_their_place(folder):
+def test_a_run_finishes_without_streams_and_no_file_takes_their_place(folder):
     command = [sys.executable, train_shakespeare.__file__, *TRAIN]
     result = subprocess.run(
         ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command],
@@ -246,7 +246,7 @@ def test_a_run_without_streams_is_finished_and_no_file_takes_their_place(folder)
 
 
 def test_a_script_runs_in_a_notebook(folder):
-    """Whose streams have no reconfigure, and no descriptor of their own."""
+    """Its streams have no reconfigure and no file descriptors."""
     cell = nbformat.v4.new_code_cell(f"%run {train_shakespeare.__file__} {' '.join(TRAIN)}")
     client = NotebookClient(
         nbformat.v4.new_notebook(cells=[cell]),

@@ -404,7 +404,7 @@ def test_measurements_do_not_depend_on_torch_s_defaults(reader):
 
 @pytest.mark.parametrize("make", [small_vit, small_lm])
 def test_norms_and_entropies_are_those_of_each_head_and_token(make, in_float64, monkeypatch):
-    """The same in batches as at once: for text the last token, for these images every fifth patch."""
+    """The same in batches as at once: a text's last token, every fifth patch of an image."""
     monkeypatch.setattr(measure, "MAX_QUERIES", 3)
     monkeypatch.setattr(measure, "eval_batch_size", lambda model, inputs: 2)
     text = make is small_lm
@@ -500,7 +500,7 @@ def test_the_card_is_written_to_out(tmp_path, monkeypatch, capsys):
     assert "entropy_gap.json" in capsys.readouterr().out
 
 
-def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+def test_an_unwritable_output_is_an_error_before_the_work(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", ["measure.py", "--out", str(tmp_path / "file" / "x")])
     monkeypatch.setattr(measure, "entropy_against_norm", lambda *_, **__: pytest.fail("measured"))

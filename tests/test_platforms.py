@@ -1,4 +1,4 @@
-"""What a machine may lack, and what the code must not do on any."""
+"""What a machine may lack, and what the code must never do."""
 
 import os
 import re
@@ -18,18 +18,18 @@ MODULES = {
 }
 
 
-def run_python(*arguments, folder, **more):
+def run_python(*arguments, folder, **variables):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
-        env=os.environ | environment(folder) | {"PYTHONPATH": str(ROOT)} | more,
+        env=os.environ | environment(folder) | {"PYTHONPATH": str(ROOT)} | variables,
         capture_output=True,
         encoding="utf-8",
         timeout=300,
     )
 
 
-def test_nothing_is_asked_of_the_network_on_import(tmp_path):
+def test_imports_do_not_use_the_network(tmp_path):
     code = f"""
 import socket, sys
 def refuse(*arguments):
@@ -42,13 +42,13 @@ for name in {list(MODULES)}:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_tests_reach_no_further_than_the_loopback():
-    with socket.socket() as one, pytest.raises(OSError, match="a test wants to connect"):
-        one.connect(("192.0.2.1", 80))
+def test_tests_can_connect_only_to_the_loopback():
+    with socket.socket() as client, pytest.raises(OSError, match="a test wants to connect"):
+        client.connect(("192.0.2.1", 80))
 
 
-def test_a_run_depends_on_no_encoding_of_the_machine(tmp_path):
-    """Every file is opened with encoding="utf-8": an encoding by default is an error here."""
+def test_a_run_does_not_depend_on_the_machine_s_encoding(tmp_path):
+    """Every file is opened with encoding="utf-8": a default encoding is an error here."""
     (tmp_path / "text.txt").write_bytes("Zwölf Boxkämpfer, 5 €\n".encode() * 60)
     sizes = {"layers": 1, "heads": 2, "dim": 8, "block": 8, "batch": 2, "steps": 2}
     flags = [*flags_of(sizes), "--data", "text.txt", "--out", "übung"]
@@ -61,8 +61,8 @@ def test_a_run_depends_on_no_encoding_of_the_machine(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no pwd")
-def test_a_user_without_a_home_and_a_name_can_train(tmp_path):
-    """As in a container that runs under any number; the stand-in is trained on."""
+def test_a_user_without_a_home_or_a_name_can_train(tmp_path):
+    """As in a container with an arbitrary user ID. It trains on the stand-in."""
     code = """
 import os, pwd, runpy, sys
 for name in os.environ.keys() & {"HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "MPLCONFIGDIR"}:
@@ -97,7 +97,7 @@ def test_every_load_is_of_weights_only():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_full_precision_can_be_asked_for_on_every_device(device):
-    """As nala_attention does; even where the device is not there, without a warning."""
+def test_autocast_can_be_disabled_on_every_device(device):
+    """As nala_attention does: without a warning, even if the device is missing."""
     with torch.autocast(device, enabled=False):
         assert not torch.is_autocast_enabled(device)

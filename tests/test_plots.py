@@ -1,4 +1,4 @@
-"""What nala_min/plots.py draws, asked of the figures themselves."""
+"""The contents of the figures that nala_min/plots.py draws."""
 
 import io
 import math
@@ -21,12 +21,12 @@ def small_vit(**options):
     return NaLaViT(ViTConfig(**sizes | options))
 
 
-def bytes_of(count=2, height=6, width=9):
-    """count images of noise, (count, 3, height, width) uint8."""
+def noise(count=2, height=6, width=9):
+    """Random images, (count, 3, height, width) uint8."""
     return torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
 
 
-def test_a_picture_is_written_as_a_png_whole(tmp_path):
+def test_a_picture_is_written_as_a_complete_png(tmp_path):
     plots.write(plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]}), tmp_path / "gap.png")
     png = (tmp_path / "gap.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
@@ -34,19 +34,19 @@ def test_a_picture_is_written_as_a_png_whole(tmp_path):
     assert imread(tmp_path / "gap.png").shape[:2] == (585, 960)  # 3.9 x 6.4 inches, 150 dpi
 
 
-def test_drawing_leaves_the_caller_s_style_alone():
+def test_drawing_does_not_change_the_caller_s_style():
     before = dict(matplotlib.rcParams)
     plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]})
     assert dict(matplotlib.rcParams) == before
 
 
-def test_the_looks_can_be_told_apart_without_colour():
+def test_the_styles_differ_without_colour():
     assert set(plots.STYLES) == {*FEATURE_MAPS, "softmax"}
-    assert len({look["linestyle"] for look in plots.STYLES.values()}) == len(plots.STYLES)
-    assert len({look["color"] for look in plots.STYLES.values()}) == len(plots.STYLES)
+    assert len({style["linestyle"] for style in plots.STYLES.values()}) == len(plots.STYLES)
+    assert len({style["color"] for style in plots.STYLES.values()}) == len(plots.STYLES)
 
 
-def test_entropy_gap_has_a_line_a_feature_map():
+def test_entropy_gap_has_a_line_per_feature_map():
     values = {name: [1.0 + i, 2.0] for i, name in enumerate(plots.STYLES)}
     figure = plots.entropy_gap([0.1, 1.0], values)
     figure.draw_without_rendering()  # the second axis follows the first
@@ -54,7 +54,7 @@ def test_entropy_gap_has_a_line_a_feature_map():
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert list(drawn) == [plots.STYLES[name]["label"] for name in values]
     for keys, entropies in zip(drawn.values(), values.values(), strict=True):
-        assert keys == pytest.approx([math.exp(x) for x in entropies])  # even over so many
+        assert keys == pytest.approx([math.exp(x) for x in entropies])  # effective number of keys
     colours = [line.get_color() for line in axes.get_lines()]
     assert colours == [look["color"] for look in plots.STYLES.values()]
     assert all(list(line.get_xdata()) == [0.1, 1.0] for line in axes.get_lines())
@@ -83,7 +83,7 @@ def test_entropy_gap_has_a_line_a_feature_map():
     ],
     ids=["losses", "a loss and an accuracy", "in another order"],
 )
-def test_curve_has_losses_and_accuracies_apart(numbers, panels):
+def test_curve_has_separate_panels_for_losses_and_accuracies(numbers, panels):
     steps = [1, 10, 15]
     history = [
         {"step": step} | {name: values[i] for name, values in numbers.items()}
@@ -103,8 +103,8 @@ def test_curve_has_losses_and_accuracies_apart(numbers, panels):
     assert figure.axes[-1].get_xlabel() == "step"
 
 
-def test_confusion_has_the_per_cent_of_each_class():
-    """A class without an example has a row of zeros."""
+def test_confusion_has_the_percentages_of_each_class():
+    """A class without examples has a row of zeros."""
     confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [1, 0, 1]])
     figure = plots.confusion(confusion, ("cat", "Bär", "dog"), "Märchen")
     axes = figure.axes[0]
@@ -117,16 +117,16 @@ def test_confusion_has_the_per_cent_of_each_class():
     assert axes.get_xlabel() == "predicted" and axes.get_title() == "Märchen"
     assert axes.get_ylabel().startswith("true class")
     with ambient(torch.bfloat16, "meta"):  # the user's defaults
-        again = plots.confusion(confusion, ("cat", "Bär", "dog"), "Märchen").axes[0]
-    assert [text.get_text() for text in again.texts] == [text.get_text() for text in axes.texts]
+        redrawn = plots.confusion(confusion, ("cat", "Bär", "dog"), "Märchen").axes[0]
+    assert [text.get_text() for text in redrawn.texts] == [text.get_text() for text in axes.texts]
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["cat", "Bär", "dog"]
 
 
 def test_attention_maps_frames_the_query_and_shows_its_weights():
-    """Images of 6 x 9 pixels in 3 x 5 patches: the query is at (1, 2), and so, in units of pixels,
-    3.6 to the right and 2 down."""
-    model, images = small_vit(), bytes_of(2)
+    """Images of 6 x 9 pixels have 3 x 5 patches. The query is patch (1, 2): 3.6 pixels from the
+    left and 2 from the top."""
+    model, images = small_vit(), noise(2)
     maps = measure.attention_maps(model, images)
     figure = plots.attention_maps(images, maps, "nala")
     assert "nala" in figure.get_suptitle()
@@ -145,42 +145,42 @@ def test_attention_maps_frames_the_query_and_shows_its_weights():
         for axes, weights in zip(shown, maps.values(), strict=True):
             times = axes.images[0].get_array().data
             assert times == pytest.approx(15 * weights[i, 1, 2].numpy())
-            assert axes.images[0].get_clim() == (1 / 16, 16)  # 1, attention is even: the middle
+            assert axes.images[0].get_clim() == (1 / 16, 16)  # the middle is 1: uniform attention
             patches = entropy(weights[i, 1, 2].flatten()).exp().item()
             assert axes.get_xlabel() == f"effectively {patches:.0f} of 15"
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 11), (32, 32)])
 def test_attention_maps_of_any_grid(height, width):
-    images = bytes_of(1, height, width)
+    images = noise(1, height, width)
     maps = measure.attention_maps(small_vit(num_layers=1), images, feature_maps=[*plots.STYLES])
     plots.attention_maps(images, maps, "hybrid").savefig(io.BytesIO())
 
 
-def test_health_draws_medians_and_the_middle_nine_tenths():
+def test_attention_stats_draws_medians_and_the_middle_90_percent():
     nala = {"query_norm": [1.0, 2.0, 3.0, 4.0, 5.0], "entropy": [0.0, 1.0, 2.0, 3.0, 4.0]}
     nala = nala | {"power": [2.0, 2.5, 3.0, 3.5, 4.0]}
     softmax = {"query_norm": [2.0, 3.0, 4.0, 5.0, 9.0], "entropy": [1.0, 1.0, 1.0, 1.0, 1.0]}
     figure = plots.attention_stats([nala, nala], [softmax, softmax])
-    norm, power, spread = figure.axes
+    norm, power, entropies = figure.axes
     labels = [axes.get_ylabel().split()[0] for axes in figure.axes]
     assert labels == ["norm", "power", "entropy"]
     for axes, looks in ((norm, ["cosine", "softmax"]), (power, ["cosine"])):
         for bar, look in zip(axes.containers, looks, strict=True):
-            found = {"label": bar.get_label(), "color": bar[0].get_color()}
-            assert found.items() <= plots.STYLES[look].items()
+            style = {"label": bar.get_label(), "color": bar[0].get_color()}
+            assert style.items() <= plots.STYLES[look].items()
     assert [len(axes.containers) for axes in figure.axes] == [2, 1, 2]  # softmax has no power
     middle, _, (bars,) = norm.containers[1]
     assert list(middle.get_ydata()) == [4.0, 4.0]
     assert [list(bar[:, 1]) for bar in bars.get_segments()] == [[2.0, 9.0]] * 2
     assert list(power.containers[0][0].get_ydata()) == [3.0, 3.0]
-    assert list(spread.containers[0][0].get_ydata()) == [2.0, 2.0]
+    assert list(entropies.containers[0][0].get_ydata()) == [2.0, 2.0]
     (legend,) = (axes.get_legend() for axes in figure.axes if axes.get_legend())
     assert [text.get_text() for text in legend.get_texts()] == ["NaLa", "softmax"]
 
 
-def test_health_draws_what_is_possible_and_where_tanh_reacts():
-    """Norms up to 2; powers from 1.5 to 4.5; entropies up to log(64)."""
+def test_attention_stats_draws_limits_and_the_range_where_tanh_varies():
+    """tanh varies for norms up to 2. Powers lie between 1.5 and 4.5, entropies below log(64)."""
     row = {"query_norm": [1.0] * 5, "power": [2.0] * 5, "entropy": [0.5] * 5}
     norm, power, axes = plots.attention_stats([row], [row], num_keys=64).axes
     (line,) = (line for line in axes.get_lines() if line.get_linestyle() == ":")

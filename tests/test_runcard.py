@@ -1,4 +1,4 @@
-"""Run cards, and files that are there whole or not at all."""
+"""Run cards and atomic writes."""
 
 import datetime
 import json
@@ -22,7 +22,7 @@ def test_write_atomically_writes_and_leaves_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_write_atomically_keeps_the_old_file_if_the_writer_breaks_half_way(tmp_path):
+def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
     def write(file):
         file.write(b"ne")
         file.flush()
@@ -35,7 +35,7 @@ def test_write_atomically_keeps_the_old_file_if_the_writer_breaks_half_way(tmp_p
     assert path.read_bytes() == b"old"
 
 
-def test_json_takes_numpy_s_numbers_tensors_and_paths_and_a_path_may_be_a_string(tmp_path):
+def test_json_takes_numpy_numbers_tensors_and_paths_and_a_path_may_be_a_string(tmp_path):
     value = {
         "mean": np.float32(1.5),
         "count": np.int64(3),
@@ -51,7 +51,7 @@ def test_json_takes_numpy_s_numbers_tensors_and_paths_and_a_path_may_be_a_string
     assert runcard.read_json(path) == plain
 
 
-def test_a_place_to_write_to_is_tried_and_nothing_is_left(tmp_path):
+def test_check_writable_leaves_nothing_behind(tmp_path):
     path = tmp_path / "new" / "folder" / "card.json"
     runcard.check_writable(path, str(path.with_suffix(".png")))
     assert list(path.parent.iterdir()) == []
@@ -77,14 +77,14 @@ UNWRITABLE = {
 }
 
 
-@pytest.mark.parametrize("why", UNWRITABLE)
-def test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag(why, tmp_path):
-    if "may not" in why and getattr(os, "geteuid", lambda: 0)() == 0:
-        pytest.skip("an administrator may write anywhere, and Windows asks nobody")
-    if "disk" in why and sys.platform != "linux":
+@pytest.mark.parametrize("reason", UNWRITABLE)
+def test_an_unwritable_path_is_one_line_with_the_flag(reason, tmp_path):
+    if "may not" in reason and getattr(os, "geteuid", lambda: 0)() == 0:
+        pytest.skip("root may write anywhere, and Windows ignores the mode")
+    if "disk" in reason and sys.platform != "linux":
         pytest.skip("needs /dev/full")
     path = tmp_path / "some" / "folder" / "card.json"
-    UNWRITABLE[why](path)
+    UNWRITABLE[reason](path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=r"--out: .*card\.json cannot be written") as error:
         runcard.check_writable(path)
@@ -92,7 +92,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag(why, tmp_pa
     assert [p for p in sorted(tmp_path.rglob("*")) if p not in before] == []
 
 
-def test_a_run_card_says_what_ran_on_what_and_survives_json(tmp_path, monkeypatch):
+def test_a_run_card_describes_the_run_and_survives_json(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/script.py", "--prompt", "a b", "--steps", "3"])
     config, data, results = {"dim": 16}, {"name": "Märchen"}, {"loss": 0.1, "history": [{"s": 1}]}
     card = runcard.run_card(config, data, torch.device("cpu"), 1.26, results)
@@ -120,7 +120,7 @@ def test_a_run_card_says_what_ran_on_what_and_survives_json(tmp_path, monkeypatc
         ({"dim": 16, "seed": 1, "more": 1}, "a", "No committed run"),
     ],
 )
-def test_what_to_expect_is_read_off_the_cards_of_the_same_config_and_data(
+def test_expected_results_are_from_cards_of_the_same_config_and_data(
     config, sha256, sentence, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(runcard, "RESULTS", tmp_path)

@@ -22,13 +22,13 @@ CONFIG = SIZES | RECIPE | {"preset": "cpu", "attention": "nala", "seed": 1}
 
 @pytest.fixture
 def run(tmp_path):
-    """run(*flags): what the script does with them, in this process, from tmp_path."""
+    """run(*flags): run the script in this process, from tmp_path."""
     return partial(run_here, train_shakespeare, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run on TEXT: its folder, and what it printed."""
+    """A finished run on TEXT: its folders, card and output."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_bytes(TEXT.encode("utf-8"))
     result = run_process(
@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def files(trained, tmp_path):
-    """What the commands below find in tmp_path: texts, good and bad, and a copy of the run."""
+    """tmp_path, with good and bad texts and a copy of the run."""
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     texts = {
         "latin1.txt": TEXT.encode("latin-1", "replace"),
@@ -60,7 +60,7 @@ def files(trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["card.json", "curve.png"])
-def test_a_file_that_cannot_be_written_is_told_before_training(name, run, tmp_path):
+def test_an_unwritable_file_is_an_error_before_training(name, run, tmp_path):
     (tmp_path / "run" / name).mkdir(parents=True)
     result = run(*FLAGS, "--out", str(tmp_path / "run"))
     assert result.returncode == 2
@@ -78,7 +78,7 @@ def test_a_run_writes_its_three_files_and_nothing_else(trained):
     assert not (trained.folder / "cache" / "nala_min").exists()
 
 
-def test_a_run_prints_its_text_its_loss_and_a_sample(trained):
+def test_a_run_prints_its_text_loss_and_a_sample(trained):
     out, loss = trained.result.stdout, trained.card["results"]["validation_loss"]
     assert out.startswith(f"text.txt: {len(TEXT):,} characters, {len(set(TEXT))} distinct.")
     assert f"Validation loss {loss:.4f}" in out
@@ -88,7 +88,7 @@ def test_a_run_prints_its_text_its_loss_and_a_sample(trained):
     assert set(sample) <= set(TEXT)
 
 
-def test_a_run_warns_of_nothing(trained):
+def test_a_run_gives_no_warning(trained):
     assert "Warning" not in trained.result.stderr
     assert "Error" not in trained.result.stderr
 
@@ -133,7 +133,7 @@ def test_the_last_tenth_is_not_trained_on(run, files, monkeypatch):
     monkeypatch.setattr(train_shakespeare, "generate_text", lambda *arguments: "")
     weights, losses = [], []
     for name in ("text", "other"):
-        windows = ["--batch", 100, "--steps", 2]  # some would be of the last tenth
+        windows = ["--batch", 100, "--steps", 2]  # enough that some would be in the last tenth
         assert run(*FLAGS, *windows, "--data", f"{name}.txt", "--out", name).returncode == 0
         weights.append(checkpoint.load_checkpoint(files / name / "checkpoint.pt")["model"])
         card = runcard.read_json(files / name / "card.json")
@@ -142,8 +142,8 @@ def test_the_last_tenth_is_not_trained_on(run, files, monkeypatch):
     assert losses[0] != losses[1]
 
 
-def test_the_data_order_is_the_seed_s_and_not_the_attention_s(run, files, monkeypatch):
-    """A fair comparison: every attention reads the same batches."""
+def test_the_data_order_depends_on_the_seed_not_the_attention(run, files, monkeypatch):
+    """For a fair comparison, every attention reads the same batches."""
     seen = []
     original = data.random_windows
     monkeypatch.setattr(data, "random_windows", lambda *a: seen.append(original(*a)) or seen[-1])
@@ -155,7 +155,7 @@ def test_the_data_order_is_the_seed_s_and_not_the_attention_s(run, files, monkey
 
 
 @pytest.mark.parametrize(
-    ("given", "batch", "steps"),
+    ("options", "batch", "steps"),
     [
         ({"block": 64}, 8, 3400),
         ({"block": 256}, 4, 3400),
@@ -167,11 +167,11 @@ def test_the_data_order_is_the_seed_s_and_not_the_attention_s(run, files, monkey
     ],
     ids=str,
 )
-def test_longer_windows_are_fewer_and_so_are_steps(given, batch, steps):
-    """As many characters in all as by default, if nothing else is said."""
-    settings = train_shakespeare.Settings(**{"preset": "cpu"} | given)
+def test_longer_windows_mean_fewer_windows_and_steps(options, batch, steps):
+    """By default, the total number of characters stays the same."""
+    settings = train_shakespeare.Settings(**{"preset": "cpu"} | options)
     assert (settings.batch, settings.steps) == (batch, steps)
-    named = {f"{name}{value}" for name, value in given.items() if name != "preset"}
+    named = {f"{name}{value}" for name, value in options.items() if name != "preset"}
     assert set(settings.out.name.split("_")[4:]) == named
 
 
@@ -221,7 +221,7 @@ def test_a_finished_run_resumes_without_training(run, files, trained):
     assert card["command"].endswith("--resume")
 
 
-def test_a_run_announces_what_committed_runs_of_it_reached(run, files, trained, monkeypatch):
+def test_a_run_announces_the_results_of_committed_runs(run, files, trained, monkeypatch):
     command = [*FLAGS, "--data", "text.txt", "--out", "run", "--resume"]
     monkeypatch.setattr(runcard, "RESULTS", files)
     assert "No committed run" in run(*command).stdout
@@ -246,28 +246,31 @@ def test_help_names_every_flag(run):
 
 # --- Mistakes of a user --------------------------------------------------------------------------
 
-NOT_HERE = "mps" if torch.cuda.is_available() else "cuda"
+MISSING_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
 MISTAKES = {
     "a file that is missing": (["--data", "nowhere.txt"], "--data"),
-    "a folder for a file": (["--data", "run"], "--data"),
+    "a folder in place of a file": (["--data", "run"], "--data"),
     "a file that is not UTF-8": (["--data", "latin1.txt"], "--data"),
     "an empty file": (["--data", "empty.txt"], "--data"),
     "a text that is too short": (["--data", "short.txt"], "--data"),
     "a text shorter than a block": (["--block", "500"], "--data"),
     "heads that do not divide dim": (["--heads", "3"], "--heads"),
-    "an accelerator that is not there": (["--device", NOT_HERE], "--device"),
+    "a missing accelerator": (["--device", MISSING_DEVICE], "--device"),
     "a sample without a checkpoint": (["--sample", "5"], "--out"),
     "a sample from garbage": (["--out", "garbage", "--sample", "5"], "garbage"),
-    "a prompt never seen": (["--out", "run", "--sample", "5", "--prompt", "ß"], "--prompt"),
-    "a sample of nothing": (["--out", "run", "--sample", "0"], "--sample"),
-    "a prompt never seen in training": (["--prompt", "ß"], "--prompt"),
+    "a prompt with an unknown character": (
+        ["--out", "run", "--sample", "5", "--prompt", "ß"],
+        "--prompt",
+    ),
+    "a sample of 0 characters": (["--out", "run", "--sample", "0"], "--sample"),
+    "a training prompt with an unknown character": (["--prompt", "ß"], "--prompt"),
     "no checkpoint to resume": (["--resume"], "--out"),
     "another attention to resume": (
         ["--out", "run", "--attention", "softmax", "--resume"],
         "attention",
     ),
-    "a file for the folder of the run": (["--out", "text.txt"], "--out"),
+    "a file in place of the run's folder": (["--out", "text.txt"], "--out"),
 }
 
 

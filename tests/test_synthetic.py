@@ -1,4 +1,4 @@
-"""The drawn digits: like CIFAR-10 in shape, readable, but not by a linear classifier."""
+"""The drawn digits: shaped like CIFAR-10, and readable, but not by a linear classifier."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def digits():
 def test_drawn_digits_have_the_shape_of_cifar10(digits):
     assert digits.name == synthetic.DIGITS_NAME
     assert digits.classes == tuple("0123456789")
-    assert not digits.mirror  # a mirrored 2 is no 2
+    assert not digits.mirror  # a mirrored 2 is not a 2
     for (pictures, labels), count in ((digits.train, 5000), (digits.test, 1000)):
         assert pictures.shape == (count, 3, 32, 32) and pictures.dtype == torch.uint8
         assert labels.shape == (count,) and labels.dtype == torch.int64
@@ -28,7 +28,7 @@ def test_drawn_digits_have_the_shape_of_cifar10(digits):
 @pytest.mark.parametrize(("num_train", "num_test"), [(4, 3), (1, 6), (7, 0)])
 def test_drawn_digits_are_always_the_same_however_they_are_divided(num_train, num_test):
     first = data.drawn_images(7, 0)
-    torch.manual_seed(123)  # on which they must not depend
+    torch.manual_seed(123)  # must have no effect
     images = data.drawn_images(num_train, num_test)
     for part, whole in enumerate(first.train):
         assert torch.equal(torch.cat([images.train[part], images.test[part]]), whole)
@@ -48,8 +48,8 @@ def test_no_drawn_image_occurs_twice_in_a_batch_nor_in_training_and_test(digits)
     assert len({picture.tobytes() for picture in pictures}) == 6000
 
 
-def test_all_60000_drawn_images_are_drawn_with_seeds_of_their_own(monkeypatch):
-    """Else training and test would have images in common."""
+def test_the_60000_drawn_images_are_drawn_with_distinct_seeds(monkeypatch):
+    """Otherwise training and test would share images."""
     seeds = []
 
     def draw(glyphs, count, random):
@@ -66,19 +66,19 @@ def test_all_60000_drawn_images_are_drawn_with_seeds_of_their_own(monkeypatch):
 def test_drawn_images_have_contrast_and_colour(digits):
     pictures = digits.test[0].float()
     assert pictures.flatten(1).std(dim=1).min() > 5
-    assert pictures.std(dim=1).mean() > 10  # of red, green and blue at a place
+    assert pictures.std(dim=1).mean() > 10  # over red, green and blue at each pixel
     assert 90 < pictures.mean() < 165
     assert 30 < pictures.std() < 90
 
 
-def test_every_glyph_has_ink_clear_of_its_edges_and_is_unlike_the_others_of_its_font():
+def test_every_glyph_has_ink_and_a_margin_and_differs_from_the_others_in_its_font():
     glyphs = synthetic.draw_glyphs()
     assert glyphs.shape == (len(synthetic.FONTS), 10, 48, 48)
     assert glyphs.min() == 0 and glyphs.max() == 1
     ink = glyphs.sum(dim=(2, 3))
     assert ink.min() > 50 and ink.max() < 48 * 48 / 4
     edges = [glyphs[:, :, [0, -1]], glyphs[:, :, :, [0, -1]]]
-    assert all(edge.max() == 0 for edge in edges)  # no piece of a neighbour
+    assert all(edge.max() == 0 for edge in edges)  # no part of a neighbour
     flat = glyphs.flatten(2)
     distances = torch.cdist(flat, flat, p=1)  # (fonts, 10, 10)
     assert (distances + 1000 * torch.eye(10)).min() > 25
@@ -86,8 +86,8 @@ def test_every_glyph_has_ink_clear_of_its_edges_and_is_unlike_the_others_of_its_
     assert (torch.cdist(fonts, fonts, p=1) + 1000 * torch.eye(len(fonts))).min() > 25
 
 
-def test_every_glyph_is_the_digit_it_stands_for():
-    """In every font a 6 upside down is most like a 9, and a 1 or a 7 has the least ink."""
+def test_every_glyph_shows_its_digit():
+    """In every font, the 6 upside down is closest to the 9, and the 1 or 7 has the least ink."""
 
     def cut_out(glyph):
         rows, columns = (glyph.sum(dim=i).nonzero() for i in (1, 0))
@@ -102,7 +102,7 @@ def test_every_glyph_is_the_digit_it_stands_for():
 
 
 def linear_accuracy(features, digits):
-    """On the test images, of ridge regression on features of the training images."""
+    """Test accuracy of ridge regression on features of the training images."""
     training, test = (features(pictures.float()).flatten(1) for pictures, _ in parts(digits))
     training, test = ((x - training.mean(dim=0)) / training.std() for x in (training, test))
     targets = F.one_hot(digits.train[1], 10) - 0.1
@@ -116,12 +116,12 @@ def parts(images):
 
 
 def test_no_linear_classifier_of_pixels_reads_drawn_digits(digits):
-    """Else they would say nothing about attention. 24 per cent if all were light on dark."""
+    """Otherwise they would say nothing about attention. Light on dark alone would give 24 %."""
     assert linear_accuracy(lambda pictures: pictures.mean(dim=1), digits) < 0.19
 
 
 def test_drawn_digits_show_their_labels(digits):
-    """Edges, which are the same in light on dark and dark on light, suffice to read most."""
+    """Edges, the same for light on dark and dark on light, suffice to read many."""
 
     def edges(pictures):
         grey = pictures.mean(dim=1)

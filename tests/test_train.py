@@ -353,7 +353,7 @@ def test_each_process_takes_its_own_card(name, machine, monkeypatch):
     assert train.choose_device(name) == torch.device("cuda", 1) and taken == [1]
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_is_for_cards_that_support_it(native, monkeypatch):
     def supported(including_emulation=True):
         return native or including_emulation

@@ -2,9 +2,9 @@
 
 `python tests/tools/faults.py` tries every fault (half an hour on two cores) and writes the run card
 for the table on the results page, notebooks/results/faults.json. `--times 2` is quick; `--out`
-names another folder. Faults come at random moments, which `--seed` fixes as far as timing allows.
-test_faults.py calls the same functions. "Lost" is every difference between a run that was broken
-and resumed and a run that was not.
+names another folder. Faults come at random moments, reproducible with `--seed` as far as timing
+allows. test_faults.py calls the same functions. "Lost" is every difference between a run that was
+broken and resumed and a run that was not.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from nala_min.flags import UsageError, run_script  # noqa: E402
 
 SCRIPTS = ("train_shakespeare", "train_cifar")
 PHASES = ("training", "evaluation", "writing")
-COUNT = 200  # images in a file, instead of 10,000
+COUNT = 200  # images per file, instead of 10,000
 SIZES = "--preset cpu --device cpu --layers 1 --heads 2 --dim 32 --steps 60 --dropout 0.1".split()
 FLAGS = {
     "train_shakespeare": [*SIZES, *"--batch 4 --block 32 --data text.txt".split()],
@@ -61,7 +61,7 @@ def prepare(folder):
 
 
 def child(script, phase, flags):
-    """Run script in this process; the byte in the file phase says what it is doing."""
+    """Run script in this process. A byte in the file phase names its current phase."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if nohup started faults.py
     if script == "compare":
         module = importlib.import_module("nala_min.lab.compare")
@@ -71,32 +71,32 @@ def child(script, phase, flags):
     else:
         module = importlib.import_module(script)
     data.IMAGES_PER_FILE = COUNT
-    place = os.open(phase, os.O_RDWR | os.O_CREAT) if phase else None
+    descriptor = os.open(phase, os.O_RDWR | os.O_CREAT) if phase else None
 
     def during(name, function):
-        def noting(*args, **options):
-            before = os.pread(place, 1, 0)
-            os.pwrite(place, name[:1].encode(), 0)
+        def wrapper(*args, **options):
+            before = os.pread(descriptor, 1, 0)
+            os.pwrite(descriptor, name[:1].encode(), 0)
             try:
                 return function(*args, **options)
             finally:
-                os.pwrite(place, before, 0)
+                os.pwrite(descriptor, before, 0)
 
-        return noting
+        return wrapper
 
     if phase:
         fit, point, write = train.fit, checkpoint.Run.add_point, checkpoint.write_atomically
         train.fit = during("training", fit)
         checkpoint.Run.add_point = during("evaluation", point)
         checkpoint.write_atomically = during("writing", write)
-        os.pwrite(place, b"-", 0)
+        os.pwrite(descriptor, b"-", 0)
     sys.argv = [f"{script}.py", *flags]
     run_script(module.main)
 
 
 class Job:
-    """A script that trains in folder, in one process or, with torchrun, in several. output: where
-    it prints, instead of into a file that wait reads."""
+    """A script that trains in folder, in one process or, with torchrun, in several. output: its
+    stdout, instead of the file that wait reads."""
 
     def __init__(self, script, folder, *flags, processes=1, output=None):
         self.folder, self.script = folder, script
@@ -154,7 +154,7 @@ def resume_flag(folder, name):
     return ["--resume"] if has_checkpoint(folder, name) else []
 
 
-# --- What was lost --------------------------------------------------------------------------------
+# --- Losses ---------------------------------------------------------------------------------------
 
 
 def tensors_of(value, name=""):
@@ -171,20 +171,22 @@ def tensors_of(value, name=""):
 
 
 def differences(folder, one, other):
-    """What differs in any bit between two finished runs: model, optimisers, history, the results on
-    the card. Time is not compared."""
+    """Names of the parts that are not equal bit for bit in two finished runs: model, optimisers,
+    history, the card's results. Times are not compared."""
     saved = [checkpoint.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
-    found = [name for name in saved[0] if name != "seconds" and name not in saved[1]]
+    differing = [name for name in saved[0] if name != "seconds" and name not in saved[1]]
     first, second = (tensors_of(each) for each in saved)
-    found += [name for name in first.keys() ^ second.keys()]
-    found += [name for name in first.keys() & second.keys() if not first[name].equal(second[name])]
-    found += [n for n in ("step", "history", "extra") if saved[0][n] != saved[1][n]]
+    differing += [name for name in first.keys() ^ second.keys()]
+    differing += [
+        name for name in first.keys() & second.keys() if not first[name].equal(second[name])
+    ]
+    differing += [n for n in ("step", "history", "extra") if saved[0][n] != saved[1][n]]
     cards = [runcard.read_json(folder / name / "card.json") for name in (one, other)]
-    found += ["card"] * (cards[0]["results"] != cards[1]["results"])
-    return found
+    differing += ["card"] * (cards[0]["results"] != cards[1]["results"])
+    return differing
 
 
-def furthest(folder, one, other):
+def max_difference(folder, one, other):
     """The largest difference between the curves of two finished runs."""
     curves = [runcard.read_json(folder / name / "card.json")["results"] for name in (one, other)]
     points = zip(*(curve["history"] for curve in curves), strict=True)
@@ -194,7 +196,7 @@ def furthest(folder, one, other):
 # --- The faults -----------------------------------------------------------------------------------
 
 
-def kills(script, folder, times, dice):
+def kills(script, folder, times, rng):
     """kill -9 at random moments, then --resume; after a few kills, let the run finish.
 
     Returns how often each phase was hit, and what the finished runs lost.
@@ -206,9 +208,9 @@ def kills(script, folder, times, dice):
         name, chains = f"chain{chains}", chains + 1
         for _ in range(min(4, times)):
             fewest = min(hit.values())
-            wanted = dice.choice([phase for phase in PHASES if hit[phase] == fewest])
+            wanted = rng.choice([phase for phase in PHASES if hit[phase] == fewest])
             job = Job(script, folder, "--out", name, *resume_flag(folder, name))
-            pause = dice.uniform(0, 0.25)
+            pause = rng.uniform(0, 0.25)
             moment = [None]
 
             def ready(job=job, wanted=wanted, pause=pause, moment=moment):
@@ -219,7 +221,7 @@ def kills(script, folder, times, dice):
 
             running = job.until(ready)
             if running:
-                time.sleep(dice.uniform(0, 0.003))
+                time.sleep(rng.uniform(0, 0.003))
                 job.process.kill()
             phase = job.phase()
             job.wait()
@@ -234,7 +236,7 @@ def kills(script, folder, times, dice):
     return hit, lost
 
 
-def stops(script, folder, times, dice, signals=("SIGINT", "SIGTERM")):
+def stops(script, folder, times, rng, signals=("SIGINT", "SIGTERM")):
     """Send signals in turn, at random moments of training. Returns how often, and what was lost."""
     lost, tried, started = [], 0, 0
     if not (folder / "whole").exists():
@@ -245,7 +247,7 @@ def stops(script, folder, times, dice, signals=("SIGINT", "SIGTERM")):
         started += 1
         job = Job(script, folder, "--out", name)
         job.until(lambda name=name: has_checkpoint(folder, name))
-        moment = time.perf_counter() + dice.uniform(0, 0.5)
+        moment = time.perf_counter() + rng.uniform(0, 0.5)
         job.until(lambda moment=moment: time.perf_counter() >= moment)
         if stopped := job.phase() is not None:
             job.process.send_signal(getattr(signal, sent))
@@ -263,12 +265,12 @@ def stops(script, folder, times, dice, signals=("SIGINT", "SIGTERM")):
     return tried, lost
 
 
-def hang_ups(script, folder, times, dice):
+def hang_ups(script, folder, times, rng):
     """Close the terminal at random moments of training. Returns the same as stops."""
-    return stops(script, folder, times, dice, ["SIGHUP"])
+    return stops(script, folder, times, rng, ["SIGHUP"])
 
 
-def broken_pipes(script, folder, times, dice):
+def broken_pipes(script, folder, times, rng):
     """Stop reading the output after a few lines, like `| head -1`. Returns the same as stops."""
     lost = []
     for i in range(times):
@@ -276,14 +278,14 @@ def broken_pipes(script, folder, times, dice):
         job = Job(script, folder, "--out", f"pipe{i}", output=write)
         os.close(write)
         with open(read, "rb") as reader:
-            for _ in range(dice.randrange(4)):
+            for _ in range(rng.randrange(4)):
                 reader.readline()
         code, _ = job.wait()
         lost += differences(folder, "whole", f"pipe{i}") if code == 0 else [f"exit code {code}"]
     return times, lost
 
 
-def full_disk(script, folder, times, dice):
+def full_disk(script, folder, times, rng):
     """Write the first or a later checkpoint to /dev/full, a device that is always full."""
     lost, tried = [], 0
     for i in range(times):
@@ -334,9 +336,9 @@ def flipped(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def bad_checkpoints(script, folder, times, dice):
+def bad_checkpoints(script, folder, times, rng):
     """Try checkpoints that are damaged, of another version or from other flags. Returns how many
-    kinds, and which were not refused in one line or were overwritten."""
+    kinds there are, and which were overwritten or not refused in one line."""
     lost = []
     for name, damage in DAMAGES.items():
         shutil.copytree(folder / "whole", folder / name)
@@ -354,36 +356,36 @@ def bad_checkpoints(script, folder, times, dice):
     return len(DAMAGES) + 1, lost
 
 
-def unwritable(script, folder, times, dice):
+def unwritable(script, folder, times, rng):
     """Write to a folder that cannot be created."""
     code, text = run(script, folder, "--out", "/dev/null/run")
     return 1, [] if one_line(code, text, "cannot be written") else [text[-300:]]
 
 
-def processes(script, folder, times, dice):
+def processes(script, folder, times, rng):
     """The largest difference between the curves of two processes and of one, without dropout."""
-    same = ["--dropout", 0]
-    run(script, folder, "--out", "one", *same)
-    code, text = run(script, folder, "--out", "two", *same, processes=2)
-    return furthest(folder, "one", "two") if code == 0 else text[-300:]
+    options = ["--dropout", 0]
+    run(script, folder, "--out", "one", *options)
+    code, text = run(script, folder, "--out", "two", *options, processes=2)
+    return max_difference(folder, "one", "two") if code == 0 else text[-300:]
 
 
-def killed_workers(script, folder, times, dice):
+def killed_workers(script, folder, times, rng):
     """kill -9 of one of two processes, then --resume with 2, 1 or 4 processes.
 
     Returns how often one was killed, what was lost, and the largest difference between curves.
     """
-    lost, far, tried, started, same = [], [], 0, 0, ["--dropout", 0]
+    lost, gaps, tried, started, options = [], [], 0, 0, ["--dropout", 0]
     while tried < times:
-        name, several = f"worker{started}", (2, 1, 4)[tried % 3]
+        name, count = f"worker{started}", (2, 1, 4)[tried % 3]
         started += 1
-        job = Job(script, folder, "--out", name, *same, processes=2)
+        job = Job(script, folder, "--out", name, *options, processes=2)
         path = folder / name / "checkpoint.pt"
         if job.until(lambda path=path: path.exists() and checkpoint.load_checkpoint(path)["step"]):
-            time.sleep(dice.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.5))
             workers = children(job.process.pid)
             if len(workers) == 2:
-                os.kill(workers[dice.randrange(2)], signal.SIGKILL)
+                os.kill(workers[rng.randrange(2)], signal.SIGKILL)
         code, text = job.wait()
         if code == 0:  # it finished first
             continue
@@ -391,15 +393,15 @@ def killed_workers(script, folder, times, dice):
         if "SIGKILL" not in text:
             lost.append(f"no clear message: {text[-300:]}")
         code, text = run(
-            script, folder, "--out", name, *same, *resume_flag(folder, name), processes=several
+            script, folder, "--out", name, *options, *resume_flag(folder, name), processes=count
         )
         if code:
             lost.append(text[-300:])
-        elif several == 2:
+        elif count == 2:
             lost += differences(folder, "two", name)
         else:
-            far.append(furthest(folder, "one", name))
-    return tried, lost, max(far, default=0.0)
+            gaps.append(max_difference(folder, "one", name))
+    return tried, lost, max(gaps, default=0.0)
 
 
 def children(pid):
@@ -414,24 +416,25 @@ def workers_of(pid):
     return [each for each, command in commands.items() if b"spawn_main" in command]
 
 
-def end_study(folder, name, end, dice):
+def end_study(folder, name, end, rng):
     """Start compare and end it with one of ENDS while it trains. Returns whether it was still
     training, what was lost, and whether it left a process behind, 0 or 1."""
     job = Job("compare", folder, "--out", name, output=subprocess.PIPE)
     job.log.close()
     runs = [folder / name / "sharpness" / f"{v}_seed1" / "checkpoint.pt" for v in COMPARED]
     job.until(lambda: all(path.exists() for path in runs))
-    time.sleep(dice.uniform(0.2, 0.5))
+    time.sleep(rng.uniform(0.2, 0.5))
     if job.process.poll() is not None:
         job.process.communicate()
         return False, [], 0
-    whom, number = job.process.pid, getattr(signal, end, signal.SIGKILL)
+    pid, sig = job.process.pid, getattr(signal, end, signal.SIGKILL)
     if end == "a worker":
-        whom = dice.choice(workers_of(whom))
-    os.kill(whom, number)
+        pid = rng.choice(workers_of(pid))
+    os.kill(pid, sig)
     left = 0
     try:
-        text = job.process.communicate(timeout=30)[0].decode()  # all that can print have ended
+        # Returns once all processes that can print have ended.
+        text = job.process.communicate(timeout=30)[0].decode()
     except subprocess.TimeoutExpired:
         left = 1
         os.killpg(job.process.pid, signal.SIGKILL)
@@ -447,7 +450,7 @@ def end_study(folder, name, end, dice):
     return True, lost, left
 
 
-def ended_studies(folder, times, dice):
+def ended_studies(folder, times, rng):
     """Try each of ENDS in turn, at random moments of training; then run the same command again.
     Returns how often, what was lost, and how often a process was left behind."""
     lost, tried, started, left = [], 0, 0, 0
@@ -456,7 +459,7 @@ def ended_studies(folder, times, dice):
     while tried < times:
         name, end = f"study{started}", ENDS[tried % len(ENDS)]
         started += 1
-        training, unsaved, leaves = end_study(folder, name, end, dice)
+        training, unsaved, leaves = end_study(folder, name, end, rng)
         if not training:  # it finished first
             continue
         tried, lost, left = tried + 1, lost + unsaved, left + leaves
@@ -469,7 +472,7 @@ def ended_studies(folder, times, dice):
 
 
 def rows_of(folder, name):
-    """The rows of a finished study. Time is not compared."""
+    """The rows of a finished study, without times."""
     rows = runcard.read_json(folder / name / "sharpness.json")["results"]["runs"]
     return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
 
@@ -502,9 +505,11 @@ def table(results):
     """The rows of the results page's table: fault, how it was tried, how often, what was lost."""
     rows = []
     for name, (fault, how) in ROWS.items():
-        parts = [found[name] for found in results.values() if name in found]
+        parts = [
+            script_results[name] for script_results in results.values() if name in script_results
+        ]
         phases = {p: sum(part.get("phases", {}).get(p, 0) for part in parts) for p in PHASES}
-        said = how.format(
+        description = how.format(
             phases=", ".join(f"{phase} ({count})" for phase, count in phases.items()),
             damages=", ".join(DAMAGES),
             far=f"{max(part.get('difference', 0) for part in parts):.0e}",
@@ -512,7 +517,7 @@ def table(results):
         )
         lost = [each for part in parts for each in part["lost"]]
         times = sum(part["times"] for part in parts)
-        rows.append(f"| {fault} | {said} | {times} | {len(lost) or 'nothing'} |")
+        rows.append(f"| {fault} | {description} | {times} | {len(lost) or 'nothing'} |")
     return "\n".join(rows)
 
 
@@ -526,33 +531,33 @@ def main():
         runcard.check_writable(settings.out / "faults.json")
     except UsageError as error:
         parser.error(str(error))
-    start, dice, results = time.perf_counter(), random.Random(settings.seed), {}
+    start, rng, results = time.perf_counter(), random.Random(settings.seed), {}
     few = max(2, settings.times // 4)
     for script in (*SCRIPTS, "compare"):
         with tempfile.TemporaryDirectory() as folder:
             prepare(folder := Path(folder))
-            found = results[script] = {}
+            script_results = results[script] = {}
 
-            def tried(name, count, lost, found=found, script=script, **more):
-                found[name] = {"times": count, "lost": lost} | more
-                print(f"{script}, {name}: {count} times, lost: {lost or 'nothing'} {more or ''}")
+            def record(name, count, lost, script_results=script_results, script=script, **details):
+                script_results[name] = {"times": count, "lost": lost} | details
+                print(f"{script}, {name}: {count} times, lost: {lost or 'nothing'} {details or ''}")
 
             if script == "compare":
-                count, lost, left = ended_studies(folder, max(few, len(ENDS)), dice)
-                tried("ended study", count, lost, left=left)
+                count, lost, left = ended_studies(folder, max(few, len(ENDS)), rng)
+                record("ended study", count, lost, left=left)
                 continue
-            hit, lost = kills(script, folder, settings.times, dice)
-            tried("kill -9", sum(hit.values()), lost, phases=hit)
-            tried("stop", *stops(script, folder, few, dice))
-            tried("closed terminal", *hang_ups(script, folder, few, dice))
-            tried("broken pipe", *broken_pipes(script, folder, few, dice))
-            tried("full disk", *full_disk(script, folder, few, dice))
-            tried("bad checkpoint", *bad_checkpoints(script, folder, few, dice))
-            tried("unwritable folder", *unwritable(script, folder, few, dice))
-            far = processes(script, folder, few, dice)
-            tried("two processes", 1, [] if isinstance(far, float) else [far], difference=far)
-            count, lost, far = killed_workers(script, folder, few, dice)
-            tried("killed worker", count, lost, difference=far)
+            hit, lost = kills(script, folder, settings.times, rng)
+            record("kill -9", sum(hit.values()), lost, phases=hit)
+            record("stop", *stops(script, folder, few, rng))
+            record("closed terminal", *hang_ups(script, folder, few, rng))
+            record("broken pipe", *broken_pipes(script, folder, few, rng))
+            record("full disk", *full_disk(script, folder, few, rng))
+            record("bad checkpoint", *bad_checkpoints(script, folder, few, rng))
+            record("unwritable folder", *unwritable(script, folder, few, rng))
+            gap = processes(script, folder, few, rng)
+            record("two processes", 1, [] if isinstance(gap, float) else [gap], difference=gap)
+            count, lost, gap = killed_workers(script, folder, few, rng)
+            record("killed worker", count, lost, difference=gap)
     print(table(results))
     config = {"times": settings.times, "seed": settings.seed, "flags": FLAGS}
     data_info = {"name": "Python manual, and images of noise"}

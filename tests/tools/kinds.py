@@ -30,9 +30,9 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_model.py::test_fewer_queries_than_keys_are_the_last_ones
         test_model.py::test_a_mode_runs_its_own_form""",
     "A long run finds at its end that it cannot write its result": """
-        test_runcard.py::test_a_place_that_cannot_be_written_to_is_one_line_with_the_flag
-        test_bench.py::test_what_cannot_be_written_is_told_before_the_work
-        test_measure.py::test_what_cannot_be_written_is_told_before_the_work
+        test_runcard.py::test_an_unwritable_path_is_one_line_with_the_flag
+        test_bench.py::test_an_unwritable_output_is_an_error_before_the_work
+        test_measure.py::test_an_unwritable_output_is_an_error_before_the_work
         test_compare.py::test_unwritable_output_of_the_last_study_is_an_error_before_the_first
         test_compare.py::test_the_last_study_s_data_and_attention_file_are_checked_before_the_first
         test_compare.py::test_a_checkpoint_of_another_task_is_an_error_before_the_work
@@ -41,18 +41,18 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_fast.py::test_a_compiled_model_trains_at_changing_sizes
         test_fast.py::test_the_compiler_meets_no_break_and_few_new_graphs""",
     "Standard streams are replaced, closed, broken or None": """
-        test_flags.py::test_a_stream_that_is_not_python_s_own_is_written_to
-        test_flags.py::test_a_stream_that_is_broken_closed_or_none_ends_nothing
-        test_flags.py::test_what_a_console_cannot_show_is_a_question_mark
-        test_flags.py::test_a_run_whose_reader_goes_away_is_finished
-        test_flags.py::test_a_run_without_streams_is_finished_and_no_file_takes_their_place
+        test_flags.py::test_a_custom_stream_is_written_to
+        test_flags.py::test_a_broken_closed_or_missing_stream_does_not_end_a_script
+        test_flags.py::test_characters_that_a_console_cannot_show_become_question_marks
+        test_flags.py::test_a_run_finishes_even_if_its_reader_exits
+        test_flags.py::test_a_run_finishes_without_streams_and_no_file_takes_their_place
         test_flags.py::test_a_script_runs_in_a_notebook""",
     "A library raises an unexpected exception": """
         test_images.py::test_a_file_that_is_not_a_png_raises_syntax_error_or_os_error
         test_images.py::test_an_exception_in_pillow_becomes_a_syntax_error
         test_images.py::test_a_file_that_is_not_an_archive_raises_value_error_or_os_error
         test_data.py::test_without_a_home_the_cache_is_a_temporary_folder
-        test_platforms.py::test_a_user_without_a_home_and_a_name_can_train""",
+        test_platforms.py::test_a_user_without_a_home_or_a_name_can_train""",
     "A default fails its own check": """
         test_compare.py::test_there_are_as_many_workers_as_usable_processors
         test_compare.py::test_without_affinity_all_processors_count""",
@@ -95,9 +95,9 @@ KINDS = {  # kind: its tests; a name may be a prefix
     "top_k keeps every tie": """
         test_model.py::test_top_k_keeps_k_tokens_of_equal_logits""",
     "The environment: ~, -OO, wheels, killed parents, closed terminals, torch.compile": """
-        test_flags.py::test_a_tilde_is_the_home_folder_behind_an_equals_sign_too
+        test_flags.py::test_a_tilde_is_the_home_folder_even_after_an_equals_sign
         test_flags.py::test_without_docstrings_there_is_no_description
-        test_flags.py::test_a_closed_terminal_is_a_ctrl_c_unless_it_is_to_be_ignored
+        test_flags.py::test_a_closed_terminal_acts_like_ctrl_c_unless_ignored
         test_measure.py::test_an_installed_wheel_writes_to_runs_and_not_beside_itself
         test_checkpoint.py::test_a_stopped_run_is_saved_and_resumes_bit_for_bit
         test_checkpoint.py::test_nohup_keeps_training_when_the_terminal_is_closed

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-LIVE = "application/vnd.jupyter.widget-view+json"  # a widget: dead without its kernel
+LIVE = "application/vnd.jupyter.widget-view+json"  # a widget: it needs a running kernel
 
 
 def read(path):
@@ -24,8 +24,8 @@ def read(path):
 
 
 def slide_type(cell):
-    """The place of a cell in the slides of `jupyter nbconvert --to slides`: a heading begins a
-    slide; other text and pictures begin a slide below it."""
+    """The slide type of a cell for `jupyter nbconvert --to slides`: a heading begins a slide; other
+    text and pictures begin a slide below it."""
     if cell.id in ("setup", "imports", "check"):
         return "skip"
     if cell.cell_type == "markdown":
@@ -45,7 +45,7 @@ def run(path, folder):
         coalesce_streams=True,
     )
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the cores may be busy
-    client.execute(env=one_thread, stderr=subprocess.DEVNULL)  # the kernel's, not a cell's
+    client.execute(env=one_thread, stderr=subprocess.DEVNULL)  # of the kernel, not of a cell
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
