@@ -1360,7 +1360,7 @@ def test_check_leaves_the_random_numbers_alone():
 
 
 @solved
-def test_check_works_under_any_defaults_and_gives_them_back():
+def test_check_works_under_any_defaults_and_restores_them():
     product = "return (direction[None] @ torch.eye(3))[0], keys"
     correct = solution("counterexample", "return direction, keys", product)
     wrong = load("mine.py", "import torch\ndef entropy(w):\n    return torch.zeros(w.shape[:-1])")

@@ -431,7 +431,7 @@ MISTAKES = {
     "two sources of images": (["--data", "synthetic"], "--data synthetic"),
     "a folder and an address": (["--url", "http://127.0.0.1:9/"], "--url"),
     "a fractional shift": (["--shift", "1.5"], "--shift"),
-    "a batch of more than there is": (["--batch", str(5 * COUNT + 1)], "--batch"),
+    "a batch larger than the data": (["--batch", str(5 * COUNT + 1)], "--batch"),
     "a negative Muon rate": (["--muon", "-1"], "--muon"),
     "a dropout of 1": (["--dropout", "1"], "--dropout"),
     "a picture that is missing": ([*RUN, "--predict", "nowhere.png"], "--predict nowhere.png"),

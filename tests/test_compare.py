@@ -85,8 +85,8 @@ def test_recall_counts_correct_answers():
 
         def answers(self, model, tokens, pairs):
             keys, values = tokens // 65, tokens % 65
-            places = (keys[:, pairs:, None] == keys[:, None, :pairs]).float().argmax(-1)
-            values = values.gather(1, places)
+            indices = (keys[:, pairs:, None] == keys[:, None, :pairs]).float().argmax(-1)
+            values = values.gather(1, indices)
             values[:, 0] = (values[:, 0] + 1) % 64
             return torch.nn.functional.one_hot(values, 64).float()
 
@@ -228,7 +228,7 @@ def test_a_changed_option_is_the_one_in_the_name(name):
     assert ATTENTIONS[name].keywords == {option: float(value)}
 
 
-def test_a_gate_that_is_always_open_and_no_convolution():
+def test_no_gate_fixes_the_gate_at_1_and_keeps_the_projections():
     x = torch.randn(1, 6, 32)
     layer = build(RECALL, "no gate").blocks[0].attention
     *_, gate = layer.project(x).chunk(4, dim=-1)
@@ -375,7 +375,7 @@ def test_holm_corrects_for_the_number_of_tests():
 
 
 def test_a_study_s_answers_are_corrected_for_their_number():
-    """The smallest p-value of three is tripled. No difference has a p-value of 1."""
+    """The smallest of three p-values is tripled. A difference of 0 has a p-value of 1."""
     questions = (("elu", "nala"), ("split", "elu"), ("relu", "nala"))
     task = replace(SMALL.task, steps=1)
     study = Study(task, {}, ("nala", "elu", "split", "relu"), questions=questions)

@@ -269,7 +269,7 @@ def test_wrong_bytes_are_named_and_deleted_and_the_old_file_stays(source_of, tmp
 
 
 def test_after_wrong_bytes_the_next_download_starts_over(server, tmp_path):
-    """No part of them is kept."""
+    """None of them are kept."""
     path = tmp_path / "input.txt"
     server.responses = [response(WRONG_BYTE), response(CONTENT)]
     with pytest.raises(ValueError, match="deleted"):

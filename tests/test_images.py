@@ -60,7 +60,7 @@ def stand_in(few, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     """A folder with the six files."""
-    folder = tmp_path / "given" / "cifar-10-batches-bin"
+    folder = tmp_path / "parent" / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
@@ -477,11 +477,11 @@ def test_each_image_is_shifted_and_maybe_mirrored(height, width, shift, mirror):
     image = torch.randint(256, (3, height, width), dtype=torch.uint8)
     augmented = data.augment(image.expand(60, -1, -1, -1), 1, 2, shift=shift, mirror=mirror)
     assert augmented.dtype == torch.uint8
-    places = range(-shift, shift + 1)
+    shifts = range(-shift, shift + 1)
     allowed = {
         shifted(image, down, right, mirrored).numpy().tobytes()
-        for down in places
-        for right in places
+        for down in shifts
+        for right in shifts
         for mirrored in {False, mirror}
     }
     assert {picture.tobytes() for picture in augmented.numpy()} <= allowed

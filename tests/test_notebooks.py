@@ -201,7 +201,7 @@ def test_a_notebook_is_a_deck_of_slides(path):
 
 
 def test_notebooks_have_the_same_setup_cell():
-    """It finds nala_min."""
+    """The cell makes nala_min importable."""
     assert len({read(path).cells[1].source for path in NOTEBOOKS}) == 1
 
 

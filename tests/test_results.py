@@ -379,7 +379,7 @@ def premise_table():
 
 
 def correlation(study, attention, norm):
-    """Its mean over seeds and blocks, then the lowest and the highest mean of a block."""
+    """Mean correlation over seeds and blocks, then the lowest and the highest mean of a block."""
     rows = [row for row in PREMISE[study]["results"]["correlations"] if row["variant"] == attention]
     blocks = sorted({row["block"] for row in rows})
     means = [mean(row[norm] for row in rows if row["block"] == block) for block in blocks]
@@ -727,7 +727,7 @@ def speed_cells():
         ]
         for form in ("nala", "softmax")
     ]
-    place = SPEED["crossover"]["causal, forward + backward"]
+    crossover = SPEED["crossover"]["causal, forward + backward"]
     compiled = bench.crossover(SPEED["attention"], form="compiled", causal=True, **BOTH_PASSES)
     steps = {
         block: "; ".join(
@@ -743,7 +743,7 @@ def speed_cells():
     long = {row["form"]: row for row in LONG["long"]}
     held = [long[form]["peak"] / 2**20 for form in ("nala", "softmax", "written out")]
     return [
-        f"{place:,}; compiled {compiled:,}",
+        f"{crossover:,}; compiled {compiled:,}",
         f"{peaks[0] / peaks[1]:.2f}",
         steps[256],
         steps[64],
@@ -800,11 +800,11 @@ def test_missed_targets_and_another_machine_s_times():
 def speed_in_short():
     """From how many tokens causal NaLa is faster than the fused softmax, and by how much at 16,384;
     then the gain in training on long windows."""
-    place = SPEED["crossover"]["causal, forward + backward"]
-    assert place == EPYC["crossover"]["causal, forward + backward"]
+    crossover = SPEED["crossover"]["causal, forward + backward"]
+    assert crossover == EPYC["crossover"]["causal, forward + backward"]
     epyc = format_ratio(speedup(16384, results=EPYC))
     return (
-        f"from {place:,} tokens",
+        f"from {crossover:,} tokens",
         f"at 16,384 it is {format_ratio(speedup(16384))} times as fast ({epyc} on an AMD EPYC)."
         f" On windows of 8,192 characters it trains {time_ratio(8192):.1f} times as fast, to"
         " about the same loss",

@@ -111,7 +111,7 @@ class Run(train.Settings):
     words: str = flag("", "what it says", affects_result=False)
 
 
-def test_a_preset_gives_what_the_flags_do_not():
+def test_a_preset_fills_in_missing_flags():
     run = parse_flags(Run, ["--preset", "gpu", "--steps", "3", "--dropout", "0"])
     assert (run.steps, run.batch, run.lr, run.dropout, run.width) == (3, 4, 0.25, 0.0, 16)
     assert (run.layers, run.heads, run.dim, run.shift) == (4, 3, 12, 2)
@@ -131,7 +131,7 @@ def test_attentions_of_several_blocks_make_one_folder_without_commas():
     ("attention", "names"),
     [("elu", ("elu", "elu")), ("nala,softmax", ("nala", "softmax")), ("relu,relu", ("relu",) * 2)],
 )
-def test_block_options_are_what_both_configs_take(attention, names):
+def test_both_configs_accept_block_options(attention, names):
     flags = ["--preset", "cpu", "--attention", attention, "--dropout", "0.25"]
     options = train.block_options(parse_flags(Run, flags).config())
     for config in (LMConfig(vocab_size=5, **options), ViTConfig(**options)):
@@ -159,7 +159,7 @@ def test_the_help_of_a_preset_flag_has_both_values(capsys):
     assert "how wide it is (cpu: 8, gpu: 16)" in capsys.readouterr().out
 
 
-def test_the_config_is_what_decides_the_result():
+def test_the_config_has_all_that_affects_the_result():
     flags = ["--preset", "cpu", "--words", "hi", "--out", "o", "--device", "cpu", "--resume"]
     assert parse_flags(Run, [*flags, "--seed", "3", "--attention", "elu"]).config() == {
         "preset": "cpu",
@@ -455,7 +455,7 @@ def test_the_optimizer_decays_matrices_only_and_has_every_parameter_once(make):
 
 
 @pytest.mark.parametrize("make", [small_model, small_vit])
-def test_muon_takes_the_matrices_between_the_ends_of_a_model(make):
+def test_muon_takes_the_matrices_between_embedding_and_head(make):
     """Every parameter in one group: matrices and convolutions to Muon, embedding, head, biases and
     gains to AdamW."""
     model = make()
@@ -489,7 +489,7 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_singular_values(shape
 
 @pytest.mark.parametrize("rope", [None, "numerator"])
 @pytest.mark.parametrize("make", [small_model, small_vit])
-def test_a_step_lets_a_card_run_ahead(make, rope, monkeypatch):
+def test_a_step_never_waits_for_the_device(make, rope, monkeypatch):
     """Tensors on the "meta" device have no values: reading one, as .item() does, or mixing devices
     fails."""
     adamw = torch.optim.AdamW
@@ -653,7 +653,7 @@ def test_a_step_is_clipped_adamw_at_the_recipe_s_learning_rate(tmp_path):
 
 
 @pytest.mark.parametrize("muon", [None, 0.02])
-def test_frozen_and_unused_parameters_stay_as_they_are(muon, tmp_path):
+def test_frozen_and_unused_parameters_do_not_change(muon, tmp_path):
     """Also through a checkpoint."""
     model = small_model()
     model.blocks[0].mlp.requires_grad_(False)
@@ -668,7 +668,7 @@ def test_frozen_and_unused_parameters_stay_as_they_are(muon, tmp_path):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_every_module_has_its_mode_back_after_training(fails, training, tmp_path):
+def test_training_restores_every_module_s_mode(fails, training, tmp_path):
     """During training, a block keeps its evaluation mode if the model was in training mode."""
 
     def recording(model, inputs, targets):
@@ -700,7 +700,7 @@ def test_training_does_not_depend_on_torch_s_defaults(tmp_path):
         assert actual == expected
 
 
-def test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back():
+def test_a_script_runs_with_torch_s_usual_defaults_and_restores_the_user_s():
     tensors = []
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.bfloat16)

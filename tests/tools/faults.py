@@ -208,16 +208,16 @@ def kills(script, folder, times, rng):
         name, chains = f"chain{chains}", chains + 1
         for _ in range(min(4, times)):
             fewest = min(hit.values())
-            wanted = rng.choice([phase for phase in PHASES if hit[phase] == fewest])
+            target = rng.choice([phase for phase in PHASES if hit[phase] == fewest])
             job = Job(script, folder, "--out", name, *resume_flag(folder, name))
             pause = rng.uniform(0, 0.25)
             moment = [None]
 
-            def ready(job=job, wanted=wanted, pause=pause, moment=moment):
+            def ready(job=job, target=target, pause=pause, moment=moment):
                 if job.phase() is None and moment[0] is None:
                     return False
                 moment[0] = moment[0] or time.perf_counter() + pause
-                return time.perf_counter() >= moment[0] and job.phase() == wanted
+                return time.perf_counter() >= moment[0] and job.phase() == target
 
             running = job.until(ready)
             if running:

@@ -20,7 +20,7 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_checkpoint.py::test_weights_that_are_not_finite_are_not_saved
         test_checkpoint.py::test_an_unreadable_checkpoint_should_be_moved_aside_not_deleted""",
     "A mark depends on the machine, or on the previously marked file": """
-        test_checks.py::test_check_works_under_any_defaults_and_gives_them_back
+        test_checks.py::test_check_works_under_any_defaults_and_restores_them
         test_checks.py::test_all_ways_of_marking_agree
         test_checks.py::test_no_file_changes_the_mark_of_the_next
         test_checks.py::test_pytest_and_report_import_a_file_as_python_does
@@ -63,7 +63,7 @@ KINDS = {  # kind: its tests; a name may be a prefix
     "Training or evaluation mode is not restored": """
         test_model.py::test_generate_gives_every_module_its_mode_back
         test_measure.py::test_measuring_a_model_restores_every_module_s_mode
-        test_train.py::test_every_module_has_its_mode_back_after_training""",
+        test_train.py::test_training_restores_every_module_s_mode""",
     "The session's PyTorch defaults leak in": """
         test_model.py::test_the_default_dtype_changes_no_angle
         test_data.py::test_windows_do_not_depend_on_torch_s_defaults
@@ -72,9 +72,9 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_measure.py::test_measurements_do_not_depend_on_torch_s_defaults
         test_synthetic.py::test_drawn_digits_do_not_depend_on_torch_s_defaults
         test_train.py::test_training_does_not_depend_on_torch_s_defaults
-        test_train.py::test_a_script_has_torch_s_usual_defaults_and_gives_the_others_back""",
+        test_train.py::test_a_script_runs_with_torch_s_usual_defaults_and_restores_the_user_s""",
     "An optimiser needs every gradient": """
-        test_train.py::test_frozen_and_unused_parameters_stay_as_they_are""",
+        test_train.py::test_frozen_and_unused_parameters_do_not_change""",
     "An unknown keyword is silently ignored": """
         test_model.py::test_a_keyword_that_nobody_takes_is_refused""",
     "Values are read from tensors that have none": """
@@ -105,7 +105,7 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_faults.py::""",
     "The work is done, then its evaluation fails": """
         test_checkpoint.py::test_a_failed_evaluation_costs_no_step_and_is_repeated
-        test_measure.py::test_memory_for_reading_does_not_grow_with_examples_or_with_the_square_of
+        test_measure.py::test_memory_for_measuring_does_not_grow_with_examples_or_the_square_of_tokens
         test_measure.py::test_the_weights_of_some_queries_are_rows_of_all_weights
         test_measure.py::test_sampled_queries_represent_all""",
 }
