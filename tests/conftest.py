@@ -20,39 +20,39 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what `-m quick` runs: the ledger's proofs of the equations, and some whole files."""
-    proofs = set(re.findall(r"`(test_\w+)`", LEDGER.read_text(encoding="utf-8")))
+    """Mark the tests of `-m quick`: those in the ledger, and all tests of some files."""
+    in_ledger = set(re.findall(r"`(test_\w+)`", LEDGER.read_text(encoding="utf-8")))
     for item in items:
-        if item.module.__name__ in QUICK or item.function.__name__ in proofs:
+        if item.module.__name__ in QUICK or item.function.__name__ in in_ledger:
             item.add_marker(pytest.mark.quick)
-    items.sort(key=lambda item: item.module.__name__ == "test_notebooks")  # last: see fresh
+    items.sort(key=lambda item: item.module.__name__ == "test_notebooks")  # last: they take minutes
 
 
-RUNS = pytest.StashKey()  # of notebooks, by their path
+RUNS = pytest.StashKey()  # notebook runs by path
 
 
 def pytest_collection_finish(session):
-    """Begin to run the notebooks that are asked for, one after another beside all other tests."""
+    """Start running the selected notebooks, one at a time, alongside the other tests."""
     name = "test_a_notebook_shows_what_is_committed"
-    asked = [x.callspec.params["path"] for x in session.items if x.originalname == name]
+    paths = [x.callspec.params["path"] for x in session.items if x.originalname == name]
     runs = session.config.stash[RUNS] = {}
-    if asked and not session.config.option.collectonly:
-        from notebooks import FOLDER, run  # which need what not every installation has
+    if paths and not session.config.option.collectonly:
+        from notebooks import FOLDER, run  # these need Jupyter, which is optional
 
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        runs |= {path: pool.submit(run, path, FOLDER) for path in asked}
+        runs |= {path: pool.submit(run, path, FOLDER) for path in paths}
         session.config.add_cleanup(partial(pool.shutdown, wait=False, cancel_futures=True))
 
 
 @pytest.fixture
-def fresh(request):
-    """Every notebook that is asked for, run from top to bottom."""
+def notebook_runs(request):
+    """A future for each selected notebook, run from top to bottom."""
     return request.config.stash[RUNS]
 
 
 @pytest.fixture
 def model():
-    """The module under proof. The bug zoo calls the same tests with a broken copy of it."""
+    """The module under test. test_bug_zoo.py passes broken copies of it to the same tests."""
     return nala_min.model
 
 
@@ -63,7 +63,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def loopback_only(monkeypatch):
-    """No test asks anything of the network."""
+    """Tests must not use the network."""
     connect = socket.socket.connect
 
     def guarded(self, address):

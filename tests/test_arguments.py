@@ -1,5 +1,5 @@
-"""Wrong arguments of every public function, made from its signature: each error names the argument,
-what it must be and what it is."""
+"""Invalid arguments for every public function, generated from its signature. Each error names the
+argument, what it must be and what it got."""
 
 import dataclasses
 import inspect
@@ -29,7 +29,7 @@ FUNCTIONS = {
 CONFIGS = {"LMConfig": {"vocab_size": 7}, "ViTConfig": {}}
 
 q, k, x = torch.randn(3, B, H, N, D)
-VALID = {  # an example for each name; where a function wants another, it stands below
+VALID = {  # a valid value for each name; OTHER_VALID holds exceptions
     **{"q": q, "k": k, "x": x, "v": torch.randn(B, H, N, M)},
     **{"norm": q.norm(dim=-1, keepdim=True), "direction": q, "magnitude": q.abs()},
     **{"power": torch.ones(B, H, N, 1), "weights": torch.rand(B, H, N, N), "features": q},
@@ -67,7 +67,7 @@ OTHER_INVALID = {
 
 
 def valid_arguments(function):
-    """Arguments that FUNCTIONS[function] takes; those that may be None are."""
+    """Valid arguments for FUNCTIONS[function]; those that default to None are left out."""
     parameters = inspect.signature(FUNCTIONS[function]).parameters.values()
     return {
         p.name: OTHER_VALID.get((function, p.name), VALID[p.name])
@@ -77,7 +77,7 @@ def valid_arguments(function):
 
 
 def invalid_tensors(spec, tensor, known):
-    """Tensors that are not spec. known: letters that other arguments bind."""
+    """Values that violate spec. known: letters whose sizes earlier arguments fix."""
     *letters, last = spec.split()
     letters += [] if last in arguments.KINDS else [last]
     kinds = [torch.float32, torch.int64, torch.bool, torch.complex64]
@@ -86,7 +86,7 @@ def invalid_tensors(spec, tensor, known):
         if not is_valid(torch.zeros(1, dtype=dtype)):
             yield torch.zeros(tensor.shape, dtype=dtype)
     yield from ([1.0], "tensor", 3j)
-    if set(letters) - {"...", "1"}:  # sizes of 1 may be left out
+    if set(letters) - {"...", "1"}:  # leading sizes of 1 may be left out
         yield tensor.flatten()[0] if letters[0] == "..." else tensor[0]
     for i, letter in enumerate(reversed(letters)):
         if letter == "...":
@@ -103,7 +103,7 @@ def invalid_tensors(spec, tensor, known):
 
 
 def invalid_arguments(function):
-    """(argument, value) for everything that FUNCTIONS[function] must refuse."""
+    """Yield pairs (argument, value) that FUNCTIONS[function] must reject."""
     call = FUNCTIONS[function]
     specs, known = call.specs, set()
     for p in inspect.signature(call).parameters.values():
@@ -129,36 +129,36 @@ def invalid_arguments(function):
 
 
 def assert_named(error, name, value):
-    """The message begins with the argument, and says what it got."""
+    """The message starts with the argument's name and says what it got."""
     message = str(error.value)
     assert "\n" not in message
     assert re.match(rf"{name}\b", message), message
     if isinstance(value, torch.Tensor) and value.device.type != "meta":
-        tokens = name == "tokens" and "must be from" in message
-        assert tokens or str(value.dtype).removeprefix("torch.") in message, message
-        assert tokens or str(tuple(value.shape)) in message, message
+        is_range = name == "tokens" and "must be from" in message
+        assert is_range or str(value.dtype).removeprefix("torch.") in message, message
+        assert is_range or str(tuple(value.shape)) in message, message
     assert " must be " in message, message
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_right_arguments_are_taken(function):
+def test_valid_arguments_are_accepted(function):
     if function != "sequence_parallel_attention":  # it needs other processes
         FUNCTIONS[function](**valid_arguments(function))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_wrong_argument_is_named(function):
+def test_an_invalid_argument_is_named(function):
     cases = list(invalid_arguments(function))
     assert {name for name, _ in cases} >= set(valid_arguments(function)) - {"group"}
     for name, value in cases:
         with pytest.raises((TypeError, ValueError)) as error:
             FUNCTIONS[function](**valid_arguments(function) | {name: value})
-            pytest.fail(f"{function} took {name}={value}")
+            pytest.fail(f"{function} accepted {name}={value}")
         assert_named(error, name, value)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_wrong_size_in_a_config_is_named(config):
+def test_an_invalid_config_field_is_named(config):
     kind = getattr(nala_min, config)
     for item in dataclasses.fields(kind):
         values = ["both", 5] if item.name == "rope" else INVALID_BY_RULE[arguments.RULES[item.name]]
@@ -167,11 +167,11 @@ def test_a_wrong_size_in_a_config_is_named(config):
         for value in values:
             with pytest.raises((TypeError, ValueError)) as error:
                 kind(**CONFIGS[config] | {item.name: value})
-                pytest.fail(f"{config} took {item.name}={value}")
+                pytest.fail(f"{config} accepted {item.name}={value}")
             assert re.match(rf"{item.name}\b", str(error.value)), error.value
 
 
-def test_float64_is_not_mixed_with_less():
+def test_float64_is_not_mixed_with_float32():
     for name in ("k", "v"):
         with pytest.raises(TypeError, match=f"{name} must be torch.float32, like q, got float64"):
             nala_min.nala_attention(
@@ -179,7 +179,7 @@ def test_float64_is_not_mixed_with_less():
             )
 
 
-def test_the_first_argument_is_the_measure_in_whatever_order_they_come():
+def test_q_is_the_reference_in_any_order_of_arguments():
     with pytest.raises(ValueError, match=r"k must be .* with N = 6, as in q"):
         nala_min.nala_attention(v=VALID["v"], k=k[:, :, :5], q=q)
 
@@ -187,13 +187,13 @@ def test_the_first_argument_is_the_measure_in_whatever_order_they_come():
 @pytest.mark.parametrize(
     "function", ["nala_attention", "linear_attention", "softmax_attention", "attention_weights"]
 )
-def test_sizes_that_queries_keys_and_values_share_are_compared(function):
-    """Written out, as the cases above come from the very specs that they prove."""
+def test_shared_sizes_of_queries_keys_and_values_are_compared(function):
+    """Written out, because the cases above come from the specs under test."""
     shared = {"k": (0, 1, 3), "v": (0, 1, 2), "key_mask": (0, 1)}
     if function in ("nala_attention", "linear_attention"):
         shared |= {"k": (0, 1, 2, 3), "rope_positions": (0,), "state": (0, 1, 2, 3)}
     if function == "linear_attention":
-        shared["state"] = (0, 1, 3)  # how many features there are, only the features know
+        shared["state"] = (0, 1, 3)  # F is known only after the features are computed
     for name in shared.keys() & inspect.signature(FUNCTIONS[function]).parameters.keys():
         for dim in shared[name]:
             shape = list(VALID[name].shape)
@@ -208,8 +208,8 @@ def test_a_missing_tensor_is_named():
         nala_min.nala_attention(k=k, v=VALID["v"])
 
 
-def test_a_state_has_as_many_features_as_the_feature_map_makes(monkeypatch):
-    """Also one that was edited."""
+def test_a_state_has_as_many_features_as_the_feature_map(monkeypatch):
+    """Also if the feature map was edited."""
     monkeypatch.setattr(nala_min.model, "cosine_map", lambda magnitude, direction, alpha: magnitude)
     _, state = nala_min.nala_attention(q, k, VALID["v"], causal=True, return_state=True)
     assert state.shape[2] == D
@@ -218,13 +218,13 @@ def test_a_state_has_as_many_features_as_the_feature_map_makes(monkeypatch):
         nala_min.nala_attention(q, k, VALID["v"], causal=True, state=VALID["state"])
 
 
-def test_tokens_that_the_model_does_not_know_are_named():
+def test_tokens_outside_the_vocabulary_are_named():
     for invalid in (-1, 7):
         with pytest.raises(ValueError, match=r"tokens must be from 0 to 6, got "):
             LM(torch.tensor([[0, invalid]]))
 
 
-def test_sizes_that_do_not_go_together_are_named():
+def test_incompatible_sizes_are_named():
     with pytest.raises(
         ValueError,
         match=r"direction must be broadcastable with the leading sizes \(2, 3, 6\) of magnitude",
@@ -233,14 +233,14 @@ def test_sizes_that_do_not_go_together_are_named():
     assert nala_min.cosine_map(q.abs(), torch.randn(N, D)).shape == (B, H, N, 2 * D)
 
 
-def test_a_mask_with_a_softmax_state_is_refused():
-    """It would say nothing of the keys that are in the state."""
+def test_a_mask_with_a_softmax_state_is_rejected():
+    """It would not cover the keys in the state."""
     state = OTHER_VALID["softmax_attention", "state"]
     with pytest.raises(ValueError, match="key_mask must be None with a state, got bool"):
         nala_min.softmax_attention(q, k, VALID["v"], state=state, key_mask=VALID["key_mask"])
 
 
-def test_an_argument_without_a_rule_is_refused_at_once():
+def test_an_argument_without_a_rule_is_rejected_at_once():
     with pytest.raises(TypeError, match=r"forgetful: no spec for \['forgotten'\]"):
 
         @checked(q="... D")
@@ -263,11 +263,11 @@ def test_a_call_within_a_checked_function_is_not_checked_again():
     with pytest.raises(KeyError):
         outer(q)
     assert calls == ["anything"]
-    with pytest.raises(TypeError, match="q must be a tensor"):  # nothing stays behind
+    with pytest.raises(TypeError, match="q must be a tensor"):  # checks are on again
         inner("anything")
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     check({"lam": torch.ones(1).numpy()[0], "chunk_size": torch.ones(1).long().numpy()[0]})
 
 

@@ -1,4 +1,4 @@
-"""Several processes: what they agree on, and one sequence over all of them."""
+"""Multiple processes: what they exchange, and one sequence split between them."""
 
 import os
 from functools import partial
@@ -26,8 +26,8 @@ OPTIONS = {
 }
 
 
-def whole(name, dtype=torch.float64):
-    """q, k, v and a gradient of the output, as each process makes them; and the options."""
+def make_inputs(name, dtype=torch.float64):
+    """q, k, v, a gradient of the output, and options: the same in every process."""
     torch.manual_seed(1)
     q, k = torch.randn(2, B, H, 32, D, dtype=dtype)
     v, grad = torch.randn(2, B, H, 32, M, dtype=dtype)
@@ -40,7 +40,7 @@ def whole(name, dtype=torch.float64):
 
 
 def attend(attention, q, k, v, grad, options):
-    """Output, and the gradients with respect to q, k, v and a learned norm_scale."""
+    """The output and the gradients with respect to q, k, v and a learned norm_scale."""
     learned = [x for x in (options.get("norm_scale"),) if isinstance(x, torch.Tensor)]
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *learned)]
     if learned:
@@ -50,29 +50,29 @@ def attend(attention, q, k, v, grad, options):
 
 
 def attend_to_pieces(rank, world, folder):
-    """The work of one process: its piece of the outputs and gradients, and what it sent."""
+    """Save this process's piece of the outputs and gradients, and the shapes that it sent."""
     start = sum(PIECES[:rank])
     piece = slice(start, start + PIECES[rank])
-    sent, gather, result = [], dist.all_gather, {}
+    sent, gather, results = [], dist.all_gather, {}
 
-    def recorded_gather(parts, tensor, **more):
+    def recorded_gather(parts, tensor, **options):
         sent.append(tuple(tensor.shape))
-        gather(parts, tensor, **more)
+        gather(parts, tensor, **options)
 
     dist.all_gather = recorded_gather
     for name in OPTIONS:
-        *tensors, options = whole(name)
+        *tensors, options = make_inputs(name)
         if "key_mask" in options:
             options["key_mask"] = options["key_mask"][:, piece]
         parts = [x[:, :, piece] for x in tensors]
-        found = attend(distributed.sequence_parallel_attention, *parts, options)
-        result[name] = {"found": found, "sent": list(sent)}
+        tensors = attend(distributed.sequence_parallel_attention, *parts, options)
+        results[name] = {"tensors": tensors, "sent": list(sent)}
         sent.clear()
-    torch.save(result, folder / f"{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
 
 
-def agree(rank, world, folder):
-    """What processes say to one another."""
+def exchange(rank, world, folder):
+    """Test what the processes exchange."""
     assert (distributed.world_size(), distributed.rank()) == (world, rank)
     assert distributed.mean(float(rank)) == (world - 1) / 2
     assert distributed.any_of(rank == 1) and not distributed.any_of(False)
@@ -86,29 +86,29 @@ def agree(rank, world, folder):
 
 
 def differentiate_twice(rank, world, folder):
-    """The second derivative through what travels, against that of all pieces in one process."""
+    """Compare the scan's second derivative with that of all pieces in one process."""
     torch.manual_seed(1)
     pieces, factors = torch.randn(2, world, 5, dtype=torch.float64)
-    whole, mine = (x.clone().requires_grad_() for x in (pieces, pieces[rank]))
-    before = torch.stack([(whole[:r] ** 3).sum(dim=0) for r in range(world)])
-    (first,) = torch.autograd.grad((before**2).sum(), whole, create_graph=True)
-    (second,) = torch.autograd.grad((first * factors).sum(), whole)
-    before = distributed._ExclusiveScan.apply(mine**3, None)
-    (found,) = torch.autograd.grad((before**2).sum(), mine, create_graph=True)
-    assert_close(found, first[rank])
-    (found,) = torch.autograd.grad((found * factors[rank]).sum(), mine)
-    assert_close(found, second[rank])
-    assert rank == world - 1 or found.abs().min() > 0
+    all_pieces, piece = (x.clone().requires_grad_() for x in (pieces, pieces[rank]))
+    before = torch.stack([(all_pieces[:r] ** 3).sum(dim=0) for r in range(world)])
+    (first,) = torch.autograd.grad((before**2).sum(), all_pieces, create_graph=True)
+    (second,) = torch.autograd.grad((first * factors).sum(), all_pieces)
+    before = distributed._ExclusiveScan.apply(piece**3, None)
+    (grad,) = torch.autograd.grad((before**2).sum(), piece, create_graph=True)
+    assert_close(grad, first[rank])
+    (grad,) = torch.autograd.grad((grad * factors[rank]).sum(), piece)
+    assert_close(grad, second[rank])
+    assert rank == world - 1 or grad.abs().min() > 0
 
 
 def do_all(rank, world, folder):
-    """In one start of the processes, which is slow."""
-    for work in (agree, differentiate_twice, attend_to_pieces):
+    """Run all checks with one start of the processes, because starting is slow."""
+    for work in (exchange, differentiate_twice, attend_to_pieces):
         work(rank, world, folder)
 
 
 def die(rank, world, folder):
-    """The last process ends without a word; the others notice, and say how to go on."""
+    """The last process dies; the others detect this and say how to continue."""
     if rank == world - 1:
         os._exit(0)
     with pytest.raises(SystemExit) as exit, (folder / "err").open("w", encoding="utf-8") as err:
@@ -119,11 +119,11 @@ def die(rank, world, folder):
 
 
 def process(rank, world, folder, work, arguments):
-    """One of world processes that meet in folder."""
+    """Run work in one of world processes, which rendezvous through a file in folder."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    meeting = f"file:///{(folder / 'meeting').as_posix().lstrip('/')}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    init_method = f"file:///{(folder / 'meeting').as_posix().lstrip('/')}"
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world)
     work(rank, world, folder, *arguments)
     if work is not die:
         dist.barrier()
@@ -136,26 +136,26 @@ def spawn(world, folder, work, *arguments):
 
 @pytest.fixture(scope="module")
 def in_pieces(tmp_path_factory):
-    """What each process found; none fails in agree and differentiate_twice."""
+    """The results of attend_to_pieces in each process, after the other checks in do_all."""
     folder = tmp_path_factory.mktemp("pieces")
     spawn(len(PIECES), folder, do_all)
     return [torch.load(folder / f"{rank}.pt") for rank in range(len(PIECES))]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_sequence_in_pieces_is_the_whole_sequence(in_pieces, name):
-    *tensors, options = whole(name)
+def test_a_split_sequence_equals_the_whole(in_pieces, name):
+    *tensors, options = make_inputs(name)
     reference = partial(nala_attention, causal=True, mode="chunked")
     for i, want in enumerate(attend(reference, *tensors, options)):
-        parts = [each[name]["found"][i] for each in in_pieces]
-        found = sum(parts) if i == 4 else torch.cat(parts, dim=2)  # each process has norm_scale
-        assert_close(found, want, rtol=1e-10, atol=1e-12)
+        parts = [results[name]["tensors"][i] for results in in_pieces]
+        got = sum(parts) if i == 4 else torch.cat(parts, dim=2)  # norm_scale is in every process
+        assert_close(got, want, rtol=1e-10, atol=1e-12)
     num_features = 2 * D if options.get("feature_map", "cosine") in ("cosine", "split") else D
     state = (B, H, num_features, M + 1)
-    assert all(each[name]["sent"] == [state, state] for each in in_pieces)  # there and back
+    assert all(results[name]["sent"] == [state, state] for results in in_pieces)  # both passes
 
 
-def test_a_lost_process_is_one_line_that_says_how_to_go_on(tmp_path):
+def test_a_lost_process_is_reported_in_one_line(tmp_path):
     spawn(2, tmp_path, die)
     (line,) = (tmp_path / "err").read_text(encoding="utf-8").splitlines()
     assert "because another process ended: --resume continues from the last checkpoint" in line
@@ -172,7 +172,7 @@ def test_one_process_needs_no_other(tmp_path):
     assert not distributed.is_lost_peer(RuntimeError("Connection closed by peer"))
 
 
-def test_what_processes_say_does_not_depend_on_torch_s_defaults():
+def test_exchanges_do_not_depend_on_torch_s_defaults():
     with ambient(torch.bfloat16, "meta"):
         assert distributed.mean(0.1) == 0.1
         assert distributed.any_of(True) and not distributed.any_of(False)

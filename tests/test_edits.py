@@ -1,5 +1,5 @@
-"""Whoever edits the method trains what they wrote: the gradients of an edited model.py are those of
-its outputs, by finite differences, whatever fast.py knows about the paper's features."""
+"""After an edit to model.py, gradients still match outputs, by finite differences, although fast.py
+has hand-written gradients for the paper's features."""
 
 import functools
 import importlib
@@ -15,28 +15,28 @@ from nala_min import fast
 
 B, H, D, M = 2, 2, 6, 3
 
-# What a student may try: (old, new), in model.py.
+# Edits that a student may try: (old, new), in model.py.
 EDITS = {
     "n / (1 + n) for tanh": ("torch.tanh(norm / norm_scale)", "norm / (1 + norm)"),
-    "a norm that is not scaled": ("torch.tanh(norm / norm_scale)", "torch.tanh(norm)"),
+    "no norm_scale": ("torch.tanh(norm / norm_scale)", "torch.tanh(norm)"),
     "no query norm": ("torch.tanh(norm / norm_scale)", "1.0"),
-    "a power that grows without end": ("lam * (tau + torch.tanh(norm / norm_scale))", "tau + norm"),
-    "tanh that is clipped beyond 2": (
+    "an unbounded power": ("lam * (tau + torch.tanh(norm / norm_scale))", "tau + norm"),
+    "tanh clipped beyond 2": (
         "torch.tanh(norm / norm_scale)",
         "torch.tanh((norm / norm_scale).clamp(max=2.0))",
     ),
     "another norm": ("vector_norm(x, dim=-1", "vector_norm(x, ord=1, dim=-1"),
     "a direction with an eps": ("norm.masked_fill(norm == 0, 1.0)", "(norm + 1e-2)"),
-    "a scale that has a gradient, and does not cancel": (
+    "a scale that does not cancel": (
         "return torch.exp2(power * torch.log2(ratio.clamp_min(tiny)))",
         "return torch.exp2(power * torch.log2(ratio.clamp_min(tiny))) + direction.square()",
     ),
-    "one factor more in the key": (
+    "an extra factor in the key": (
         "return k.abs().pow(lam)",
         "return k.abs().pow(lam) * (1 + k * k)",
     ),
-    "a key power of its own": ("return k.abs().pow(lam)", "return k.abs().pow(lam - 1)"),
-    "a key that is bounded": ("return k.abs().pow(lam)", "return torch.tanh(k.abs()).pow(lam)"),
+    "another key power": ("return k.abs().pow(lam)", "return k.abs().pow(lam - 1)"),
+    "a bounded key": ("return k.abs().pow(lam)", "return torch.tanh(k.abs()).pow(lam)"),
     "a linear angle": (
         "theta = (math.pi / 2) * torch.sigmoid(2 * alpha * direction)",
         "theta = (math.pi / 4) * (1 + direction)",
@@ -45,7 +45,10 @@ EDITS = {
         "theta = (math.pi / 2) * torch.sigmoid(2 * alpha * direction)",
         "theta = (math.pi / 2) * torch.sigmoid(3 * alpha * direction)",
     ),
-    "angles of both halves the same": ("magnitude * complement.sin()", "magnitude * theta.cos()"),
+    "cos instead of the complement's sin": (
+        "magnitude * complement.sin()",
+        "magnitude * theta.cos()",
+    ),
     "no angles": (
         "magnitude * complement.sin(), magnitude * theta.sin()",
         "magnitude, 2 * magnitude",
@@ -58,7 +61,7 @@ EDITS = {
         "(normaliser + 0.1)",
     ),
     "no normaliser": ("normaliser.masked_fill(normaliser == 0, math.inf)", "1.0"),
-    "values that are bounded": ("F.pad(at_least_float32(v), (0, 1)", "F.pad(torch.tanh(v), (0, 1)"),
+    "bounded values": ("F.pad(at_least_float32(v), (0, 1)", "F.pad(torch.tanh(v), (0, 1)"),
     "tokens that do not see themselves": ("(q @ k.mT).tril() @ v", "(q @ k.mT).tril(-1) @ v"),
     "squared weights": ("phi_q @ (phi_k.mT @ values)", "(phi_q @ phi_k.mT).square() @ values"),
     "a learned number": ("return k.abs().pow(lam)", "return k.abs().pow(lam) * LEARNED"),
@@ -67,16 +70,16 @@ MAPS = ("cosine", "split", "elu", "relu")
 
 
 def inputs(num_tokens):
-    drawn = torch.Generator().manual_seed(num_tokens)
-    sizes = D, D, M
+    generator = torch.Generator().manual_seed(num_tokens)
     return [
-        torch.randn(B, H, num_tokens, size, dtype=torch.float64, generator=drawn) for size in sizes
+        torch.randn(B, H, num_tokens, size, dtype=torch.float64, generator=generator)
+        for size in (D, D, M)
     ]
 
 
 def check_gradients(model, causal, num_tokens, **options):
-    """The derivative of a fixed weighted sum of the output along each of q, k and v, by autograd
-    and by finite differences."""
+    """Compare autograd with finite differences, for a fixed weighted sum of the output and random
+    directions of q, k and v."""
     tensors = [x.requires_grad_() for x in inputs(num_tokens)]
 
     def loss(q, k, v):
@@ -85,18 +88,19 @@ def check_gradients(model, causal, num_tokens, **options):
 
     grads = torch.autograd.grad(loss(*tensors), tensors)
     for i, (x, grad) in enumerate(zip(tensors, grads, strict=True)):
-        along = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(i))
+        direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(i))
         with torch.no_grad():
             ends = (
-                loss(*tensors[:i], x + step * along, *tensors[i + 1 :]) for step in (1e-6, -1e-6)
+                loss(*tensors[:i], x + step * direction, *tensors[i + 1 :])
+                for step in (1e-6, -1e-6)
             )
             want = (next(ends) - next(ends)) / 2e-6
-        got = (grad * along).sum()
+        got = (grad * direction).sum()
         assert_close(got, want, rtol=2e-5, atol=2e-5, msg=lambda text, i=i: f"{'qkv'[i]}: {text}")
 
 
 def check_outputs(model, causal, num_tokens, **options):
-    """By default, and by the form that is there to be read."""
+    """Compare the default mode with the readable form."""
     tensors = inputs(num_tokens)
     got = model.nala_attention(*tensors, causal=causal, **options)
     mode = "chunked" if causal else "parallel"
@@ -106,7 +110,7 @@ def check_outputs(model, causal, num_tokens, **options):
 
 @pytest.fixture
 def segments(monkeypatch):
-    """Of 16 tokens, of which some are kept for the backward pass."""
+    """Segments of 16 tokens. The features of some are saved for the backward pass."""
     monkeypatch.setattr(fast, "SEGMENT", B * H * D * 16)
     monkeypatch.setattr(fast, "SAVED_ELEMENTS", 3000)
 
@@ -120,7 +124,7 @@ def edited(name):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_of_the_file_trains_right(segments, name, causal):
+def test_an_edited_model_has_correct_gradients(segments, name, causal):
     model = edited(name)
     for feature_map, num_tokens in itertools.product(MAPS, (2, 50)):
         options = {"feature_map": feature_map, "chunk_size": 16}
@@ -130,7 +134,7 @@ def test_an_edit_of_the_file_trains_right(segments, name, causal):
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_changes_something(name):
-    """Else it proves nothing."""
+    """Otherwise, the test above proves nothing."""
     changed = edited(name)
     outs = [
         [
@@ -143,10 +147,10 @@ def test_an_edit_changes_something(name):
         for model in (nala_min.model, changed)
     ]
     moved = any((x - y).abs().max() > 1e-6 for x, y in zip(*outs, strict=True))
-    assert moved or name == "angles of both halves the same"  # only the way to them
+    assert moved or name == "cos instead of the complement's sin"  # the same function
 
 
-def test_what_an_edit_learns_has_a_gradient():
+def test_a_parameter_added_by_an_edit_gets_a_gradient():
     model = edited("a learned number")
     for causal in (False, True):
         model.nala_attention(*inputs(17), causal=causal).square().sum().backward()
@@ -154,7 +158,7 @@ def test_what_an_edit_learns_has_a_gradient():
         model.LEARNED.grad = None
 
 
-ASSIGNED = {
+REPLACEMENTS = {  # functions to assign to names of model.py
     "query_power": lambda norm, lam, tau, norm_scale: lam * (tau + norm / (1 + norm)),
     "query_magnitude": lambda direction, power: direction.abs().pow(2) * power,
     "key_magnitude": lambda k, lam: k.abs().pow(lam) * (1 + k.abs()),
@@ -176,17 +180,17 @@ ASSIGNED = {
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", ASSIGNED)
-def test_an_assignment_trains_right_at_once(segments, monkeypatch, name, causal):
-    """In the module itself, after it has been used; and it is as before when it is taken back."""
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_an_assigned_function_has_correct_gradients_at_once(segments, monkeypatch, name, causal):
+    """It replaces a function of the module after the first call. Undoing it restores the output."""
     model, options = nala_min.model, {"causal": causal, "chunk_size": 16}
     before = model.nala_attention(*inputs(40), **options)
     with monkeypatch.context() as patch:
-        patch.setattr(model, name, ASSIGNED[name])
+        patch.setattr(model, name, REPLACEMENTS[name])
         for num_tokens in (2, 40):
             check_outputs(model, causal, num_tokens, chunk_size=16)
             check_gradients(model, causal, num_tokens, chunk_size=16)
-        out = nala_min.nala_attention(*inputs(40), **options)  # exported: changed, too
+        out = nala_min.nala_attention(*inputs(40), **options)  # the exported function also changes
         assert torch.equal(out, model.nala_attention(*inputs(40), **options))
     moved = (out - before).abs().max() > 1e-4
     assert moved or (name, causal) in (("parallel", True), ("chunked", False))
@@ -196,9 +200,8 @@ def test_an_assignment_trains_right_at_once(segments, monkeypatch, name, causal)
 GAIN = 1.0
 
 
-def test_an_assigned_function_may_change_its_mind(monkeypatch):
-    """It does what the paper's does until a number in the notebook changes, of which nobody here
-    hears."""
+def test_an_assigned_function_may_depend_on_a_global(monkeypatch):
+    """It equals the paper's function until a global of another module changes."""
 
     def query_power(norm, lam, tau, norm_scale):
         return lam * (tau + torch.tanh(GAIN * norm / norm_scale))
@@ -211,7 +214,7 @@ def test_an_assigned_function_may_change_its_mind(monkeypatch):
 
 
 def test_code_that_is_replaced_in_place_is_noticed():
-    """As a notebook's autoreload does."""
+    """A notebook's autoreload does this."""
     model, other = load_model(SOURCE), edited("n / (1 + n) for tanh")
     check_gradients(model, True, 17)
     model.query_power.__code__ = other.query_power.__code__
@@ -220,8 +223,8 @@ def test_code_that_is_replaced_in_place_is_noticed():
     check_gradients(model, True, 17)
 
 
-def test_a_module_that_is_loaded_again_is_noticed(tmp_path, monkeypatch):
-    """The file is edited, and importlib.reload reads it anew."""
+def test_a_reloaded_module_is_noticed(tmp_path, monkeypatch):
+    """The file is edited and read again by importlib.reload."""
     old, new = EDITS["a linear angle"]
     path = tmp_path / "my_model.py"
     path.write_text(SOURCE, encoding="utf-8")
@@ -236,8 +239,8 @@ def test_a_module_that_is_loaded_again_is_noticed(tmp_path, monkeypatch):
     check_gradients(module, True, 17)
 
 
-def test_a_function_from_elsewhere_is_noticed_whatever_its_name(monkeypatch):
-    """What it does could change without notice: nothing is done by hand beside it."""
+def test_a_function_from_another_module_is_noticed_under_any_name(monkeypatch):
+    """Its code could change unnoticed, so hand-written gradients are not used."""
     fast._verdict_cache.clear()
     monkeypatch.setattr(nala_min.model, "__own", inputs, raising=False)
     nala_min.model.nala_attention(*inputs(17), causal=True)
@@ -245,8 +248,8 @@ def test_a_function_from_elsewhere_is_noticed_whatever_its_name(monkeypatch):
     assert [verdict.by_hand for verdict in entry.by_kind.values()] == [False]
 
 
-def test_the_paper_s_own_features_have_their_gradient_by_hand():
-    """What all this must not cost; nor does torch.compile, which adds functions to model.py."""
+def test_the_paper_s_features_use_the_hand_written_gradient():
+    """Even after torch.compile, which adds functions to model.py."""
     torch.compile(nala_min.model.entropy, backend="eager")(torch.rand(2, 3))
     assert any(name.startswith("__compiled_fn") for name in vars(nala_min.model))
     fast._verdict_cache.clear()
@@ -259,9 +262,9 @@ def test_the_paper_s_own_features_have_their_gradient_by_hand():
     assert [verdict.by_hand for verdict in entry.by_kind.values()] == [True] * 16
 
 
-def test_an_edit_keeps_what_is_fast(segments):
-    """Autograd takes over the features, and nothing else, where only they differ."""
-    for name, (by_hand, served) in {
+def test_an_edit_disables_no_more_than_necessary(segments):
+    """If only the features differ, only they are differentiated by autograd."""
+    for name, (by_hand, supported) in {
         "a linear angle": (False, True),
         "an eps in the normaliser": (None, False),
         "a learned number": (None, False),
@@ -269,10 +272,10 @@ def test_an_edit_keeps_what_is_fast(segments):
         model = edited(name)
         model.nala_attention(*inputs(17), causal=True)
         (verdict,) = fast._verdict_cache[model.linear_attention].by_kind.values()
-        assert (verdict is not None) == served
+        assert (verdict is not None) == supported
         assert verdict is None or verdict.by_hand == by_hand
 
 
-def trusting(reference, query, key, q, v, causal):
-    """fast.py as it was, sure of its gradient: one of the bugs of test_bug_zoo.py."""
+def trusting_verify(reference, query, key, q, v, causal):
+    """A replacement for fast.verify that trusts the hand-written gradient, for test_bug_zoo.py."""
     return fast.Verdict(isinstance(query, functools.partial), key(q[:1, :, :1]).shape[3])

@@ -1,5 +1,5 @@
-"""nala_min/fast.py computes what model.py's readable forms compute, outputs and gradients, whatever
-is in model.py. test_edits.py edits it."""
+"""The outputs and gradients of fast.py equal those of model.py's readable forms. test_edits.py does
+the same for edited copies of model.py."""
 
 import functools
 import inspect
@@ -31,7 +31,7 @@ REFERENCE = {True: "chunked", False: "parallel"}
 
 
 def inputs(num_tokens, dtype=torch.float64, *, zeros=False):
-    """Random q, k, v; with zeros, rows and channels of q and k are 0, and some queries are tiny."""
+    """Random q, k, v. If zeros, some rows and channels of q and k are 0, and some queries tiny."""
     q, k, v = (torch.randn(B, H, num_tokens, size, dtype=dtype) for size in (D, D, M))
     if zeros:
         q[0, 0, 1], k[0, 1, 2], q[1, :, 3, :4], k[1, :, 4, 5:] = 0, 0, 0, 0
@@ -40,46 +40,46 @@ def inputs(num_tokens, dtype=torch.float64, *, zeros=False):
 
 
 def outputs_and_grads(attention, tensors, **options):
-    """What attention returns, and the gradients of a fixed random weighted sum of it."""
+    """What attention returns, and the gradients of a fixed random weighted sum of that."""
     results = attention(*tensors[:3], **options)
     results = results if isinstance(results, tuple) else (results,)
-    seeded = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(x.shape, generator=seeded).to(x) for x in results]
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in results]
     loss = sum((x * y).sum() for x, y in zip(results, cotangents, strict=True))
     unused = {"allow_unused": True, "materialize_grads": True}
     return *results, *torch.autograd.grad(loss, tensors, **unused)
 
 
-def agree(model, tensors, *, causal, tolerance=1e-10, **options):
-    """Whether the fast and the readable form of model's attention agree."""
+def assert_agree(model, tensors, *, causal, tolerance=1e-10, **options):
+    """The fast and the readable form of model's attention assert_agree."""
     attention = functools.partial(model.nala_attention, causal=causal, **options)
     got = outputs_and_grads(attention, tensors)
     want = outputs_and_grads(attention, tensors, mode=REFERENCE[causal])
     assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=["one piece", "many, kept", "many, some kept", "many, computed anew"])
+@pytest.fixture(params=["one piece", "many, kept", "many, some kept", "many, recomputed"])
 def pieces(request, monkeypatch):
-    """Whether a sequence is one segment or several, and what is kept of them."""
+    """Whether a sequence has one segment or several, and how many of their features are saved."""
     if request.param != "one piece":
         monkeypatch.setattr(fast, "SEGMENT", B * H * D * 16)
-        keep = {"many, kept": 2**30, "many, some kept": 10_000, "many, computed anew": 0}
+        keep = {"many, kept": 2**30, "many, some kept": 10_000, "many, recomputed": 0}
         monkeypatch.setattr(fast, "SAVED_ELEMENTS", keep[request.param])
 
 
-# --- The same numbers -----------------------------------------------------------------------------
+# --- The same results -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_tokens", [2, 15, 16, 17, 65, 200])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_fast_is_readable(model, pieces, feature_map, causal, num_tokens):
-    agree(model, inputs(num_tokens), causal=causal, feature_map=feature_map)
+def test_fast_equals_readable(model, pieces, feature_map, causal, num_tokens):
+    assert_agree(model, inputs(num_tokens), causal=causal, feature_map=feature_map)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 64, 1000])
 def test_any_chunk_size(model, pieces, chunk_size):
-    agree(model, inputs(70), causal=True, chunk_size=chunk_size)
+    assert_agree(model, inputs(70), causal=True, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -89,15 +89,15 @@ def test_zeros_and_padding(model, pieces, feature_map, causal):
     mask = torch.rand(B, 70) < 0.7
     mask[1, :30] = False
     options = {"feature_map": feature_map, "key_mask": mask}
-    agree(model, inputs(70, zeros=True), causal=causal, **options)
+    assert_agree(model, inputs(70, zeros=True), causal=causal, **options)
     mask[1] = False
-    agree(model, inputs(70, zeros=True), causal=causal, **options)
+    assert_agree(model, inputs(70, zeros=True), causal=causal, **options)
 
 
 @pytest.mark.parametrize("num_tokens", [5, 70])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_states_in_and_out(model, pieces, feature_map, num_tokens):
-    """The state that is handed on, the gradient that comes back through it, and either alone."""
+    """Gradients from an initial state, through the output, the new state or both."""
     tensors = inputs(num_tokens)
     _, state = model.nala_attention(
         *(x.detach() for x in inputs(3)), causal=True, feature_map=feature_map, return_state=True
@@ -105,7 +105,7 @@ def test_states_in_and_out(model, pieces, feature_map, num_tokens):
     tensors.append(state.detach().requires_grad_())
     options = {"causal": True, "feature_map": feature_map}
 
-    for chosen in (slice(None), slice(0, 1), slice(1, 2)):  # both, the output, the state after
+    for chosen in (slice(None), slice(0, 1), slice(1, 2)):  # both, the output, the new state
 
         def attention(q, k, v, chosen=chosen, **mode):
             results = model.nala_attention(
@@ -113,13 +113,13 @@ def test_states_in_and_out(model, pieces, feature_map, num_tokens):
             )
             return tuple(results)[chosen]
 
-        got = results_and_gradients(attention, tensors)
-        want = results_and_gradients(functools.partial(attention, mode="chunked"), tensors)
+        got = gradients_of_results(attention, tensors)
+        want = gradients_of_results(functools.partial(attention, mode="chunked"), tensors)
         assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-def results_and_gradients(attention, tensors):
-    """As outputs_and_grads, with zeros for what has no gradient."""
+def gradients_of_results(attention, tensors):
+    """Gradients of a fixed weighted sum of what attention returns."""
     results = attention(*tensors[:3])
     loss = sum((x * torch.linspace(1, 2, x.numel()).to(x).view(x.shape)).sum() for x in results)
     return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
@@ -153,7 +153,7 @@ def test_a_learned_norm_scale(model, pieces, feature_map, causal, shape):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("options", [{"lam": 2.0}, {"tau": 0.1}, {"alpha": 1.5}], ids=str)
 def test_every_option(model, causal, options):
-    agree(model, inputs(20), causal=causal, **options)
+    assert_agree(model, inputs(20), causal=causal, **options)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -172,15 +172,15 @@ def test_low_precision_in_many_pieces(model, pieces, dtype, bound, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_any_layout_and_shape(model, pieces, causal):
-    """Heads behind tokens, as a model has them; one row for all; one channel; M other than D."""
+    """Heads after tokens, as in a model; one key for all tokens; a single channel; M unlike D."""
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(40))
     k = k[:, :, :1].expand_as(k)
-    agree(model, [x.requires_grad_() for x in (q, k, v)], causal=causal)
+    assert_agree(model, [x.requires_grad_() for x in (q, k, v)], causal=causal)
     q, k, v = inputs(40)
-    agree(model, [q[..., :1], k[..., :1], v[..., :2]], causal=causal)
+    assert_agree(model, [q[..., :1], k[..., :1], v[..., :2]], causal=causal)
 
 
-def test_without_gradients_nothing_is_different(model, pieces):
+def test_outputs_are_the_same_without_gradients(model, pieces):
     q, k, v = inputs(70)
     for causal in (False, True):
         want = model.nala_attention(q, k, v, causal=causal)
@@ -188,13 +188,13 @@ def test_without_gradients_nothing_is_different(model, pieces):
             assert torch.equal(model.nala_attention(q, k, v, causal=causal), want)
 
 
-# --- What it costs --------------------------------------------------------------------------------
+# --- Memory and work ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [0, 2**21])
 @pytest.mark.parametrize("causal", [False, True])
-def test_memory_of_long_texts_is_that_of_inputs_and_outputs(causal, keep, monkeypatch):
-    """Output and three gradients; beyond them at most SAVED_ELEMENTS and a few segments."""
+def test_long_texts_need_little_memory_beyond_outputs_and_gradients(causal, keep, monkeypatch):
+    """Beyond the output and three gradients: one such tensor, SAVED_ELEMENTS and a few segments."""
     monkeypatch.setattr(fast, "SAVED_ELEMENTS", keep)
     shape = (1, 4, 8192, 64)
     q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
@@ -221,7 +221,7 @@ def test_features_that_fit_are_not_computed_twice(monkeypatch):
         for keep, times in ((2**30, 3), (0, 6)):
             monkeypatch.setattr(fast, "SAVED_ELEMENTS", keep)
             with torch.no_grad():
-                linear_attention(*inputs(40), query_features, torch.relu, causal=causal)  # verified
+                linear_attention(*inputs(40), query_features, torch.relu, causal=causal)  # verify
             monkeypatch.setattr(fast, "by_autograd", lambda features, x, grad: torch.zeros_like(x))
             calls.clear()
             out = linear_attention(
@@ -234,23 +234,23 @@ def test_features_that_fit_are_not_computed_twice(monkeypatch):
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_both_ways_to_add_up_chunks_agree(backwards):
-    """The one of the CPU, and the one of other devices."""
+def test_both_cumulative_sums_agree(backwards):
+    """On the CPU, and on other devices."""
 
-    class Elsewhere(torch.Tensor):
+    class NotOnCPU(torch.Tensor):
         is_cpu = False
 
     sums = torch.randn(3, 5, 7, dtype=torch.float64)
     want = fast._exclusive_cumsum(sums, backwards)
-    assert_close(torch.Tensor(fast._exclusive_cumsum(sums.as_subclass(Elsewhere), backwards)), want)
+    assert_close(torch.Tensor(fast._exclusive_cumsum(sums.as_subclass(NotOnCPU), backwards)), want)
     assert_close(want[:, 2], sums[:, 3:].sum(1) if backwards else sums[:, :2].sum(1))
 
 
-# --- Other ways to run it -------------------------------------------------------------------------
+# --- Transforms, derivatives and compilation ------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_torch_func_takes_the_readable_form(causal):
+def test_torch_func_uses_the_readable_form(causal):
     q, k, v = inputs(10)
 
     def loss(q):
@@ -263,11 +263,12 @@ def test_torch_func_takes_the_readable_form(causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_inside_a_checkpoint(causal):
-    """Which unpacks what was saved once, and computes the forward pass again."""
+    """A checkpoint recomputes the forward pass, and unpacks each saved tensor only once."""
     tensors = inputs(70)
     attention = functools.partial(nala_attention, causal=causal)
-    again = functools.partial(torch.utils.checkpoint.checkpoint, attention, use_reentrant=False)
-    assert_close(outputs_and_grads(again, tensors), outputs_and_grads(attention, tensors))
+    checkpoint = torch.utils.checkpoint.checkpoint
+    checkpointed = functools.partial(checkpoint, attention, use_reentrant=False)
+    assert_close(outputs_and_grads(checkpointed, tensors), outputs_and_grads(attention, tensors))
 
 
 def test_a_state_of_another_dtype_and_without_a_gradient():
@@ -287,7 +288,7 @@ def test_an_empty_batch(causal):
     assert nala_attention(q, k, v, causal=causal).shape == (0, H, 5, M)
 
 
-def test_a_norm_scale_that_was_changed_in_between_is_noticed():
+def test_an_in_place_change_of_norm_scale_is_detected():
     scale = torch.ones(H, 1, 1, dtype=torch.float64, requires_grad=True)
     out = nala_attention(*inputs(5), causal=True, norm_scale=scale)
     with torch.no_grad():
@@ -298,8 +299,8 @@ def test_a_norm_scale_that_was_changed_in_between_is_noticed():
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_second_derivative_is_right(causal, feature_map):
-    """With padding, by finite differences of the first, in a direction drawn at random."""
+def test_second_derivatives_are_correct(causal, feature_map):
+    """With padding, against finite differences of the first derivative in a random direction."""
     q, k, v = (x.detach()[:1, :1].requires_grad_() for x in inputs(18))
     mask = torch.ones(1, 18, dtype=torch.bool)
     mask[0, 4] = False
@@ -313,15 +314,15 @@ def test_a_second_derivative_is_right(causal, feature_map):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_whatever_asks_for_a_derivative_gets_the_right_one(causal):
-    """A hessian, a gradient penalty, a vectorised jacobian, a derivative in forward mode."""
+def test_other_kinds_of_derivatives_are_correct(causal):
+    """Hessians, vectorised Jacobians, forward mode and Hessian-vector products."""
     q, k, v = (x.detach()[:1, :1] for x in inputs(7))
     mode = REFERENCE[causal]
 
     def attention(q, mode="auto"):
         return nala_attention(q, k, v, causal=causal, mode=mode)
 
-    for ask in (
+    for derivative in (
         lambda f: torch.autograd.functional.hessian(lambda q: f(q).sum(), q),
         lambda f: torch.autograd.functional.hessian(lambda q: f(q).square().sum(), q),
         lambda f: torch.autograd.functional.jacobian(f, q, vectorize=True),
@@ -331,15 +332,16 @@ def test_whatever_asks_for_a_derivative_gets_the_right_one(causal):
         lambda f: torch.autograd.functional.hvp(lambda q: f(q).square().sum(), q, k)[1],
     ):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own, in forward mode
-            got, want = ask(attention), ask(functools.partial(attention, mode=mode))
+            warnings.simplefilter("ignore", DeprecationWarning)  # from PyTorch's forward mode
+            got = derivative(attention)
+            want = derivative(functools.partial(attention, mode=mode))
         assert got.abs().max() > 1e-3
         assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_compiler_meets_no_break_and_few_new_graphs(causal):
-    """torch.compile traces one graph without a break, and at most two for three lengths."""
+def test_torch_compile_has_no_graph_break_and_few_graphs(causal):
+    """Compiling causes no graph breaks, and three lengths need at most two graphs."""
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     attention = functools.partial(nala_attention, causal=causal)
@@ -352,10 +354,10 @@ def test_the_compiler_meets_no_break_and_few_new_graphs(causal):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # the compiler's, about its own code
+@pytest.mark.filterwarnings("ignore")  # about the compiler's own code
 @pytest.mark.parametrize("kind", ["texts", "images"])
 def test_a_compiled_model_trains_at_changing_sizes(kind):
-    """By the default backend, which writes code: half a minute per size."""
+    """With the default backend, which generates code: half a minute per size."""
     torch._dynamo.reset()
     sizes = {"num_layers": 1, "num_heads": 2, "dim": 16}
     if kind == "texts":
@@ -373,36 +375,36 @@ def test_a_compiled_model_trains_at_changing_sizes(kind):
         assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
-# --- Features of one's own ------------------------------------------------------------------------
+# --- Custom features ------------------------------------------------------------------------------
 
-OWN_FEATURES = {
-    "two of them": (
+CUSTOM_FEATURES = {
+    "two concatenated functions": (
         lambda q: torch.cat([q.exp(), q.square()], -1),
         lambda k: torch.cat([k.abs()] * 2, -1),
     ),
     "elementwise": (torch.relu, torch.sigmoid),
-    "the features themselves": (torch.abs, lambda k: k.abs().clone()),
+    "absolute value": (torch.abs, lambda k: k.abs().clone()),
     "constant": (lambda q: torch.ones_like(q), torch.exp),
-    "NaLa's, bound": (
+    "NaLa's": (
         functools.partial(nala_min.model.query_features, lam=2.0),
         nala_min.model.key_features,
     ),
 }
 
 
-@pytest.mark.parametrize("name", OWN_FEATURES)
+@pytest.mark.parametrize("name", CUSTOM_FEATURES)
 @pytest.mark.parametrize("causal", [False, True])
-def test_own_features_take_the_general_way(pieces, name, causal):
-    tensors, own = inputs(70, zeros=True), OWN_FEATURES[name]
+def test_custom_features_use_autograd(pieces, name, causal):
+    tensors, features = inputs(70, zeros=True), CUSTOM_FEATURES[name]
     mask = torch.rand(B, 70) < 0.7
     attention = functools.partial(linear_attention, causal=causal, key_mask=mask)
-    got = outputs_and_grads(lambda q, k, v: attention(q, k, v, *own), tensors)
+    got = outputs_and_grads(lambda q, k, v: attention(q, k, v, *features), tensors)
     want = outputs_and_grads(
-        lambda q, k, v: attention(q, k, v, *own, mode=REFERENCE[causal]), tensors
+        lambda q, k, v: attention(q, k, v, *features, mode=REFERENCE[causal]), tensors
     )
     assert_close(got, want, rtol=1e-10, atol=1e-10)
     q, _, v = tensors
-    verdict = fast.verify(nala_min.model.linear_attention, *own, q, v, causal)
+    verdict = fast.verify(nala_min.model.linear_attention, *features, q, v, causal)
     assert verdict is not None and verdict.by_hand is False
 
 
@@ -411,33 +413,33 @@ def scaled(x, scale):
 
 
 WEIGHT = torch.full((D,), 2.0, dtype=torch.float64, requires_grad=True)
-UNSUPPORTED = {  # (query features, key features) that only the readable form serves
-    "one learns": (lambda q: torch.relu(q) * WEIGHT, torch.relu),
-    "a bound one learns": (functools.partial(scaled, scale=WEIGHT), torch.relu),
+UNSUPPORTED = {  # (query features, key features) that only the readable form supports
+    "learned weight": (lambda q: torch.relu(q) * WEIGHT, torch.relu),
+    "learned weight in a partial": (functools.partial(scaled, scale=WEIGHT), torch.relu),
     "random": (lambda q: torch.relu(q) * torch.rand_like(q), torch.relu),
-    "tokens mix": (torch.relu, lambda k: torch.relu(k) / (k.abs().amax(2, keepdim=True) + 1e-3)),
-    "one fails": (torch.relu, lambda k: torch.relu(k).reshape(2, 3, 70, -1)),
-    "not to be hashed": (functools.partial(scaled, scale=[2.0]), torch.relu),
+    "mixes tokens": (torch.relu, lambda k: torch.relu(k) / (k.abs().amax(2, keepdim=True) + 1e-3)),
+    "fails for other lengths": (torch.relu, lambda k: torch.relu(k).reshape(2, 3, 70, -1)),
+    "unhashable": (functools.partial(scaled, scale=[2.0]), torch.relu),
 }
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_features_that_only_the_readable_form_serves(name):
+def test_features_that_only_the_readable_form_supports(name):
     q, k, v = inputs(70)
-    if name == "not to be hashed":
+    if name == "unhashable":
         UNSUPPORTED[name][0].keywords["scale"] = WEIGHT.detach()[0].item()
     verdict = fast.verify(nala_min.model.linear_attention, *UNSUPPORTED[name], q, v, True)
-    assert verdict is None or name == "not to be hashed"
+    assert verdict is None or name == "unhashable"
     state = torch.get_rng_state()
     linear_attention(q, k, v, *UNSUPPORTED[name], causal=True).sum().backward()
-    if "learns" in name:
+    if "learned" in name:
         assert WEIGHT.grad.abs().max() > 0
         WEIGHT.grad = None
     assert torch.equal(torch.get_rng_state(), state) == (name != "random")
 
 
-def test_the_proof_takes_no_part_in_what_goes_on_outside():
-    """No random number, no recorded operation, no saved tensor, in any mode."""
+def test_verify_has_no_side_effects():
+    """It leaves the random state and saved-tensor hooks alone, and works in every gradient mode."""
     packed = []
     fast._verdict_cache.clear()
     state = torch.get_rng_state()
@@ -455,7 +457,7 @@ def test_the_proof_takes_no_part_in_what_goes_on_outside():
         assert [verdict.by_hand for verdict in entry.by_kind.values()] == [True]
 
 
-def test_another_default_device_does_not_turn_it_off():
+def test_another_default_device_does_not_disable_the_fast_path():
     fast._verdict_cache.clear()
     tensors = inputs(9)
     with torch.device("meta"):
@@ -464,20 +466,20 @@ def test_another_default_device_does_not_turn_it_off():
     assert [verdict.by_hand for verdict in entry.by_kind.values()] == [True]
 
 
-def test_what_was_tried_is_not_tried_again(monkeypatch):
+def test_verify_runs_once_per_kind_of_call(monkeypatch):
     nala_attention(*inputs(9))
-    monkeypatch.setattr(fast, "_verify", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(fast, "_verify", lambda *_: pytest.fail("verified again"))
     nala_attention(*inputs(11))
     nala_attention(*(x[:1] for x in inputs(12)))
 
 
-# --- These proofs can fail ------------------------------------------------------------------------
+# --- These tests can fail -------------------------------------------------------------------------
 
 SOURCE = inspect.getsource(fast)
 MISTAKES = {
     "the power's slope is lost": ("slope / norm_scale)", "0 * slope)"),
     "the norm is not in the angle": ("direction, radial, value=-1)", "direction, radial, value=0)"),
-    "angles turn the other way": ("grad_cos, sin, value=-1)", "grad_cos, sin, value=1)"),
+    "angles rotate the wrong way": ("grad_cos, sin, value=-1)", "grad_cos, sin, value=1)"),
     "the key's power is 1": ("mul_(lam).mul_(_rec", "mul_(1).mul_(_rec"),
     "elu has slope 1": ("phi.clamp(max=1.0)", "phi.sign()"),
     "a key does not see its own token": (
@@ -495,36 +497,36 @@ MISTAKES = {
         "segment, None], 0.0)\n    return by_autograd",
         "segment, None], 1.0)\n    return by_autograd",
     ),
-    "not every query counts for the one state": (
+    "only the last segment contributes to the state's gradient": (
         "grad_state = grad_state + phi_q.mT @ grad",
         "grad_state = phi_q.mT @ grad",
     ),
     "a query's norm scale has the wrong sign": ("dx, -slope * scaled", "dx, slope * scaled"),
     "no gradient through the normaliser": ("torch.neg((grad", "torch.mul(0, (grad"),
-    "padding stays": (
+    "padding is not masked": (
         "phi_k = phi_k.masked_fill(~call.key_mask[:, None, segment, None], 0.0)",
         "phi_k = phi_k.masked_fill(~call.key_mask[:, None, segment, None], 1.0)",
     ),
-    "a zero channel is divided by": ("return x.sign().div_(", "return torch.ones_like(x).div_("),
-    "no mass is divided by": ("normaliser == 0, math.inf", "normaliser < 0, math.inf"),
+    "division by a zero channel": ("return x.sign().div_(", "return torch.ones_like(x).div_("),
+    "division by zero mass": ("normaliser == 0, math.inf", "normaliser < 0, math.inf"),
 }
 
 
-def proofs(model):
-    """The proofs above that tell the mistakes from the code as it is."""
+def check_all(model):
+    """The checks above that reject every mistake and accept the original."""
     torch.manual_seed(0)
     for causal in (True, False):
-        agree(model, inputs(70), causal=causal, chunk_size=16)
-        agree(model, inputs(70), causal=causal, feature_map="elu")
+        assert_agree(model, inputs(70), causal=causal, chunk_size=16)
+        assert_agree(model, inputs(70), causal=causal, feature_map="elu")
         mask = torch.rand(B, 70) < 0.7
         mask[1] = False
-        agree(model, inputs(70, zeros=True), causal=causal, key_mask=mask)
-        own = functools.partial(
+        assert_agree(model, inputs(70, zeros=True), causal=causal, key_mask=mask)
+        custom = functools.partial(
             model.linear_attention, query_features=torch.exp, key_features=torch.exp
         )
         tensors = inputs(70)
         got, want = (
-            outputs_and_grads(own, tensors, causal=causal, key_mask=mask, mode=mode)
+            outputs_and_grads(custom, tensors, causal=causal, key_mask=mask, mode=mode)
             for mode in ("auto", REFERENCE[causal])
         )
         assert_close(got, want)
@@ -539,8 +541,8 @@ def proofs(model):
     assert_close(got, want)
 
 
-def trusting(module):
-    """A verify for fast.py that trusts the hand-written gradient."""
+def trusting_verify(module):
+    """A replacement for verify that always trusts the hand-written gradient."""
 
     def verify(reference, query, key, q, v, causal):
         return module.Verdict(isinstance(query, functools.partial), key(q[:1, :, :1]).shape[3])
@@ -548,24 +550,23 @@ def trusting(module):
     return verify
 
 
-def test_without_a_mistake_nothing_is_seen(model, monkeypatch):
+def test_the_original_passes_all_checks(model, monkeypatch):
     monkeypatch.setattr(fast, "SEGMENT", B * H * D * 32)
-    proofs(model)
+    check_all(model)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_gradient_is_seen(model, mistake, monkeypatch):
-    """By the proofs of this file; and by the proof that fast.py makes itself, which then leaves the
-    work to others, so that the gradient is right all the same."""
+def test_a_wrong_gradient_is_detected(model, mistake, monkeypatch):
+    """By these checks, and by fast.py's own verify: it falls back, so the gradient is correct."""
     old, new = MISTAKES[mistake]
     assert old in SOURCE
     monkeypatch.setattr(fast, "SEGMENT", B * H * D * 32)
     broken = load_model(SOURCE.replace(old, new), "mutant_of_fast.py")
     broken.SEGMENT = fast.SEGMENT
     monkeypatch.setattr(model, "fast", broken)
-    proofs(model)
+    check_all(model)
     (entry,) = broken._verdict_cache.values()
     assert any(verdict is None or not verdict.by_hand for verdict in entry.by_kind.values())
-    monkeypatch.setattr(broken, "verify", trusting(broken))
+    monkeypatch.setattr(broken, "verify", trusting_verify(broken))
     with pytest.raises(AssertionError):
-        proofs(model)
+        check_all(model)

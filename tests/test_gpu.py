@@ -1,5 +1,5 @@
-"""What holds on a CPU holds on the accelerator of this machine; and lab/gpu.py, which
-measures one."""
+"""This machine's accelerator gives the results of its CPU. Also tests lab/gpu.py, which measures a
+GPU."""
 
 import os
 from copy import deepcopy
@@ -21,8 +21,8 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, t
 MAPS = ("cosine", "split", "elu", "relu")
 
 
-here = torch.accelerator.current_accelerator(check_available=True)
-DEVICES = [torch.device("cpu"), *([here] if here else [])]
+accelerator = torch.accelerator.current_accelerator(check_available=True)
+DEVICES = [torch.device("cpu"), *([accelerator] if accelerator else [])]
 
 
 @pytest.fixture(params=DEVICES, ids=str)
@@ -37,72 +37,72 @@ def dtype(request, device):
     return request.param
 
 
-def near(found, wanted, dtype, device):
-    """found is on device, and near wanted, which was computed in float64 on the CPU."""
-    assert found.device.type == device.type and found.dtype == dtype
-    size = wanted.abs().max().item()
-    assert_close(found.cpu().double(), wanted, rtol=0, atol=TOLERANCES[dtype] * size)
+def assert_near(actual, expected, dtype, device):
+    """actual is on device, and close to expected, which was computed in float64 on the CPU."""
+    assert actual.device.type == device.type and actual.dtype == dtype
+    size = expected.abs().max().item()
+    assert_close(actual.cpu().double(), expected, rtol=0, atol=TOLERANCES[dtype] * size)
 
 
-# --- Proofs on whatever device is there -----------------------------------------------------------
+# --- Every device ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["auto", "chunked", "quadratic", "recurrent", "parallel"])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_attention_and_its_gradients(feature_map, mode, device, dtype):
-    """Each form, in each dtype, with padding, a query of zeros and a key of zeros."""
+    """Each form, in each dtype, with padding, a zero query and a zero key."""
     q, k, v, cotangent = torch.randn(4, 2, 3, 70, 8).to(dtype)
     q[0, 0, 3] = k[0, 1, 5] = 0.0
-    kept = torch.rand(2, 70) < 0.9
+    mask = torch.rand(2, 70) < 0.9
     causal = mode != "parallel"
 
-    def outcome(where, kind, mode):
-        inputs = [x.to(where, kind).requires_grad_() for x in (q, k, v)]
+    def outputs_and_grads(device, dtype, mode):
+        inputs = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
         options = {"feature_map": feature_map, "causal": causal, "mode": mode}
-        out = nala_attention(*inputs, key_mask=kept.to(where), **options)
-        return [out, *torch.autograd.grad(out, inputs, cotangent.to(where, kind))]
+        out = nala_attention(*inputs, key_mask=mask.to(device), **options)
+        return [out, *torch.autograd.grad(out, inputs, cotangent.to(device, dtype))]
 
-    wanted = outcome("cpu", torch.float64, "parallel")
-    for found, want in zip(outcome(device, dtype, mode), wanted, strict=True):
-        near(found, want.detach(), dtype, device)
+    expected = outputs_and_grads("cpu", torch.float64, "parallel")
+    for x, y in zip(outputs_and_grads(device, dtype, mode), expected, strict=True):
+        assert_near(x, y.detach(), dtype, device)
 
 
 @pytest.mark.parametrize("attention", [nala_attention, softmax_attention])
 def test_a_sequence_may_be_cut(attention, device, dtype):
     q, k, v = torch.randn(3, 2, 3, 90, 8).to(dtype)
-    wanted = attention(*(x.double() for x in (q, k, v)), causal=True)
-    state, parts = None, []
+    expected = attention(*(x.double() for x in (q, k, v)), causal=True)
+    state, outs = None, []
     for part in (slice(0, 64), slice(64, 89), slice(89, 90)):
-        cut = (x[:, :, part].to(device) for x in (q, k, v))
-        out, state = attention(*cut, causal=True, state=state, return_state=True)
-        parts.append(out)
-    near(torch.cat(parts, dim=2), wanted, dtype, device)
+        piece = (x[:, :, part].to(device) for x in (q, k, v))
+        out, state = attention(*piece, causal=True, state=state, return_state=True)
+        outs.append(out)
+    assert_near(torch.cat(outs, dim=2), expected, dtype, device)
 
 
 @pytest.mark.parametrize("make", [small_model, small_vit])
 def test_a_model_and_its_gradients(make, device):
     model = make()
     inputs = batch(0)[0] if make is small_model else torch.randn(3, 3, 32, 32)
-    ours, theirs = deepcopy(model).double(), deepcopy(model).to(device)
-    there = inputs.to(device)
-    wanted, found = ours(inputs if make is small_model else inputs.double()), theirs(there)
+    reference, tested = deepcopy(model).double(), deepcopy(model).to(device)
+    expected = reference(inputs if make is small_model else inputs.double())
+    actual = tested(inputs.to(device))
     if make is small_model:
-        wanted, found = wanted[0], found[0]
-    near(found, wanted.detach(), torch.float32, device)
-    wanted.square().sum().backward()
-    found.square().sum().backward()
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        near(other.grad, one.grad, torch.float32, device)
+        expected, actual = expected[0], actual[0]
+    assert_near(actual, expected.detach(), torch.float32, device)
+    expected.square().sum().backward()
+    actual.square().sum().backward()
+    for x, y in zip(tested.parameters(), reference.parameters(), strict=True):
+        assert_near(x.grad, y.grad, torch.float32, device)
 
 
 def test_generation(device):
-    """Greedy text is the text of the CPU; a seed gives the same text again."""
+    """Greedy text equals the CPU's, and a seed reproduces its text."""
     model, start = small_model(), torch.randint(11, (2, 5))
-    wanted = model.generate(start, 20, temperature=0)
+    expected = model.generate(start, 20, temperature=0)
     model.to(device)
-    assert torch.equal(model.generate(start.to(device), 20, temperature=0).cpu(), wanted)
-    first, again = (model.generate(start.to(device), 20, top_k=4, seed=7) for _ in range(2))
-    assert torch.equal(first, again) and first.device.type == device.type
+    assert torch.equal(model.generate(start.to(device), 20, temperature=0).cpu(), expected)
+    first, second = (model.generate(start.to(device), 20, top_k=4, seed=7) for _ in range(2))
+    assert torch.equal(first, second) and first.device.type == device.type
 
 
 def test_a_resumed_run_is_the_same_run_and_its_checkpoint_loads_anywhere(device, tmp_path):
@@ -117,12 +117,12 @@ def test_a_resumed_run_is_the_same_run_and_its_checkpoint_loads_anywhere(device,
         train_small(parts, tmp_path / "parts.pt", batch=stopping)
     parts = small_model(seed=2, dropout=0.2).to(device)
     resumed, _ = train_small(parts, tmp_path / "parts.pt", resume=True)
-    there, here = whole.state_dict(), load_checkpoint(tmp_path / "parts.pt")["model"]
+    expected, weights = whole.state_dict(), load_checkpoint(tmp_path / "parts.pt")["model"]
     exact = {} if device.type == "mps" else {"rtol": 0, "atol": 0}
-    for name, tensor in there.items():
-        assert_close(tensor.cpu(), here[name].cpu(), **exact)
+    for name, tensor in expected.items():
+        assert_close(tensor.cpu(), weights[name].cpu(), **exact)
     assert [point["step"] for point in resumed] == [point["step"] for point in history]
-    small_model().load_state_dict(here)  # on the CPU
+    small_model().load_state_dict(weights)  # on the CPU
 
 
 # --- The program that measures a GPU --------------------------------------------------------------
@@ -136,15 +136,15 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize(("device", "quick"), [("cpu", True), ("cpu", False), ("cuda", False)])
-def test_every_program_knows_its_flags(device, quick):
+def test_every_program_accepts_its_flags(device, quick):
     programs = gpu.programs(gpu.Settings(quick=quick, device=device))
     assert len(programs) == {"cpu": 10, "cuda": 11}[device]
     for card, command in programs.items():
         name, *flags = command[1:] if command[0] == "-m" else command
-        told = parse_flags(PROGRAMS[name].Settings, flags)
-        assert told.device == device and told.out in (card.parent, card.with_suffix(""))
+        settings = parse_flags(PROGRAMS[name].Settings, flags)
+        assert settings.device == device and settings.out in (card.parent, card.with_suffix(""))
         if name == "nala_min.lab.bench":
-            assert bench.card_name(told, torch.device(device)) == card.stem
+            assert bench.card_name(settings, torch.device(device)) == card.stem
 
 
 WRITE = """
@@ -158,8 +158,8 @@ pathlib.Path(name, "card.json").touch()
 """
 
 
-def test_what_has_its_card_is_not_run_again(tmp_path, monkeypatch):
-    """Training that was interrupted goes on. A failure does not stop the rest, and is told."""
+def test_a_program_with_a_card_is_not_run_again(tmp_path, monkeypatch):
+    """Interrupted training resumes. A failure is reported and does not stop the other programs."""
     names = ("new", "wrong", "interrupted")
     for name in names:
         (tmp_path / name).mkdir()
@@ -167,19 +167,19 @@ def test_what_has_its_card_is_not_run_again(tmp_path, monkeypatch):
     (tmp_path / "interrupted" / "checkpoint.pt").touch()
     cards = {tmp_path / name / "card.json": ["-c", WRITE, name] for name in names}
     monkeypatch.setattr(gpu, "programs", lambda settings: cards)
-    for ran in (["new", "wrong", "interrupted --resume"], ["wrong"]):
+    for expected in (["new", "wrong", "interrupted --resume"], ["wrong"]):
         (tmp_path / "log").unlink(missing_ok=True)
         result = run_here(gpu, tmp_path, "--device", "cpu")
         assert result.returncode == 2 and "gpu.py: error: these programs failed" in result.stderr
         assert "wrong" in result.stderr
-        assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == ran
+        assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == expected
     del cards[tmp_path / "wrong" / "card.json"]
     result = run_here(gpu, tmp_path, "--device", "cpu")
     assert result.returncode == 0 and "Every run card is in" in result.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
-def test_a_program_ends_with_the_command_and_may_save_first(tmp_path, monkeypatch):
+def test_an_interrupted_program_may_save_before_it_ends(tmp_path, monkeypatch):
     saving = f"""
 import os, pathlib, signal, time
 def save(*_):
@@ -195,6 +195,6 @@ time.sleep(60)
     assert (tmp_path / "saved").exists()
 
 
-def test_outside_a_checkout_it_says_so(tmp_path):
+def test_a_checkout_is_required(tmp_path):
     result = run_here(gpu, tmp_path, "--device", "cpu")
     assert result.returncode == 2 and "run this in a checkout" in result.stderr

@@ -1,4 +1,4 @@
-"""The ledger in notebooks/README.md: every equation has its row, and every row leads somewhere."""
+"""The ledger in notebooks/README.md: every equation has a row, and every reference in it exists."""
 
 import inspect
 import re
@@ -15,12 +15,12 @@ CODE = re.compile(r"`(\w+)`")
 
 
 def ledger():
-    """The row of each equation, by its number: functions, cells and tests."""
+    """The row of each equation by number: functions, cells and tests."""
     rows = {}
     for number, row in re.findall(r"^\| \((\w+)\) \| (.+) \|$", TEXT, re.MULTILINE):
         _, functions, cells, tests = row.split(" | ")
-        places = re.findall(r"\[(\d\d), `([\w-]+)`\]\((.+?)#cell-id=(.+?)\)", cells)
-        rows[number] = (functions, places, CODE.findall(tests))
+        links = re.findall(r"\[(\d\d), `([\w-]+)`\]\((.+?)#cell-id=(.+?)\)", cells)
+        rows[number] = (functions, links, CODE.findall(tests))
     return rows
 
 
@@ -57,27 +57,27 @@ def test_its_cells_show_the_equation(number):
 
 
 @rows
-def test_its_proofs_name_the_equation(number):
+def test_its_tests_name_the_equation(number):
     tests = ROWS[number][2]
     assert tests
     for name in tests:
         assert f"({number})" in inspect.getdoc(getattr(test_model, name)), name
 
 
-def first_line(thing):
-    return (inspect.getdoc(thing) or "").partition("\n\n")[0]
+def first_paragraph(member):
+    return (inspect.getdoc(member) or "").partition("\n\n")[0]
 
 
 def test_no_function_of_an_equation_is_missing():
-    """What says in its first sentence that it is an equation."""
-    found = 0
-    for name, thing in vars(model).items():
-        if inspect.isfunction(thing) or inspect.isclass(thing):
-            for number in re.findall(r"Eq\. \((\w+)\)", first_line(thing)):
-                if thing.__module__ == model.__name__:
-                    found += 1
+    """Those whose docstring names an equation in its first paragraph."""
+    count = 0
+    for name, member in vars(model).items():
+        if inspect.isfunction(member) or inspect.isclass(member):
+            for number in re.findall(r"Eq\. \((\w+)\)", first_paragraph(member)):
+                if member.__module__ == model.__name__:
+                    count += 1
                     assert name in CODE.findall(ROWS[number][0]), (name, number)
-    assert found > 15
+    assert count > 15
 
 
 def test_no_cell_of_an_equation_is_missing():
@@ -87,13 +87,13 @@ def test_no_cell_of_an_equation_is_missing():
         for cell in read(path).cells
         if re.fullmatch(r"eq-\d+c?", cell.id)
     }
-    linked = {(file, cell_id) for _, places, _ in ROWS.values() for _, _, file, cell_id in places}
+    linked = {(file, cell_id) for _, links, _ in ROWS.values() for _, _, file, cell_id in links}
     assert shown == linked
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[:5], ids=[path.stem for path in NOTEBOOKS[:5]])
 def test_the_table_of_lessons_names_its_equations(path):
-    """Numbers and ranges: (7), (8), (12) or (13) to (15)."""
+    """By numbers or ranges: (7), (8), (12) or (13) to (15)."""
     (row,) = re.findall(rf"^\| \[.+\]\({path.name}\) \| (.+) \|$", TEXT, re.MULTILINE)
     named = set()
     for first, last in re.findall(r"\((\d+c?)\)(?: to \((\d+c?)\))?", row):
@@ -103,26 +103,26 @@ def test_the_table_of_lessons_names_its_equations(path):
     assert {f"eq-{number}" for number in named} == shown
 
 
-def test_no_proof_of_an_equation_is_missing():
-    """What begins its docstring with the numbers of equations."""
-    found = 0
+def test_no_test_of_an_equation_is_missing():
+    """Those whose docstring starts with equation numbers."""
+    count = 0
     for name, test in vars(test_model).items():
         if name.startswith("test_"):
             numbers = re.match(r"(\(\w+\)(, )?)+", inspect.getdoc(test) or "")
             for number in re.findall(r"\((\w+)\)", numbers[0]) if numbers else []:
-                found += 1
+                count += 1
                 assert name in ROWS[number][2], (name, number)
-    assert found >= len(EQUATIONS)
+    assert count >= len(EQUATIONS)
 
 
-def test_every_link_leads_somewhere():
+def test_every_link_works():
     links = re.findall(r"\]\((?!http)([^)]+)\)", TEXT)
     assert len(links) > 30
     headings = re.findall(r"^## (.+)$", TEXT, re.MULTILINE)
-    here = {"#" + re.sub(r"[^\w -]", "", x).replace(" ", "-").lower() for x in headings}
+    anchors = {"#" + re.sub(r"[^\w -]", "", x).replace(" ", "-").lower() for x in headings}
     for link in links:
         if link.startswith("#"):
-            assert link in here
+            assert link in anchors
             continue
         file, _, cell_id = link.partition("#cell-id=")
         assert (FOLDER / file).exists(), link

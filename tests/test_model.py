@@ -1,5 +1,5 @@
-"""Proofs of nala_min/model.py. Every test takes the module as an argument: test_bug_zoo.py calls
-them with broken copies, which they must reject. Numbers in brackets are equations of model.py."""
+"""Tests of nala_min/model.py. Most take the module as an argument: test_bug_zoo.py passes broken
+copies, which must fail. Numbers in parentheses are model.py's equations."""
 
 import ast
 import inspect
@@ -28,7 +28,7 @@ SIGNED_MAPS = ("cosine", "split")
 
 
 def random_qkv(num_tokens, dtype=torch.float64, batch=B, heads=H):
-    """Random q, k, v that ask for gradients."""
+    """Random q, k, v that require gradients."""
     return tuple(
         torch.randn(batch, heads, num_tokens, size, dtype=dtype, requires_grad=True)
         for size in (D, D, M)
@@ -36,14 +36,14 @@ def random_qkv(num_tokens, dtype=torch.float64, batch=B, heads=H):
 
 
 def output_and_gradients(attention, q, k, v):
-    """The output of attention(q, k, v), and the gradients of a fixed random weighted sum."""
+    """The output of attention(q, k, v), and the gradients of a fixed random weighted sum of it."""
     out = attention(q, k, v)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return out, *torch.autograd.grad((out * cotangent).sum(), (q, k, v))
 
 
 def loop_attention(model, q, k, v, feature_map, causal):
-    """Eq. (5) as a loop over queries, with nothing shared between them. No mass: output 0."""
+    """Eq. (5) as a loop over independent queries. Without mass, the output is 0."""
     phi_q, phi_k = model.query_features(q, feature_map), model.key_features(k, feature_map)
     rows = []
     for t in range(q.shape[2]):
@@ -55,7 +55,7 @@ def loop_attention(model, q, k, v, feature_map, causal):
 
 
 def cut_and_resume(model, q, k, v, feature_map):
-    """The sequence in pieces of 1, 2, 4, ... tokens, chunked and recurrent in turn."""
+    """Attention to pieces of 1, 2, 4, ... tokens, alternately chunked and recurrent."""
     pieces, state, start, size = [], None, 0, 1
     while start < q.shape[2]:
         piece = (x[:, :, start : start + size] for x in (q, k, v))
@@ -98,21 +98,21 @@ CASES = sorted({name.rpartition("/")[0] for name in PUBLISHED.files})
 
 @pytest.mark.parametrize("case", CASES)
 def test_published_forms(model, case):
-    """(9), (11): both published forms, run once by their own code with eps = 0."""
+    """(9), (11): outputs equal those of the released code with eps = 0, for both forms."""
     q, k, v, exact = (torch.from_numpy(PUBLISHED[f"{case}/{x}"]) for x in ("q", "k", "v", "exact"))
     for mode in ("auto", "parallel"):
         out = model.nala_attention(q, k, v, feature_map=case.partition("/")[0], mode=mode)
         assert_close(out, exact, rtol=1e-9, atol=1e-12)
 
 
-# --- 2. All forms give the same numbers -----------------------------------------------------------
+# --- 2. All forms give the same results -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 63, 64, 65, 130])
 @pytest.mark.parametrize("form", CAUSAL_FORMS)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_causal_forms_equal_the_loop(model, feature_map, form, num_tokens):
-    """(13c), (14), (15): outputs and gradients are those of (5), token by token."""
+    """(13c), (14), (15): outputs and gradients equal those of (5), token by token."""
     q, k, v = random_qkv(num_tokens)
     want = output_and_gradients(
         lambda *qkv: loop_attention(model, *qkv, feature_map, causal=True), q, k, v
@@ -125,7 +125,7 @@ def test_causal_forms_equal_the_loop(model, feature_map, form, num_tokens):
 @pytest.mark.parametrize("mode", ["auto", "parallel"])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_bidirectional_form_equals_the_loop(model, feature_map, mode, num_tokens):
-    """(5), (13): outputs and gradients are those of a loop over queries."""
+    """(5), (13): outputs and gradients equal those of a loop over queries."""
     q, k, v = random_qkv(num_tokens)
     want = output_and_gradients(
         lambda *qkv: loop_attention(model, *qkv, feature_map, causal=False), q, k, v
@@ -180,7 +180,7 @@ def rms_ratio(got, want):
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
 )
 def test_low_precision_is_near_float64(model, dtype, bound, feature_map, form):
-    """Outputs and gradients in dtype against float64, from the same rounded inputs."""
+    """Compare outputs and gradients in dtype and in float64, for the same rounded inputs."""
 
     def attention(q, k, v):
         if form in MODES and form not in CAUSAL_FORMS:
@@ -199,9 +199,9 @@ def test_low_precision_is_near_float64(model, dtype, bound, feature_map, form):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_half_precision_counts_to_many_tokens(model, feature_map, reference, causal, dtype):
-    """Sums of 5,000 tokens: a float16 sum of ones stops at 2,048, a bfloat16 one at 256. Large
-    keys, whose cubes and sums float16 cannot hold."""
+def test_half_precision_sums_over_many_tokens(model, feature_map, reference, causal, dtype):
+    """Sums over 5,000 tokens: a float16 sum of ones stops at 2,048, a bfloat16 sum at 256. The
+    keys are large: their cubes and sums overflow float16."""
     q, k, v = (x.detach().to(dtype) for x in random_qkv(5000, batch=1, heads=1))
     options = {"causal": causal, "feature_map": feature_map}
     options["mode"] = ("chunked" if causal else "parallel") if reference else "auto"
@@ -240,33 +240,33 @@ def test_baselines_are_elu_plus_one_and_relu(model):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_features_are_float32_at_least(model, feature_map, dtype):
-    """Also those of one's own, in every form."""
+def test_features_are_at_least_float32(model, feature_map, dtype):
+    """Also custom features, in every form."""
     q, k, v = (x.detach().to(dtype) for x in random_qkv(5))
     for features in (model.query_features, model.key_features):
         assert features(q, feature_map).dtype == torch.float32
         assert features(q.double(), feature_map).dtype == torch.float64
-    seen = []
+    dtypes = []
 
-    def own(x):
-        seen.append(x.dtype)
+    def custom(x):
+        dtypes.append(x.dtype)
         return torch.relu(x)
 
     for mode in ("auto", "quadratic", "chunked", "recurrent"):
-        out = model.linear_attention(q, k, v, own, own, causal=True, mode=mode)
+        out = model.linear_attention(q, k, v, custom, custom, causal=True, mode=mode)
         assert out.dtype == dtype
-    assert set(seen) <= {torch.float32, torch.float64} and seen[-4:] == [torch.float32] * 4
+    assert set(dtypes) <= {torch.float32, torch.float64} and dtypes[-4:] == [torch.float32] * 4
 
 
 def test_elu_survives_very_negative_bfloat16(model):
-    """elu(x) + 1 = exp(x) is not 0 at x = -20, as it is when 1 is added after rounding."""
+    """At x = -20, elu(x) + 1 = exp(x) must not be 0. Rounding elu(x) before adding 1 gives 0."""
     x = torch.tensor([[-20.0]], dtype=torch.bfloat16)
     assert_close(model.key_features(x, "elu").double(), x.double().exp(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_autocast_changes_nothing(model, mode):
-    """In neither pass."""
+    """Neither in the forward nor in the backward pass."""
     q, k, v = (x.detach().float().requires_grad_() for x in random_qkv(100))
 
     def attention(q, k, v):
@@ -276,7 +276,7 @@ def test_autocast_changes_nothing(model, mode):
     with torch.autocast("cpu", torch.bfloat16):
         got = attention(q, k, v)
     assert torch.equal(got, want[0])
-    if "fast" in mode:  # autograd's own backward pass is under the user's autocast, if at all
+    if "fast" in mode:  # elsewhere, autograd's backward pass follows the user's autocast
         with torch.autocast("cpu", torch.bfloat16):
             got = output_and_gradients(attention, q, k, v)
         for g, w in zip(got, want, strict=True):
@@ -284,9 +284,9 @@ def test_autocast_changes_nothing(model, mode):
 
 
 @pytest.mark.parametrize("mode", ["auto", "chunked"])
-def test_chunked_form_keeps_no_state_for_each_token(model, mode):
-    """The largest tensor of forward and backward has room for N / C states, not for N: the
-    (B, H, N, F, M) cumulative sum that other implementations make is the one to avoid."""
+def test_chunked_form_keeps_no_state_per_token(model, mode):
+    """The largest tensor of both passes holds about N / C states, not N. Other implementations
+    form a (B, H, N, F, M) cumulative sum."""
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -308,12 +308,12 @@ def test_chunked_form_keeps_no_state_for_each_token(model, mode):
             v,
         )
     state = 2 * size * (size + 1)
-    assert num_tokens * chunk_size < num_tokens * state / 8  # the bound below tells them apart
+    assert num_tokens * chunk_size < num_tokens * state / 8  # so the bound below separates the two
     assert largest.numel <= 2 * max((num_tokens // chunk_size + 1) * state, num_tokens * chunk_size)
 
 
-def test_whole_chunks_are_not_copied_to_be_padded(model):
-    """The readable form's memory: a text of one token less needs more."""
+def test_whole_chunks_are_not_copied_for_padding(model):
+    """In the readable form, a text that is one token shorter is padded and needs more memory."""
     peaks = []
     for num_tokens in (511, 512):
         q, k, v = torch.randn(3, 1, 1, num_tokens, 64)
@@ -327,7 +327,7 @@ def test_whole_chunks_are_not_copied_to_be_padded(model):
 
 
 def test_entropy_by_hand(model):
-    """(3), of four keys: even, one alone, none, and 3 to 1."""
+    """(3) for the weights of four keys: all equal, only one, none, and 3 to 1."""
     weights = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 5.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     weights = torch.cat([weights, torch.tensor([[3.0, 1.0, 0.0, 0.0]])]).double()
     want = torch.tensor([math.log(4), 0, 0, 0.25 * math.log(4) + 0.75 * math.log(4 / 3)]).double()
@@ -335,14 +335,14 @@ def test_entropy_by_hand(model):
 
 
 def test_entropy_of_weights_that_do_not_sum_to_one(model):
-    """The scale of the weights changes neither the entropy nor, along it, the gradient."""
+    """The scale of the weights does not matter, and the gradient is correct."""
     weights = torch.rand(3, 7, dtype=torch.float64, requires_grad=True)
     assert_close(model.entropy(5 * weights), model.entropy(weights))
     assert torch.autograd.gradcheck(model.entropy, weights, raise_exception=False)
 
 
 def test_softmax_entropy_falls_with_the_query_norm(model):
-    """(4): dPSE/dc = -c Var_p(s), by autograd through the attention weights themselves."""
+    """(4): dPSE/dc = -c Var_p(s), by autograd through the attention weights."""
     k = torch.randn(1, 1, 9, D, dtype=torch.float64)
     _, direction = model.decompose(torch.randn(D, dtype=torch.float64))
     s = (k @ direction).flatten()
@@ -356,7 +356,7 @@ def test_softmax_entropy_falls_with_the_query_norm(model):
 
 
 def entropies(model, q, k, scales, **options):
-    """Entropy of the first query, rescaled, over keys k (N, D)."""
+    """Entropy of the weights of keys k (N, D) for each scale times query q (D,)."""
     rows = []
     for scale in scales:
         queries = (scale * q).expand(1, 1, *k.shape)
@@ -365,7 +365,7 @@ def entropies(model, q, k, scales, **options):
 
 
 def test_relu_cancels_the_query_norm_and_elu_does_not(model):
-    """(6). A factor of 4 is exact in floating point, so exactly zero means zero."""
+    """(6). Scaling by 4 is exact in floating point, so ReLU's entropies must be identical."""
     q, k = torch.randn(D, dtype=torch.float64), torch.randn(32, D, dtype=torch.float64)
     relu = entropies(model, q, k, (0.25, 1.0, 4.0), feature_map="relu")
     assert relu[0] == relu[1] == relu[2]
@@ -386,8 +386,8 @@ def test_query_norm_acts_as_an_exponent(model, feature_map):
         assert magnitude[2] == 0
 
 
-def test_norm_scale_moves_the_live_range(model):
-    """Ours: tanh(norm / s), 1.0 by default."""
+def test_norm_scale_divides_the_norm(model):
+    """Our extension: tanh(norm / norm_scale), by default with 1.0."""
     norm = torch.tensor([[0.0], [2.0], [8.0]], dtype=torch.float64)
     assert_close(model.query_power(norm, norm_scale=4.0), model.query_power(norm / 4))
     assert_close(model.query_power(norm)[0], torch.tensor([1.5]).double())
@@ -398,7 +398,7 @@ def test_norm_scale_moves_the_live_range(model):
 
 
 def test_key_keeps_its_norm(model):
-    """(8): a key of twice the norm weighs 2^lam as much."""
+    """(8): a key with twice the norm has 2^lam times the weight."""
     k = torch.randn(10, D, dtype=torch.float64)
     for feature_map in SIGNED_MAPS:
         once, twice = (model.key_features(c * k, feature_map) for c in (1.0, 2.0))
@@ -406,7 +406,7 @@ def test_key_keeps_its_norm(model):
 
 
 def adversarial_vectors():
-    """Vectors of every sign pattern and size, along axes and nearly along them."""
+    """Vectors with all sign patterns and many sizes, on the axes and close to them."""
     grid = torch.tensor([-1e3, -1.0, -1e-8, 0.0, 1e-8, 1.0, 1e3], dtype=torch.float64)
     return torch.cartesian_prod(grid, grid, grid)  # (343, 3)
 
@@ -414,7 +414,7 @@ def adversarial_vectors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_weights_are_not_negative(model, feature_map, dtype):
-    """(10) for every term, and so for every weight, to the last bit."""
+    """(10), exactly: no weight is negative even after rounding."""
     for x in (adversarial_vectors(), torch.randn(300, 3, dtype=torch.float64)):
         x = x.to(dtype)
         scores = model.query_features(x, feature_map) @ model.key_features(x, feature_map).mT
@@ -424,7 +424,7 @@ def test_weights_are_not_negative(model, feature_map, dtype):
 
 @pytest.mark.parametrize("name", ["cosine_map", "sign_split"])
 def test_maps_keep_the_norm(model, name):
-    """(10): |phi(x)| = |a|, opposite signs are inhibited and equal ones pass."""
+    """(10): |phi(x)| = |a|; equal signs have weight 1, opposite signs 0."""
     magnitude, direction = torch.rand(100, D).double(), torch.randn(100, D).double()
     norms = getattr(model, name)(magnitude, direction).norm(dim=-1)
     assert_close(norms, magnitude.norm(dim=-1), rtol=1e-12, atol=1e-12)
@@ -434,8 +434,8 @@ def test_maps_keep_the_norm(model, name):
     assert 0 <= plus @ minus < 1e-15
 
 
-def test_without_a_quarter_of_pi_weights_are_negative(model):
-    """q = e1, k = -e1: an angle of tanh(20) either way gives cos(2) < 0; with pi/4 it does not."""
+def test_without_the_factor_pi_over_4_weights_are_negative(model):
+    """q = e1, k = -e1: angles +-tanh(20) give cos(2) < 0. The factor pi/4 prevents this."""
     axis = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     too_wide = torch.tanh(20 * axis)
     assert_close(torch.cos(too_wide - -too_wide)[0], torch.tensor(math.cos(2)).double())
@@ -443,7 +443,7 @@ def test_without_a_quarter_of_pi_weights_are_negative(model):
 
 
 def test_cosine_map_tends_to_the_sign_split(model):
-    """(11), as alpha grows."""
+    """(11): the difference vanishes as alpha grows."""
     a_q, a_k, d_q, d_k = torch.randn(4, 200, D, dtype=torch.float64)
     a_q, a_k = a_q.abs(), a_k.abs()
     limit = (model.sign_split(a_q, d_q) * model.sign_split(a_k, d_k)).sum(-1)
@@ -455,9 +455,9 @@ def test_cosine_map_tends_to_the_sign_split(model):
     assert gaps[3] < 1e-12
 
 
-def test_more_norm_is_not_always_less_entropy(model):
-    """A counterexample: every key shares channel 0, one is an outlier in channel 1. With
-    more norm NaLa turns to the larger channel of d(q), which all keys share: entropy rises."""
+def test_a_larger_norm_does_not_always_lower_the_entropy(model):
+    """A counterexample: all keys share channel 0, and one is an outlier in channel 1. As the norm
+    grows, NaLa favours the larger channel of d(q), which is the shared one: entropy rises."""
     k = torch.tensor([[1.0, 0.5]] * 7 + [[1.0, 3.0]], dtype=torch.float64)
     q = torch.tensor([0.8, 0.6], dtype=torch.float64)
     scales = (0.05, 0.5, 1.0, 2.0, 4.0)
@@ -490,17 +490,17 @@ GRIDS = sorted({name.rpartition("/")[0] for name in ROTARY.files})
 
 @pytest.mark.parametrize("case", GRIDS)
 def test_released_rotary(model, case):
-    """(17) on an image: the released code's own numbers, run once with eps = 0."""
+    """(17) for images: outputs equal those of the released code with eps = 0."""
     q, k, v, grid, exact = (
         torch.from_numpy(ROTARY[f"{case}/{x}"]) for x in ("q", "k", "v", "grid", "exact")
     )
-    places = torch.cartesian_prod(*(torch.arange(int(size)) for size in grid))
-    out = model.nala_attention(q, k, v, feature_map="split", rope_positions=places)
+    positions = torch.cartesian_prod(*(torch.arange(int(size)) for size in grid))
+    out = model.nala_attention(q, k, v, feature_map="split", rope_positions=positions)
     assert_close(out, exact, rtol=1e-9, atol=1e-9)
 
 
-def turned_by_hand(features, position, dim):
-    """Channels 2j and 2j + 1 of each sign half, turned by position times the j-th frequency."""
+def rotated_by_hand(features, position, dim):
+    """Rotate channels 2j and 2j + 1 of each sign half by position times the j-th frequency."""
     out = features.clone()
     for start in range(0, features.shape[-1], dim):
         for j in range(dim // 2):
@@ -515,17 +515,17 @@ def turned_by_hand(features, position, dim):
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_rope_turns_the_numerator_only(model, feature_map):
-    """(17) on a text, against a loop: every form, every cut."""
+def test_rope_rotates_only_the_numerator(model, feature_map):
+    """(17) for text, against a loop: every causal form, and a sequence in two parts."""
     q, k, v = random_qkv(11)
     positions = torch.arange(11)[:, None]
     phi_q, phi_k = model.query_features(q, feature_map), model.key_features(k, feature_map)
     rows = []
     for t in range(11):
-        turned_q = turned_by_hand(phi_q[:, :, t], t, D)
+        rotated_q = rotated_by_hand(phi_q[:, :, t], t, D)
         numerator = mass = 0
         for i in range(t + 1):
-            weight = (turned_q * turned_by_hand(phi_k[:, :, i], i, D)).sum(-1, keepdim=True)
+            weight = (rotated_q * rotated_by_hand(phi_k[:, :, i], i, D)).sum(-1, keepdim=True)
             numerator = numerator + weight * v[:, :, i]
             mass = mass + (phi_q[:, :, t] * phi_k[:, :, i]).sum(-1, keepdim=True)
         rows.append(numerator / torch.where(mass > 0, mass, math.inf))
@@ -542,13 +542,13 @@ def test_rope_turns_the_numerator_only(model, feature_map):
     assert_close(torch.cat([head, tail], 2), want, rtol=1e-10, atol=1e-10)
 
 
-def test_rotary_angles_share_the_channels_among_the_axes(model):
-    """(17) on an image: one half of the angles is the row's, the other the column's, and the last
+def test_rotary_angles_split_the_channels_between_the_axes(model):
+    """(17) for images: half of the angles encode the row and half the column, and the last
     frequency of each is 1 / 10,000."""
-    places = torch.tensor([[0, 0], [0, 3], [2, 0], [5, 7]])
-    want = [[r, r / 1e4, s, s / 1e4] for r, s in places.tolist()]
-    assert_close(model.rotary_angles(places, 8), torch.tensor(want))
-    assert_close(model.rotary_angles(places, 4), places.float())  # one frequency each
+    positions = torch.tensor([[0, 0], [0, 3], [2, 0], [5, 7]])
+    want = [[r, r / 1e4, s, s / 1e4] for r, s in positions.tolist()]
+    assert_close(model.rotary_angles(positions, 8), torch.tensor(want))
+    assert_close(model.rotary_angles(positions, 4), positions.float())  # one frequency each
 
 
 # --- 4. Safety ------------------------------------------------------------------------------------
@@ -572,7 +572,7 @@ def test_rows_sum_to_one(model, feature_map, mode, query_scale, key_scale):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_softmax_attention_by_hand(model, causal):
-    """(1), one number at a time; from the start, and after a state of two tokens."""
+    """(1), one query at a time; from the start, and from a state of two tokens."""
     q, k, v = random_qkv(5)
     out = model.softmax_attention(q, k, v, causal=causal)
     _, state = model.softmax_attention(
@@ -590,7 +590,7 @@ def test_softmax_attention_by_hand(model, causal):
 
 @pytest.mark.parametrize("num_keys", [D, D + 1])
 def test_fewer_queries_than_keys_are_the_last_ones(model, num_keys):
-    """One meaning, with a mask, without one, and after a state."""
+    """With a mask, without one, and with a state."""
     q, k, v = (x.detach() for x in random_qkv(num_keys))
     want = model.softmax_attention(q, k, v, causal=True)[:, :, 3:]
     mask = torch.ones(B, num_keys, dtype=torch.bool)
@@ -607,7 +607,7 @@ def test_fewer_queries_than_keys_are_the_last_ones(model, num_keys):
 
 @pytest.mark.parametrize("feature_map", [*FEATURE_MAPS, "softmax"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_weights_are_what_the_output_is_made_of(model, feature_map, causal):
+def test_weights_times_values_give_the_output(model, feature_map, causal):
     q, k, v = random_qkv(20)
     if feature_map == "softmax":
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -650,17 +650,17 @@ def test_degenerate_inputs_stay_finite(model, feature_map, mode, damage, dtype, 
         assert torch.isfinite(x).all(), name
 
 
-@pytest.mark.parametrize("nothing", ["query", "keys", "mask"])
+@pytest.mark.parametrize("cause", ["query", "keys", "mask"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_no_mass_gives_output_and_gradient_zero(model, feature_map, mode, nothing):
+def test_no_mass_gives_output_and_gradient_zero(model, feature_map, mode, cause):
     if feature_map == "elu":
-        nothing = "mask"  # elu(0) + 1 = 1: zero vectors have mass
+        cause = "mask"  # elu(0) + 1 = 1: zero vectors have mass
     q, k, v = random_qkv(6)
     with torch.no_grad():
-        if nothing != "mask":
-            {"query": q, "keys": k}[nothing].zero_()
-    mask = torch.full((B, 6), nothing != "mask")
+        if cause != "mask":
+            {"query": q, "keys": k}[cause].zero_()
+    mask = torch.full((B, 6), cause != "mask")
     results = output_and_gradients(
         lambda *qkv: model.nala_attention(
             *qkv, feature_map=feature_map, key_mask=mask, **MODES[mode]
@@ -677,7 +677,7 @@ def test_no_mass_gives_output_and_gradient_zero(model, feature_map, mode, nothin
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("feature_map", [*FEATURE_MAPS, "softmax"])
 def test_padding_changes_nothing(model, feature_map, mode, side):
-    """Outputs and gradients of real tokens with garbage beside them; the garbage gets none."""
+    """Garbage in padding changes no output or gradient of real tokens. Its own gradients are 0."""
 
     def attention(q, k, v, key_mask=None):
         if feature_map == "softmax":
@@ -703,8 +703,8 @@ def test_padding_changes_nothing(model, feature_map, mode, side):
     padded = [pad(x) for x in (q, k, v)]
     got = output_and_gradients(lambda *qkv: attention(*qkv, key_mask=mask)[:, :, real], *padded)
     assert_close(got[0], want[0], rtol=1e-10, atol=1e-10)
-    for gradient, wanted in zip(got[1:], want[1:], strict=True):
-        assert_close(gradient[:, :, real], wanted, rtol=1e-10, atol=1e-10)
+    for gradient, expected in zip(got[1:], want[1:], strict=True):
+        assert_close(gradient[:, :, real], expected, rtol=1e-10, atol=1e-10)
         assert (gradient[:, :, ~mask[0]] == 0).all()
 
 
@@ -721,7 +721,7 @@ def test_each_row_of_a_batch_has_its_own_padding(model):
 @pytest.mark.parametrize("mode", [mode for mode, options in MODES.items() if "causal" in options])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_the_future_changes_no_past_output(model, feature_map, mode, size):
-    """To the last bit, in float32, for a future that would swamp the past if it were seen."""
+    """Exactly, in float32, even if the future is large enough to swamp the past."""
     q, k, v = (x.detach().float() for x in random_qkv(13))
     before = model.nala_attention(q, k, v, feature_map=feature_map, **MODES[mode])
     for cut in range(1, 13):
@@ -775,7 +775,7 @@ def test_heads_and_batches_do_not_mix(model, mode):
         ({"k": torch.zeros(B, H, 7, D, dtype=torch.int64)}, "k must be floating-point .* int64"),
     ],
 )
-def test_a_mistake_is_named(change, message):
+def test_invalid_arguments_are_rejected(change, message):
     q, k, v = (x.float() for x in random_qkv(7))
     arguments = {"q": q, "k": k, "v": v} | change
     with pytest.raises((ValueError, TypeError), match=message):
@@ -786,11 +786,11 @@ FORM_NAMES = ("parallel", "quadratic", "recurrent", "chunked")
 
 
 def test_a_mode_runs_its_own_form(model, monkeypatch):
-    """The numbers are the same, the cost is not."""
-    ran, q, k, v = [], *(x[:, :, :3] for x in random_qkv(7))
+    """Results cannot show this: all forms give the same, at different costs."""
+    calls, q, k, v = [], *(x[:, :, :3] for x in random_qkv(7))
     for name in FORM_NAMES:
         form = getattr(model, name)
-        recorded = partial(lambda name, form, *x: (ran.append(name), form(*x))[1], name, form)
+        recorded = partial(lambda name, form, *x: (calls.append(name), form(*x))[1], name, form)
         monkeypatch.setattr(model, name, recorded)
     monkeypatch.setattr(model.fast, "attention", lambda *_, **__: None)
     for mode, causal in (("auto", False), ("parallel", False), ("parallel", True)):
@@ -800,44 +800,44 @@ def test_a_mode_runs_its_own_form(model, monkeypatch):
     for n in (1, 2):
         model.nala_attention(*(x[:, :, :n] for x in (q, k, v)), causal=True)
     expected = ["parallel", "parallel", "quadratic", "quadratic", "recurrent", "chunked", "chunked"]
-    assert ran == [*expected, "recurrent", "chunked"]
+    assert calls == [*expected, "recurrent", "chunked"]
 
 
-def test_defaults_are_the_paper_s(model):
-    """lambda = 3, tau = 0.5, alpha = 20, Eqs. (7) to (9), wherever they are given."""
+def test_defaults_are_those_of_the_paper(model):
+    """lambda = 3, tau = 0.5 and alpha = 20, Eqs. (7) to (9), in every signature."""
     paper = {"lam": 3.0, "tau": 0.5, "alpha": 20.0, "norm_scale": 1.0}
-    found = set()
+    checked = set()
     for name in ("query_power", "key_magnitude", "cosine_map", "query_features", "key_features"):
         for function in (getattr(model, name), model.nala_attention):
             for parameter in inspect.signature(function).parameters.values():
                 if parameter.name in paper:
                     assert parameter.default == paper[parameter.name], (name, parameter)
-                    found.add((function.__name__, parameter.name))
-    assert len(found) == 3 + 1 + 1 + 4 + 2 + 4
+                    checked.add((function.__name__, parameter.name))
+    assert len(checked) == 3 + 1 + 1 + 4 + 2 + 4
     assert inspect.signature(model.NaLaLM.generate).parameters["temperature"].default == 1.0
     assert nala_min.LMConfig(vocab_size=2).conv_size == 4 and nala_min.ViTConfig().conv_size == 5
 
 
 @pytest.mark.parametrize(("kind", "dim"), [("LM", 6), ("ViT", 12)])
-def test_heads_that_cannot_be_turned_are_named(kind, dim):
-    """3 channels cannot be paired, and 6 not along two axes."""
+def test_heads_that_cannot_be_rotated_are_rejected(kind, dim):
+    """3 channels do not form pairs, nor do 6 form pairs for each of two axes."""
     with pytest.raises(ValueError, match=f"rope: channels per head must be .*, got {dim // 2}"):
         MODELS[kind](nala_min, dim=dim, rope="numerator", patch_size=1)
 
 
-def test_rotated_features_keep_their_dtype_and_their_shape(model):
-    turned = model.rotate(torch.randn(3, 4), torch.rand(3, 2, dtype=torch.float64))
-    assert turned.dtype == torch.float32 and turned.shape == (3, 4)
+def test_rotation_keeps_dtype_and_shape(model):
+    rotated = model.rotate(torch.randn(3, 4), torch.rand(3, 2, dtype=torch.float64))
+    assert rotated.dtype == torch.float32 and rotated.shape == (3, 4)
 
 
 # --- 5. The language model ------------------------------------------------------------------------
 
 ATTENTIONS = ("nala", "split", "elu", "relu", "softmax")
-MAPS = {"nala": "cosine"}  # where a feature map has another name
+MAPS = {"nala": "cosine"}  # attentions whose feature map has another name
 
 
 def config_of(model, kind):
-    """model.py has one, which checks nothing; the package exports two that do."""
+    """The package's LMConfig or ViTConfig, with checks, or model.py's Config, without."""
     return getattr(nala_min, f"{kind}Config") if model is nala_min else model.Config
 
 
@@ -857,7 +857,7 @@ VARIANTS = [{"attention": name} for name in ATTENTIONS] + [
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_decoding_equals_recomputing_the_whole_prefix(model, options):
-    """Greedy tokens, in float64; weights are made large so that the tokens differ."""
+    """Greedy decoding in float64. Large weights make the tokens vary."""
     lm = small_lm(model, **options).double()
     for parameter in lm.parameters():
         parameter.data.mul_(5.0)
@@ -871,7 +871,7 @@ def test_decoding_equals_recomputing_the_whole_prefix(model, options):
 
 
 def test_a_block_adds_both_branches(model):
-    """Pre-norm and residual: x + attention(norm(x)), then x + perceptron(norm(x))."""
+    """Pre-norm and residual: x + attention(norm(x)), then x + mlp(norm(x))."""
     block = small_lm(model).blocks[0].double()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     y, _ = block.attention(block.norm1(x), model.BlockState())
@@ -886,14 +886,14 @@ def test_a_state_counts_the_tokens_read(model):
     assert [each.position for each in lm(tokens, state)[1]] == [10, 10]
 
 
-def test_generate_keeps_nothing_for_a_backward_pass(model):
+def test_generate_records_no_gradients(model):
     lm, enabled = small_lm(model), []
     lm.head.register_forward_hook(lambda *call: enabled.append(torch.is_grad_enabled()))
     lm.generate(torch.zeros(1, 2, dtype=torch.long), 2)
     assert enabled == [False, False]
 
 
-def test_a_given_state_stays_what_it_was(model):
+def test_the_input_state_is_not_modified(model):
     lm, tokens = small_lm(model), torch.zeros(1, 2, dtype=torch.long)
     _, state = lm(tokens)
     before = list(state)
@@ -907,7 +907,7 @@ def test_an_empty_batch_of_texts(model):
     assert logits.shape == (0, 3, 11) and state[0].position == 3
 
 
-def test_states_of_another_model_are_named():
+def test_states_of_another_model_are_rejected():
     lm, tokens = small_lm(nala_min), torch.zeros(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="state must be 2 items, one per block, got 1"):
         lm(tokens, lm(tokens)[1][:1])
@@ -924,7 +924,7 @@ def test_every_parameter_gets_a_gradient(model, options):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_bfloat16_autocast_is_near_float32(model, options):
-    """What the gpu preset trains with: logits and the gradient of every parameter."""
+    """As in the gpu preset: compares the logits and the gradients of all parameters."""
     lm = small_lm(model, **options)
     tokens = torch.randint(11, (4, 30))
     logits, gradients = [], []
@@ -950,7 +950,7 @@ def test_the_language_model_does_not_see_the_future(model):
 
 
 def test_gated_block_by_hand(model):
-    """(16), with the local convolution written out."""
+    """(16), with the local convolution as a sum over tokens."""
     config = model.Config(vocab_size=5, num_heads=2, dim=8, conv_size=3)
     block = model.GatedAttention(config, "nala", causal=True).double()
     x = torch.randn(1, 6, 8, dtype=torch.float64)
@@ -980,7 +980,7 @@ def test_generate_is_seeded_and_keeps_the_mode(model):
 
 
 def test_top_k_keeps_k_tokens_of_equal_logits(model):
-    """And a temperature of next to nothing takes the likeliest."""
+    """A temperature close to 0 selects the most likely token."""
     lm, prompt = small_lm(model), torch.zeros(2000, 1, dtype=torch.long)
     lm.head.weight.data.zero_()
     for top_k in (1, 3, 99):
@@ -992,8 +992,8 @@ def test_top_k_keeps_k_tokens_of_equal_logits(model):
         assert torch.equal(got, lm.generate(prompt[:2], 20, temperature=0))
 
 
-def test_generate_gives_every_module_its_mode_back():
-    """Also after an error, and where a part was in another mode."""
+def test_generate_restores_the_mode_of_every_module():
+    """Also after an error, and if modules are in different modes."""
     lm = small_lm(nala_min, dropout=0.5).train()
     lm.blocks[0].eval()
     modes = [module.training for module in lm.modules()]
@@ -1005,7 +1005,7 @@ def test_generate_gives_every_module_its_mode_back():
     assert [module.training for module in lm.modules()] == modes
 
 
-def test_states_that_do_not_go_with_the_tokens_are_named():
+def test_states_that_do_not_fit_the_tokens_are_rejected():
     lm, tokens = small_lm(nala_min), torch.zeros(2, 3, dtype=torch.long)
     _, state = lm(tokens)
     with pytest.raises(ValueError, match="state must be of batch size 1, like tokens, got 2"):
@@ -1019,13 +1019,13 @@ def test_states_that_do_not_go_with_the_tokens_are_named():
             nala_min.nala_attention(*low, causal=True, state=state, mode=mode)
 
 
-# --- Where there are no values to look at ---------------------------------------------------------
+# --- Tensors without values -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"rope": "numerator"}, {"attention": "softmax"}], ids=str)
 @pytest.mark.parametrize("kind", ["LM", "ViT"])
-def test_shapes_go_through_without_values(kind, options):
-    """On the device "meta", and of fake tensors, forwards and backwards."""
+def test_models_run_on_tensors_without_values(kind, options):
+    """Forward and backward, on the device "meta" and with fake tensors."""
     inputs = torch.zeros(2, 9, dtype=torch.long) if kind == "LM" else torch.randn(2, 3, 9, 6)
     for context in (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True)):
         with context:
@@ -1038,40 +1038,39 @@ def test_shapes_go_through_without_values(kind, options):
 
 
 @pytest.mark.parametrize("kind", ["LM", "ViT"])
-def test_an_exported_model_is_saved_and_does_the_same(kind):
+def test_a_saved_export_gives_the_same_output(kind):
     net = MODELS[kind](nala_min).eval()
     inputs = torch.randint(11, (2, 9)) if kind == "LM" else torch.randn(2, 3, 9, 6)
     torch.export.save(torch.export.export(net, (inputs,)), content := io.BytesIO())
     content.seek(0)
-    again = torch.export.load(content).module()
-    got, want = again(inputs), net(inputs)
-    assert_close(got, want)
+    loaded = torch.export.load(content).module()
+    assert_close(loaded(inputs), net(inputs))
 
 
-def test_what_cannot_be_followed_says_so():
+def test_unsupported_wrappers_say_what_to_use():
     lm = small_lm(nala_min)
     with pytest.raises(TypeError, match=r"use torch\.export"):
         torch.fx.symbolic_trace(lm)
     with pytest.raises(TypeError, match=r"use torch\.export"):
         torch.fx.symbolic_trace(lambda q, k, v: nala_min.nala_attention(q, k, v))
     with pytest.raises(TypeError, match=r"DataParallel .* use torchrun"):
-        lm._replicate_for_data_parallel()  # which DataParallel asks for
+        lm._replicate_for_data_parallel()  # DataParallel calls this
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_no_angle(model, dtype):
-    places = torch.arange(3000)[:, None]
-    want = model.rotary_angles(places, 8)
+    positions = torch.arange(3000)[:, None]
+    want = model.rotary_angles(positions, 8)
     torch.set_default_dtype(dtype)
     try:
-        assert torch.equal(model.rotary_angles(places, 8), want)
+        assert torch.equal(model.rotary_angles(positions, 8), want)
         q, k, v = (x.float() for x in random_qkv(40))
         assert model.nala_attention(q, k, v, causal=True).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_keyword_that_nobody_takes_is_refused():
+def test_an_unknown_keyword_is_rejected():
     q, k, v = random_qkv(3)
     for call in (nala_min.nala_attention, nala_min.linear_attention, nala_min.softmax_attention):
         with pytest.raises(TypeError, match="casual"):
@@ -1087,7 +1086,7 @@ def test_dropout_acts_in_training_only(model):
     lm = small_lm(model, dropout=0.5)
     tokens = torch.randint(11, (1, 9))
     assert not torch.equal(lm(tokens)[0], lm(tokens)[0])
-    drawn = lm.generate(tokens, 20, temperature=0)  # in training mode when it is called
+    drawn = lm.generate(tokens, 20, temperature=0)  # although lm is in training mode
     lm.eval()
     assert torch.equal(lm(tokens)[0], lm(tokens)[0])
     assert torch.equal(lm.generate(tokens, 20, temperature=0), drawn)
@@ -1110,8 +1109,8 @@ def test_a_learned_norm_scale_starts_at_the_root_of_the_channels(model):
 
 
 def check_initial_weights(net):
-    """Normal with deviation 0.02; what ends a residual branch is smaller by the root of their
-    number."""
+    """The standard deviation is 0.02, divided by the root of the number of residual branches in
+    the last layer of each."""
     ends = [end for block in net.blocks for end in (block.attention.out, block.mlp[-1])]
     for module in net.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -1119,8 +1118,8 @@ def check_initial_weights(net):
             assert module.weight.std().item() == pytest.approx(want, rel=0.1)
 
 
-def test_the_stem_forgets_the_size_of_what_its_first_convolution_gives(model):
-    """It normalises each image as a whole before every further convolution."""
+def test_the_stem_ignores_the_scale_of_its_first_convolution(model):
+    """It normalises each whole image before every later convolution."""
     vit = small_vit(model, patch_size=4).double()
     images = torch.randn(2, 3, 16, 12, dtype=torch.float64)
     before = vit.stem(images)
@@ -1132,8 +1131,8 @@ def test_the_stem_forgets_the_size_of_what_its_first_convolution_gives(model):
 @pytest.mark.parametrize(
     ("patch_size", "strides"), [(1, [1, 1]), (2, [1, 2, 1]), (4, [1, 2, 1, 2, 1])]
 )
-def test_the_stem_convolves_twice_for_each_halving(model, patch_size, strides):
-    """From 3 channels to half the width, and from there to the width."""
+def test_the_stem_has_two_convolutions_per_halving(model, patch_size, strides):
+    """It goes from 3 channels to half the width, then to the full width."""
     convolutions = [x for x in small_vit(model, patch_size=patch_size).stem if hasattr(x, "stride")]
     assert [x.stride for x in convolutions] == [(stride, stride) for stride in strides]
     assert [x.in_channels for x in convolutions] == [3, 8, *[16] * (len(strides) - 2)]
@@ -1141,7 +1140,7 @@ def test_the_stem_convolves_twice_for_each_halving(model, patch_size, strides):
 
 
 def test_initial_weights(model):
-    """So that the first loss is near that of guessing."""
+    """The first loss is close to that of uniform guesses."""
     lm = small_lm(model, num_layers=8, dim=128)
     check_initial_weights(lm)
     logits = lm(torch.randint(11, (4, 64)))[0].flatten(0, 1)
@@ -1167,7 +1166,7 @@ def test_temperature_and_top_k_shape_the_draw(model):
 
 
 def test_decoding_state_does_not_grow(model):
-    """Constant memory a token for NaLa; softmax's cache grows."""
+    """NaLa's state has a constant size; softmax's cache grows."""
 
     def numel(state):
         if isinstance(state, torch.Tensor):
@@ -1182,7 +1181,7 @@ def test_decoding_state_does_not_grow(model):
 
 
 def test_overfits_a_short_text(model):
-    """200 characters by heart: loss below 0.1."""
+    """It memorises 200 characters: the loss falls below 0.1."""
     text = "First Citizen: before we proceed any further, hear me speak. All: speak, speak. " * 3
     characters = sorted(set(text))
     tokens = torch.tensor([characters.index(c) for c in text[:201]])[None]
@@ -1211,8 +1210,8 @@ VIT_VARIANTS = [*VARIANTS, {"patch_size": 1}, {"patch_size": 4, "conv_size": 5}]
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (5, 7), (32, 32), (33, 20)])
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8, 16])
-def test_an_image_may_have_any_size_and_patches_of_any_size(model, patch_size, height, width):
-    """A patch for every patch_size pixels begun, in either direction."""
+def test_images_and_patches_may_have_any_size(model, patch_size, height, width):
+    """The number of patches is rounded up in both directions."""
     vit, grids = small_vit(model, patch_size=patch_size), []
     vit.blocks[0].register_forward_pre_hook(lambda _, arguments: grids.append(arguments[0].shape))
     logits = vit(torch.randn(2, 3, height, width))
@@ -1230,7 +1229,7 @@ def test_every_parameter_of_an_image_model_gets_a_gradient(model, options):
 
 @pytest.mark.parametrize("options", VIT_VARIANTS, ids=str)
 def test_every_pixel_matters(model, options):
-    """The stem skips none, not even at the edges."""
+    """The stem skips no pixel, even at the edges."""
     images = torch.randn(1, 3, 9, 6, dtype=torch.float64, requires_grad=True)
     vit = small_vit(model, **options).double()
     (gradient,) = torch.autograd.grad(vit(images)[0, 0], images)
@@ -1239,7 +1238,7 @@ def test_every_pixel_matters(model, options):
 
 @pytest.mark.parametrize("options", VIT_VARIANTS, ids=str)
 def test_bfloat16_autocast_of_an_image_model_is_near_float32(model, options):
-    """What the gpu preset trains with: logits and the gradient of every parameter."""
+    """As in the gpu preset: compares the logits and the gradients of all parameters."""
     vit, images = small_vit(model, **options), torch.randn(4, 3, 12, 8)
     logits, gradients = [], []
     for enabled in (False, True):
@@ -1264,24 +1263,24 @@ def test_float32_images_are_near_float64(model, options):
 @pytest.mark.parametrize("attention", [*ATTENTIONS, ("split", "softmax"), ("elu", "nala")])
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_blocks_are_the_same_for_every_attention(model, kind, attention):
-    """A fair comparison: the same parameters, name by name, whatever the attention."""
-    shapes, wanted = (
+    """For a fair comparison, all parameters have the same names and shapes."""
+    shapes, expected = (
         {name: parameter.shape for name, parameter in net.named_parameters()}
         for net in (MODELS[kind](model, attention=attention), MODELS[kind](model))
     )
-    assert shapes == wanted
+    assert shapes == expected
 
 
 @pytest.mark.parametrize("names", list(itertools.product(ATTENTIONS, repeat=2)), ids="-".join)
-def test_each_block_has_the_attention_that_is_named_for_it(model, names):
-    """The whole image model, put together from the blocks of models of one attention each."""
+def test_each_block_has_the_configured_attention(model, names):
+    """The model equals one assembled from blocks of models with a single attention."""
     vit = small_vit(model, attention=names).double()
     images = torch.randn(2, 3, 6, 10, dtype=torch.float64)
     x = vit.stem(images).movedim(1, -1)
     for i, name in enumerate(names):
-        one = small_vit(model, attention=name).double()
-        one.load_state_dict(vit.state_dict())
-        x, _ = one.blocks[i](x, model.BlockState())
+        single = small_vit(model, attention=name).double()
+        single.load_state_dict(vit.state_dict())
+        x, _ = single.blocks[i](x, model.BlockState())
     x = F.layer_norm(x, (16,), vit.norm.weight, vit.norm.bias)
     mean = sum(x[:, r, s] for r in range(3) for s in range(5)) / 15
     assert_close(vit(images), mean @ vit.head.weight.T + vit.head.bias)
@@ -1289,7 +1288,7 @@ def test_each_block_has_the_attention_that_is_named_for_it(model, names):
 
 @pytest.mark.parametrize("names", [("nala", "softmax"), ("softmax", "nala")], ids="-".join)
 def test_each_block_of_the_language_model_has_its_attention(model, names):
-    """Only softmax remembers keys and values; its state is a pair."""
+    """Only softmax has a pair as its state: keys and values."""
     _, states = small_lm(model, attention=names)(torch.randint(11, (1, 4)))
     assert [isinstance(state.attention, tuple) for state in states] == [
         name == "softmax" for name in names
@@ -1306,15 +1305,15 @@ def test_split_heads_takes_patches_row_by_row(model):
 
 
 def attention_by_hand(model, q, k, v, name):
-    """Bidirectional attention of a block by its name; softmax by Eq. (1)."""
+    """Bidirectional attention, selected by name; softmax as in Eq. (1)."""
     if name == "softmax":
         return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
     return loop_attention(model, q, k, v, MAPS.get(name, name), causal=False)
 
 
 def gated_by_hand(block, x, attention):
-    """(16) on a grid (B, R, S, E) in two heads: the 5 x 5 convolution as a loop over patches and
-    neighbours, attention(q, k, v) over patches row by row."""
+    """(16) on a grid (B, R, S, E), with two heads. The 5 x 5 convolution is a loop over patches
+    and neighbours; attention(q, k, v) takes the patches row by row."""
     batch, rows, columns, dim = x.shape
     q, k, v, gate = (x @ w.T for w in block.project.weight.chunk(4))
     local = torch.zeros_like(v) + block.local.conv.bias
@@ -1340,7 +1339,7 @@ def grid_block(model, attention="nala", **options):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_gated_block_on_a_grid_by_hand(model, attention):
-    """(16), with every sum written out; the gain and shift of the norm are not 1 and 0."""
+    """(16), with every sum written out. The gain and shift of the norm are random."""
     block = grid_block(model, attention)
     for parameter in block.norm.parameters():
         parameter.data.normal_()
@@ -1348,21 +1347,21 @@ def test_gated_block_on_a_grid_by_hand(model, attention):
     want = gated_by_hand(block, x, lambda *qkv: attention_by_hand(model, *qkv, attention))
     y, state = block(x, model.BlockState())
     assert_close(y, want)
-    assert state.attention is None and state.conv is None  # nothing comes after an image
+    assert state.attention is None and state.conv is None  # nothing follows an image
 
 
 @pytest.mark.parametrize("attention", ["nala", "split", "elu", "relu"])
-def test_rope_on_a_grid_knows_row_and_column(model, attention):
+def test_rope_on_a_grid_encodes_row_and_column(model, attention):
     """(17) with the pair (row, column) as a patch's position."""
     block = grid_block(model, attention, rope="numerator")
     x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
-    places = torch.tensor([(r, s) for r in range(3) for s in range(4)])
-    options = {"feature_map": MAPS.get(attention, attention), "rope_positions": places}
+    positions = torch.tensor([(r, s) for r in range(3) for s in range(4)])
+    options = {"feature_map": MAPS.get(attention, attention), "rope_positions": positions}
     want = gated_by_hand(block, x, lambda *qkv: model.nala_attention(*qkv, **options))
     assert_close(block(x, model.BlockState())[0], want)
 
 
-def test_a_learned_norm_scale_is_that_of_its_head(model):
+def test_each_head_has_its_own_learned_norm_scale(model):
     block = grid_block(model, norm_scale=None)
     block.norm_scale.data = torch.tensor([0.5, 3.0], dtype=torch.float64)
     x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
@@ -1376,8 +1375,8 @@ def test_a_learned_norm_scale_is_that_of_its_head(model):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_patch_sees_every_other(model, attention):
-    """Through attention alone: a convolution over 1 patch brings nothing from elsewhere. So many
-    channels that ReLU leaves some of each."""
+    """Only through attention: the convolution covers a single patch. With 32 channels, ReLU leaves
+    no vector without positive entries."""
     block = grid_block(model, attention, conv_size=1, num_heads=1, dim=32)
     x = torch.randn(1, 3, 4, 32, dtype=torch.float64)
     before, _ = block(x, model.BlockState())
@@ -1407,32 +1406,32 @@ POSITION_SOURCES = {
     ids=str,
 )
 def test_position_comes_from_convolutions_and_rope_only(model, source, attention):
-    """Pixels as patches, in another order: if nothing looks at neighbours, the same logits."""
-    options, knows = POSITION_SOURCES[source]
+    """Shuffling the patches, here pixels, changes the logits only if something encodes position."""
+    options, has_position = POSITION_SOURCES[source]
     options = {"conv_size": 1, "patch_size": 1, "attention": attention} | options
     vit = small_vit(model, **options).double()
     for name, parameter in vit.named_parameters():
-        parameter.data.mul_(5.0)  # so that a difference is seen
+        parameter.data.mul_(5.0)  # makes differences visible
         if name.startswith("stem") and parameter.ndim == 4 and source != "the stem":
             middle = parameter[..., 1, 1].clone()
             parameter.data.zero_()[..., 1, 1] = middle
     images = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    moved = images.flatten(2)[..., torch.randperm(20)].view_as(images)
+    shuffled = images.flatten(2)[..., torch.randperm(20)].view_as(images)
     logits = vit(images)
-    difference = (vit(moved) - logits).abs().max() / logits.abs().max()
-    assert difference > 1e-4 if knows else difference < 1e-12
+    difference = (vit(shuffled) - logits).abs().max() / logits.abs().max()
+    assert difference > 1e-4 if has_position else difference < 1e-12
 
 
-def test_a_patch_knows_how_far_the_edge_is(model):
-    """Of an image of one colour: zeros lie around it, which the stem and every local convolution
-    see. Patches that are mirrored have different kernels between them and the edge."""
-    vit, seen = small_vit(model, patch_size=1).double(), []
+def test_zero_padding_encodes_position(model):
+    """In an image of one colour, only the zero padding of the stem and of each local convolution
+    tells patches apart."""
+    vit, outputs = small_vit(model, patch_size=1).double(), []
     for block in vit.blocks:
-        block.attention.local.register_forward_hook(lambda _, arguments, out: seen.append(out[0]))
+        block.attention.local.register_forward_hook(lambda *call: outputs.append(call[2][0]))
     images = torch.ones(1, 3, 9, 9, dtype=torch.float64)
-    seen.append(vit.stem(images).movedim(1, -1))
+    outputs.append(vit.stem(images).movedim(1, -1))
     vit(images)
-    for x in seen:
+    for x in outputs:
         corner, edge, middle = x[0, 0, 0], x[0, 0, 4], x[0, 4, 4]
         for one, other in itertools.combinations((corner, edge, middle), 2):
             assert (one - other).abs().max() > 1e-3 * x.abs().max()
@@ -1477,7 +1476,7 @@ def test_initial_weights_of_an_image_model(model):
 
 @pytest.mark.parametrize("attention", ["nala", "softmax", ("split", "softmax")])
 def test_overfits_a_few_images(model, attention):
-    """20 images of noise by heart: loss below 0.1."""
+    """It memorises 20 noise images: the loss falls below 0.1."""
     vit = small_vit(model, attention=attention, dim=32, patch_size=4)
     images, labels = torch.randn(20, 3, 12, 16), torch.randint(7, (20,))
     optimizer = torch.optim.AdamW(vit.parameters(), lr=3e-3)
@@ -1503,7 +1502,7 @@ def test_overfits_a_few_images(model, attention):
         (("softmax", "softmax", "nala"), ("softmax", "softmax", "nala"), "hybrid"),
     ],
 )
-def test_a_config_names_the_attention_of_each_block_and_their_kind(attention, names, kind):
+def test_a_config_lists_its_attentions_and_their_kind(attention, names, kind):
     for config in (
         nala_min.LMConfig(vocab_size=5, num_layers=3, attention=attention),
         nala_min.ViTConfig(num_layers=3, attention=attention),
@@ -1512,10 +1511,10 @@ def test_a_config_names_the_attention_of_each_block_and_their_kind(attention, na
         assert config.kind == kind
 
 
-def test_the_released_hybrid_is_written_as_its_docstring_says():
+def test_the_released_hybrid_in_the_docstring_works():
     """The pattern in ViTConfig's docstring, at the default sizes."""
-    (written,) = re.findall(r"attention=(\(.*?\))", nala_min.ViTConfig.__doc__)
-    config = nala_min.ViTConfig(attention=ast.literal_eval(written))
+    (pattern,) = re.findall(r"attention=(\(.*?\))", nala_min.ViTConfig.__doc__)
+    config = nala_min.ViTConfig(attention=ast.literal_eval(pattern))
     assert config.kind == "hybrid"
     is_linear = [name != "softmax" for name in config.attentions]
     assert is_linear == sorted(is_linear, reverse=True)  # linear in early blocks
@@ -1524,8 +1523,8 @@ def test_the_released_hybrid_is_written_as_its_docstring_says():
 
 
 @pytest.mark.parametrize("preset", train_cifar.PRESETS)
-def test_no_preset_of_an_image_model_has_more_than_four_million_parameters(preset):
-    with torch.device("meta"):  # counted, not made
+def test_image_presets_have_at_most_four_million_parameters(preset):
+    with torch.device("meta"):  # no memory for the weights
         vit = train_cifar.build_model(train_cifar.PRESETS[preset] | {"attention": "nala"})
     assert 10_000 < sum(parameter.numel() for parameter in vit.parameters()) <= 4_000_000
 
@@ -1544,7 +1543,7 @@ def test_no_preset_of_an_image_model_has_more_than_four_million_parameters(prese
     ],
 )
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_config_that_does_not_fit_is_named(kind, options, message):
+def test_invalid_configs_are_rejected(kind, options, message):
     with pytest.raises(ValueError, match=message):
         MODELS[kind](nala_min, **options)
 
@@ -1561,13 +1560,13 @@ def test_a_config_that_does_not_fit_is_named(kind, options, message):
         ({"conv_size": 0}, "conv_size must be a positive integer, got 0"),
     ],
 )
-def test_an_image_config_that_does_not_fit_is_named(options, message):
+def test_invalid_image_configs_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         small_vit(nala_min, **options)
 
 
 def test_a_config_takes_its_arguments_by_name_only(model):
-    """A size in the place of another would train, and be wrong."""
+    """A model with swapped sizes would train, but be wrong."""
     for config in (model.Config, nala_min.LMConfig, nala_min.ViTConfig):
         with pytest.raises(TypeError):
             config(5)

@@ -94,10 +94,10 @@ def compare(old, new):
 
 
 @notebooks
-def test_a_notebook_shows_what_is_committed(path, fresh):
+def test_a_notebook_shows_what_is_committed(path, notebook_runs):
     """The same words, numbers within 2 % and similar pictures. Tagged cells may vary, but must show
     something. If the committed outputs are outdated, run python tests/tools/notebooks.py."""
-    committed, now = read(path), fresh[path].result()
+    committed, now = read(path), notebook_runs[path].result()
     assert warnings_of(now) == []
     for old, new in zip(committed.cells, now.cells, strict=True):
         if old.cell_type == "code" and "varies" in old.metadata.get("tags", ()):

@@ -1,8 +1,8 @@
-"""What nala_attention computes is right: for random shapes, options, dtypes and sizes of numbers,
-at the ends of what its dtypes can hold, for very long texts, and however tensors lie in memory.
+"""nala_attention is correct for random shapes, options, dtypes and magnitudes, at the limits of a
+dtype's range, for very long texts and for any memory layout.
 
-Each random case follows from one number, and a run adds a fresh one. NALA_SEED=123 pytest
-tests/test_numbers.py repeats the case that printed it."""
+Each random case is determined by its seed, and every run tries one new seed. NALA_SEED=123 pytest
+tests/test_numbers.py repeats the case of seed 123."""
 
 import functools
 import itertools
@@ -26,26 +26,26 @@ FORMS = {
     "recurrent": {"causal": True, "mode": "recurrent"},
 }
 STATEFUL = ("causal auto", "chunked", "recurrent")
-# Of an output, relative to the sum of |weight * value|. Half precision rounds once, at the end.
+# Of outputs, relative to the sum of |weight * value|. Half precision rounds once, at the end.
 TOLERANCE = {
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
-    torch.float32: 3e-5,  # an opposite sign weighs exp(-40 d): its last bit of d counts 40 times
+    torch.float32: 3e-5,  # opposite signs give exp(-40 d): rounding errors in d grow 40 times
     torch.float64: 1e-11,
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
-# --- The formulas, pair by pair, in float64 and in logarithms, which hold every size --------------
+# --- The equations for each pair, in float64 logarithms: no overflow or underflow -----------------
 
 
 def log(x):
-    """log|x|; -inf at 0, where it has no gradient."""
+    """log|x|; at 0 it is -inf, with gradient 0."""
     return torch.where(x == 0, 1.0, x.abs()).log().masked_fill(x == 0, -math.inf)
 
 
 def split_norm(x):
-    """Norm, x / max|x|, and direction, Eq. (2): safe from squares that overflow or vanish."""
+    """Norm, x / max|x| and direction, Eq. (2). No square overflows or underflows."""
     largest = x.detach().abs().amax(-1, keepdim=True)
     ratio = x / largest.masked_fill(largest == 0, 1.0)
     norm = ratio.square().sum(-1, keepdim=True).clamp_min(1e-300).sqrt()
@@ -53,22 +53,22 @@ def split_norm(x):
 
 
 def log_sum(x):
-    """log sum exp over the last dimension, which may hold nothing but -inf."""
+    """log sum exp over the last dimension, whose entries may all be -inf."""
     largest = x.detach().amax(-1, keepdim=True).clamp_min(-1e300)
     return log((x - largest).exp().sum(-1, keepdim=True)) + largest
 
 
 def pair_weights(q, k, visible, feature_map):
-    """Weights (B, H, Q, N) of N keys for each of Q queries, and the log of their sum before they
-    are divided by it. visible: broadcastable to (B, 1, Q, N)."""
+    """Normalised weights (B, H, Q, N) of N keys for Q queries, and the log of the normaliser.
+    visible: broadcastable to (B, 1, Q, N)."""
     if feature_map in ("cosine", "split"):
-        norm, ratio, turn_q = split_norm(q)
-        turn_q, turn_k = turn_q[:, :, :, None], split_norm(k)[2][:, :, None]
+        norm, ratio, dir_q = split_norm(q)
+        dir_q, dir_k = dir_q[:, :, :, None], split_norm(k)[2][:, :, None]
         log_q, log_k = 3 * (0.5 + norm.tanh()) * log(ratio), 3 * log(k)  # Eqs. (7), (8)
         if feature_map == "split":  # Eq. (11)
-            pair = log((turn_q * turn_k > 0).double())
+            pair = log((dir_q * dir_k > 0).double())
         else:  # Eq. (10): cos(theta_q - theta_k) = sin(pi/2 - |theta_q - theta_k|)
-            high, low = torch.maximum(turn_q, turn_k), torch.minimum(turn_q, turn_k)
+            high, low = torch.maximum(dir_q, dir_k), torch.minimum(dir_q, dir_k)
             pair = log((math.pi / 2 * ((-40 * high).sigmoid() + (40 * low).sigmoid())).sin())
     else:
         pair = torch.zeros(())
@@ -85,13 +85,13 @@ def pair_weights(q, k, visible, feature_map):
 
 
 def visible_to(form, num_tokens):
-    every = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
-    return every.tril() if "causal" in FORMS[form] else every
+    visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
+    return visible.tril() if "causal" in FORMS[form] else visible
 
 
 # --- Random cases ---------------------------------------------------------------------------------
 
-# What a case draws its sizes from, in exponents of 10. The sums hold the cube of k times v.
+# Ranges of a case's magnitudes, as powers of 10. sum: the limit for k^3 v.
 SIZES = {
     torch.float16: {"q": (-7, 3.3), "k": (-7, 3.3), "v": (-7, 3.3), "sum": 28},
     torch.bfloat16: {"q": (-18, 16), "k": (-9, 9), "v": (-30, 30), "sum": 28},
@@ -101,7 +101,7 @@ SIZES = {
 
 
 class Case:
-    """q, k, v and options that follow from a seed."""
+    """Random q, k, v and options, determined by a seed."""
 
     def __init__(self, seed):
         draw = random.Random(seed)
@@ -122,7 +122,7 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
 
         def numbers(size, exponent):
-            """Of either sign and about 10^exponent; that of a token up to 10 times more or less."""
+            """Random signs, sizes near 10^exponent; each token up to 10 times larger or smaller."""
             x = torch.rand(3, batch, heads, tokens, size, generator=generator).double() * 2 - 1
             jitter = x[1] + x[2, ..., :1] * math.log(10)
             x = x[0].sign() * (jitter + exponent * math.log(10)).exp()
@@ -139,7 +139,7 @@ class Case:
         print(f"NALA_SEED={seed}: {self.form}, {self.feature_map}, {self.dtype}, {shape}")
 
     def attention(self, q, k, v):
-        """In one call, or in two, the second of which continues from the state of the first."""
+        """In one call, or in two: the second continues from the state of the first."""
 
         def attend(tokens, form, **state):
             return nala_attention(
@@ -159,9 +159,9 @@ class Case:
 
 @pytest.mark.parametrize("seed", [*range(150), "fresh"])
 def test_a_random_case(seed, monkeypatch):
-    """Every output is right to within TOLERANCE of the terms that it is the sum of, every gradient
-    to within that of what such terms could make it. Left alone are rows of so little mass that the
-    dtype cannot hold it, as where all of a few channels differ in sign: one case in 250 has any."""
+    """The error of each output is within TOLERANCE of the sum of its absolute terms; gradients have
+    a similar bound. Rows whose mass underflows are skipped, and then all gradients. One case in 250
+    has such rows, for example if all of a few channels differ in sign."""
     if seed == "fresh":
         seed = int(os.environ.get("NALA_SEED", random.SystemRandom().randrange(10**6)))
     case = Case(seed)
@@ -180,18 +180,18 @@ def test_a_random_case(seed, monkeypatch):
     assert ((got - want).abs() <= rtol * terms + info.tiny)[~faint].all()
     if faint.any():
         return
-    wanted = torch.autograd.grad(want, high, case.cotangent.double())
+    expected = torch.autograd.grad(want, high, case.cotangent.double())
     gradients = torch.autograd.grad(got, low, case.cotangent)
-    for name, x, g, w in zip("qkv", high, gradients, wanted, strict=True):
+    for name, x, g, w in zip("qkv", high, gradients, expected, strict=True):
         size = case.cotangent.double().abs().sum(-1).amax((1, 2))[:, None, None, None]
-        if name != "v":  # x dy/dx, or for elu dy/dx, is up to 10 y or so
+        if name != "v":  # |x dy/dx|, or |dy/dx| for elu, is at most about 10 |y|
             y = high[2].abs().amax((1, 2, 3), keepdim=True).clamp_min(info.tiny)
             size = size * 10 * y / x.abs().clamp(max=1 if case.feature_map == "elu" else math.inf)
         bound = rtol * (w.abs() + size) + info.tiny
         assert ((g - w).abs() <= bound)[w.abs() + bound < info.max].all(), name
 
 
-# --- Ends of the range ----------------------------------------------------------------------------
+# --- Limits of the range --------------------------------------------------------------------------
 
 
 def numbers(*shape, dtype=torch.float32):
@@ -205,7 +205,7 @@ def output_and_gradients(form, q, k, v, **options):
     return out, *torch.autograd.grad(out, (q, k, v), cotangent)
 
 
-RANGES = {  # of q, and of k: powers of 10
+RANGES = {  # of q and of k, as powers of 10
     torch.float16: ((-6, 4), (-6, 4)),
     torch.bfloat16: ((-20, 18), (-11, 12)),
     torch.float32: ((-20, 18), (-11, 12)),
@@ -216,8 +216,8 @@ RANGES = {  # of q, and of k: powers of 10
 @every_form
 @pytest.mark.parametrize("dtype", RANGES)
 @pytest.mark.parametrize("feature_map", ["cosine", "split"])
-def test_queries_and_keys_may_be_this_small_and_this_large(feature_map, dtype, form):
-    """For values of about 1. In float16 that is all that it can represent."""
+def test_range_of_queries_and_keys(feature_map, dtype, form):
+    """For values of about 1. In float16, this is the whole range."""
     q, k, v = numbers(1, 2, 20, 6), numbers(1, 2, 20, 6), numbers(1, 2, 20, 3).to(dtype)
     visible = visible_to(form, 20)
     for size_q, size_k in itertools.product(*RANGES[dtype]):
@@ -230,9 +230,10 @@ def test_queries_and_keys_may_be_this_small_and_this_large(feature_map, dtype, f
 
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beyond_that_range(dtype, form):
-    """Too large a query has no direction, too small a key no mass: output 0. Too large a key shows.
-    Too small a query loses its signs, and its weights still sum to 1."""
+def test_outside_that_range(dtype, form):
+    """Queries that are too large have no direction and keys that are too small no mass: the output
+    is 0. Keys that are too large make it infinite or NaN. Queries that are too small lose their
+    signs, but their weights still sum to 1."""
     q, k, v = (numbers(1, 2, 20, size, dtype=dtype) for size in (6, 6, 3))
     attention = functools.partial(nala_attention, **FORMS[form])
     assert not attention(q.sign() * 1e20, k, v).any()
@@ -244,12 +245,12 @@ def test_beyond_that_range(dtype, form):
 
 # --- inf and nan ----------------------------------------------------------------------------------
 
-# Of 16 tokens, in chunks of 4, token 13 is spoilt: the first whose output is, for each of q, k, v.
-# 0 times nan is nan: a form that multiplies the future by 0 spoils tokens before it.
-FIRST = {
+# The first of 16 tokens, in chunks of 4, whose output is not finite if token 13 of q, k, v is not.
+# 0 times NaN is NaN: forms that multiply the future by 0 affect earlier tokens.
+FIRST_AFFECTED = {
     "auto": (13, 0, 0),
     "parallel": (13, 0, 0),
-    "causal auto": (13, 8, 8),  # on a CPU from the first of its segment, here of 8 tokens
+    "causal auto": (13, 8, 8),  # on a CPU, the start of its segment of 8 tokens
     "quadratic": (13, 13, 0),
     "chunked": (13, 13, 12),
     "recurrent": (13, 13, 13),
@@ -258,27 +259,25 @@ FIRST = {
 
 @every_form
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("spoilt", ["q", "k", "v"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("feature_map", ["cosine", "split"])
-def test_what_is_not_finite_shows_and_stays_in_its_head(
-    feature_map, spoilt, value, form, monkeypatch
-):
-    """Other heads and examples, and tokens before those of FIRST, are untouched to the last bit."""
+def test_nan_and_inf_propagate_only_within_their_head(feature_map, name, value, form, monkeypatch):
+    """Other heads and examples, and tokens before FIRST_AFFECTED, do not change at all."""
     monkeypatch.setattr(fast, "SEGMENT", 2 * 2 * 3 * 8)
     clean = [numbers(2, 2, 16, size).requires_grad_() for size in (3, 3, 2)]
-    dirty, which = [x.detach().clone() for x in clean], "qkv".index(spoilt)
-    dirty[which][0, 0, 13, 1] = value
+    dirty, index = [x.detach().clone() for x in clean], "qkv".index(name)
+    dirty[index][0, 0, 13, 1] = value
     options = {"feature_map": feature_map, "chunk_size": 4}
     want = output_and_gradients(form, *clean, **options)
     got = output_and_gradients(form, *(x.requires_grad_() for x in dirty), **options)
-    hit = torch.zeros(2, 2, 16, dtype=torch.bool)
-    hit[0, 0, FIRST[form][which] : 14 if spoilt == "q" else None] = True
-    assert torch.equal(got[0][~hit], want[0][~hit])
-    assert not got[0][hit].isfinite().all(-1).any()
+    affected = torch.zeros(2, 2, 16, dtype=torch.bool)
+    affected[0, 0, FIRST_AFFECTED[form][index] : 14 if name == "q" else None] = True
+    assert torch.equal(got[0][~affected], want[0][~affected])
+    assert not got[0][affected].isfinite().all(-1).any()
     for g, w in zip(got[1:], want[1:], strict=True):
         assert torch.equal(g[0, 1], w[0, 1]) and torch.equal(g[1], w[1])
-    if spoilt != "v":  # of which the output is linear: its own gradient does not depend on it
-        assert not got[1 + which][0, 0, 13].isfinite().all()
+    if name != "v":  # the output is linear in v, so the gradient of v does not depend on v
+        assert not got[1 + index][0, 0, 13].isfinite().all()
 
 
 @every_form
@@ -296,12 +295,12 @@ def test_a_masked_key_may_be_anything(feature_map, value, form):
     assert all(map(torch.equal, got, want))
 
 
-# --- Shapes, layouts, surroundings ----------------------------------------------------------------
+# --- Shapes, layouts, contexts --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["auto", "parallel", "causal auto", "chunked"])
 def test_a_quarter_of_a_million_tokens(form):
-    """In float32: weights sum to 1, outputs and state are those of float64, gradients finite."""
+    """In float32: weights sum to 1, outputs and state match float64, and gradients are finite."""
     num_tokens, causal = 2**18, "causal" in FORMS[form]
     q, k, v = (numbers(1, 2, num_tokens, size).requires_grad_() for size in (3, 3, 2))
     values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
@@ -309,13 +308,13 @@ def test_a_quarter_of_a_million_tokens(form):
     out, state = out if causal else (out, None)
     for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
         assert gradient.isfinite().all() and gradient.any()
-    places = torch.tensor([0, 1, 1000, num_tokens // 2, num_tokens - 1])
-    visible = torch.arange(num_tokens) <= (places[:, None] if causal else num_tokens)
+    tokens = torch.tensor([0, 1, 1000, num_tokens // 2, num_tokens - 1])
+    visible = torch.arange(num_tokens) <= (tokens[:, None] if causal else num_tokens)
     with torch.no_grad():
         values = values.double()
-        weights, _ = pair_weights(q[:, :, places].double(), k.double(), visible, "cosine")
+        weights, _ = pair_weights(q[:, :, tokens].double(), k.double(), visible, "cosine")
         bound = TOLERANCE[torch.float32] * (weights @ values.abs())
-        assert ((out[:, :, places] - weights @ values).abs() <= bound).all()
+        assert ((out[:, :, tokens] - weights @ values).abs() <= bound).all()
         assert_close(out[..., -1], torch.ones(1, 2, num_tokens), rtol=0, atol=1e-5)
         if causal:
             phi_k = model.key_features(k.double())
@@ -324,7 +323,7 @@ def test_a_quarter_of_a_million_tokens(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_tokens_are_refused(form):
+def test_an_empty_sequence_is_rejected(form):
     q, k, v = (numbers(2, 2, 0, size) for size in (3, 3, 4))
     with pytest.raises(ValueError, match=r"q must be .* with N > 0"):
         output_and_gradients(form, q, k, v)
@@ -334,7 +333,7 @@ LAYOUTS = {
     "one row for all tokens": lambda x: x[:, :, :1].expand_as(x),
     "one text and head for all": lambda x: x[:1, :1].expand_as(x),
     "one number for all channels": lambda x: x[..., :1].expand_as(x),
-    "heads behind tokens": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "heads after tokens": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "channels before tokens": lambda x: x.mT.contiguous().mT,
     "every other channel": lambda x: torch.cat([x, x + 1], -1)[..., ::2],
 }
@@ -342,15 +341,15 @@ LAYOUTS = {
 
 @every_form
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_how_tensors_lie_in_memory_does_not_matter(layout, form):
-    """To outputs and to gradients, which are summed where memory is shared."""
+def test_memory_layout_does_not_matter(layout, form):
+    """For outputs and gradients. Gradients are summed where memory is shared."""
     tensors = [numbers(2, 2, 12, size, dtype=torch.float64).requires_grad_() for size in (3, 3, 4)]
     results = []
     for contiguous in (False, True):
-        laid_out = [LAYOUTS[layout](x) for x in tensors]
-        assert not any(x.is_contiguous() for x in laid_out)
-        laid_out = [x.contiguous() for x in laid_out] if contiguous else laid_out
-        out = nala_attention(*laid_out, **FORMS[form])
+        views = [LAYOUTS[layout](x) for x in tensors]
+        assert not any(x.is_contiguous() for x in views)
+        views = [x.contiguous() for x in views] if contiguous else views
+        out = nala_attention(*views, **FORMS[form])
         cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
         results.append((out, *torch.autograd.grad(out, tensors, cotangent)))
     assert_close(*results, rtol=1e-12, atol=1e-12)
@@ -358,23 +357,23 @@ def test_how_tensors_lie_in_memory_does_not_matter(layout, form):
 
 @every_form
 @pytest.mark.parametrize("dtype", SIZES)
-def test_surroundings_change_no_bit(dtype, form):
+def test_contexts_change_no_bit(dtype, form):
     tensors = [numbers(2, 2, 70, size, dtype=dtype).requires_grad_() for size in (3, 3, 4)]
     want = output_and_gradients(form, *tensors)
-    torch.use_deterministic_algorithms(True)  # fills with nan what is allocated and not written
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         assert all(map(torch.equal, output_and_gradients(form, *tensors), want))
     finally:
         torch.use_deterministic_algorithms(False)
-    for surroundings in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
-        with surroundings:
+    for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
             got = nala_attention(*tensors, **FORMS[form])
         assert got.dtype == dtype and torch.equal(got, want[0])
 
 
 @every_form
-def test_torch_func_is_autograd_and_a_loop(form):
-    """vmap over all of q, k, v; grad under vmap; jacrev."""
+def test_torch_func_equals_autograd_and_a_loop(form):
+    """vmap over q, k and v; grad under vmap; jacrev."""
     attention = functools.partial(nala_attention, **FORMS[form])
     batches = [numbers(3, 1, 2, 6, size, dtype=torch.float64) for size in (3, 3, 4)]
     assert_close(torch.func.vmap(attention)(*batches), torch.stack([*map(attention, *batches)]))

@@ -1,10 +1,9 @@
-"""`--attention FILE.py`, as the README shows it: it trains, goes on, samples, is measured and
-compared like any other."""
+"""`--attention FILE.py`, as in the README: a custom attention trains, resumes, samples, is measured
+and compared like any other."""
 
 import re
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def text_run(folder, *flags):
     return run_here(train_shakespeare, folder, *sizes, "--data", "text.txt", *flags)
 
 
-def test_the_example_is_as_short_as_it_says():
+def test_the_example_has_four_lines_and_these_commands():
     assert len([line for line in EXAMPLE.splitlines() if line.strip()]) == 4
     commands = [line.partition("#")[0].strip() for line in USE.strip().splitlines()]
     assert commands == [
@@ -53,7 +52,7 @@ def test_the_example_is_as_short_as_it_says():
     ]
 
 
-def test_it_trains_goes_on_and_samples(folder):
+def test_it_trains_resumes_and_samples(folder):
     mine = ("--attention", "mine.py")
     whole = text_run(folder, *mine, "--out", "whole")
     assert whole.returncode == 0, whole.stderr
@@ -64,33 +63,33 @@ def test_it_trains_goes_on_and_samples(folder):
     assert [block["attention"] for block in card["results"]["attention_stats"]] == ["mine.py"] * 2
     assert all("entropy" in block for block in card["results"]["attention_stats"])
 
-    text = text_run(folder, *mine, "--sample", "30", "--prompt", "Line", "--out", "whole")
-    assert text.returncode == 0, text.stderr
-    assert text.stdout.startswith("Line") and len(text.stdout) == 4 + 30 + 1
-    by_name = run_here(train_shakespeare, folder, "--sample", "30", "--prompt", "Line",
+    sample = text_run(folder, *mine, "--sample", "30", "--prompt", "Line", "--out", "whole")
+    assert sample.returncode == 0, sample.stderr
+    assert sample.stdout.startswith("Line") and len(sample.stdout) == 4 + 30 + 1
+    default = run_here(train_shakespeare, folder, "--sample", "30", "--prompt", "Line",
                        "--out", "whole", "--device", "cpu")  # fmt: skip
-    assert by_name.stdout == text.stdout
+    assert default.stdout == sample.stdout
 
-    again = text_run(folder, *mine, "--out", "whole", "--resume")
-    assert again.returncode == 0, again.stderr
-    named = train_shakespeare.Settings(preset="cpu", attention=str(folder / "mine.py"))
-    assert named.out.name == "shakespeare_cpu_mine_seed1"
+    resumed = text_run(folder, *mine, "--out", "whole", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    settings = train_shakespeare.Settings(preset="cpu", attention=str(folder / "mine.py"))
+    assert settings.out.name == "shakespeare_cpu_mine_seed1"
 
 
-def test_it_may_be_one_block_s_of_an_image_model(folder, monkeypatch):
-    few = data.drawn_images(num_train=40, num_test=20)
-    monkeypatch.setattr(data, "drawn_images", lambda: few)
+def test_one_block_of_an_image_model_may_use_it(folder, monkeypatch):
+    images = data.drawn_images(num_train=40, num_test=20)
+    monkeypatch.setattr(data, "drawn_images", lambda: images)
     flags = [*flags_of(SIZES | {"layers": 3}), "--data", "synthetic", "--out", "run"]
     result = run_here(train_cifar, folder, *flags, "--attention", "nala,nala,mine.py")
     assert result.returncode == 0, result.stderr
     assert "attention nala,nala,mine.py" in result.stdout
     stats = runcard.read_json(folder / "run" / "card.json")["results"]["attention_stats"]
     assert [block["attention"] for block in stats] == ["nala", "nala", "mine.py"]
-    tested = run_here(train_cifar, folder, "--eval", "--data", "synthetic", "--out", "run")
-    assert tested.returncode == 0, tested.stderr
+    evaluated = run_here(train_cifar, folder, "--eval", "--data", "synthetic", "--out", "run")
+    assert evaluated.returncode == 0, evaluated.stderr
 
 
-def test_a_file_that_changed_is_another_attention(folder):
+def test_a_changed_file_is_another_attention(folder):
     assert text_run(folder, "--attention", "mine.py", "--out", "run").returncode == 0
     with (folder / "mine.py").open("a", encoding="utf-8") as file:
         file.write("\n# another\n")
@@ -99,36 +98,35 @@ def test_a_file_that_changed_is_another_attention(folder):
     resumed = text_run(folder, "--attention", "mine.py", "--out", "run", "--resume")
     assert_mistake(resumed, train_shakespeare, "attention_sha256")
     (folder / "mine.py").unlink()
-    gone = text_run(folder, "--sample", "5", "--out", "run")
-    assert_mistake(gone, train_shakespeare, "mine.py cannot be read")
+    deleted = text_run(folder, "--sample", "5", "--out", "run")
+    assert_mistake(deleted, train_shakespeare, "mine.py cannot be read")
 
 
 @pytest.mark.parametrize("folder", ["features"], indirect=True)
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("x = 1", "mine.py must define query_features and key_features, or attention"),
         (EXAMPLE.replace(".softmax(dim=-1)", ""), "mine.py: query_features must be finite and non"),
         ("def f(:", "mine.py does not run: SyntaxError"),
     ],
 )
-def test_a_file_that_will_not_do_is_one_line(folder, source, said):
+def test_an_invalid_file_is_reported_in_one_line(folder, source, message):
     (folder / "mine.py").write_text(source, encoding="utf-8")
     for script in (train_shakespeare, train_cifar):
         result = run_here(script, folder, *flags_of(SIZES), "--attention", "mine.py")
-        assert_mistake(result, script, f"--attention {said}")
+        assert_mistake(result, script, f"--attention {message}")
     result = run_here(train_shakespeare, folder, *flags_of(SIZES), "--attention", "other.py")
     assert_mistake(result, train_shakespeare, "other.py cannot be read: No such file")
 
 
 @pytest.mark.parametrize("folder", ["features"], indirect=True)
 def test_it_is_compared(folder, monkeypatch, capsys):
-    """Among the others, in processes of their own; and what is done is not done again, until the
-    file changes."""
+    """With the others, in separate processes. Only a change to the file repeats finished runs."""
     monkeypatch.chdir(folder)
-    small = compare.STUDIES["recall"]
-    task = replace(small.task, steps=2, pairs=(4, 64), tokens=256)
-    study = replace(small, task=task, variants=("nala", "elu"), seeds=1)
+    recall = compare.STUDIES["recall"]
+    task = replace(recall.task, steps=2, pairs=(4, 64), tokens=256)
+    study = replace(recall, task=task, variants=("nala", "elu"), seeds=1)
     monkeypatch.setitem(compare.STUDIES, "recall", study)
     argv = ["compare", "--study", "recall", "--attention", "mine.py", "--workers", "1"]
     monkeypatch.setattr("sys.argv", argv)
@@ -140,21 +138,25 @@ def test_it_is_compared(folder, monkeypatch, capsys):
     assert list(card["config"]["attention_sha256"]) == ["mine.py"]
     assert "attention_stats" in card["results"]["runs"][-1]
 
-    ran = []
-    work = partial(lambda name: ran.append(name) or {"variant": name, "seed": 1})
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *_, **__: Here(work))
+    variants_run = []
+
+    def work(name):
+        variants_run.append(name)
+        return {"variant": name, "seed": 1}
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *_, **__: InProcessExecutor(work))
     study = compare.configured_study(
         compare.Settings(study="recall", attention="mine.py"), "recall"
     )
     compare.run_all(study, folder / "runs" / "compare" / "recall", 1, "cpu")
-    assert ran == []
+    assert variants_run == []
     (folder / "mine.py").write_text(EXAMPLE + "\n", encoding="utf-8")
     compare.run_all(study, folder / "runs" / "compare" / "recall", 1, "cpu")
-    assert ran == ["mine.py"]
+    assert variants_run == ["mine.py"]
 
 
-class Here:
-    """An executor that notes whom it was to run, in this process."""
+class InProcessExecutor:
+    """A replacement for ProcessPoolExecutor: submit calls work(name) in this process."""
 
     def __init__(self, work):
         self.work = work

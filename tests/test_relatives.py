@@ -1,5 +1,5 @@
-"""relatives.py: each attention against its paper's sum over keys, written as a loop in float64; and
-what a file of one's own must define."""
+"""relatives.py: each attention equals its paper's sum over keys, as a loop in float64. Also tests
+what the file of a custom attention must define."""
 
 import math
 import pickle
@@ -16,17 +16,17 @@ from nala_min.model import Config
 
 B, H, N, D = 2, 3, 7, 4
 NAMES = ("focused", "clipped", "polar", "magnitude-aware", "hedgehog", "injective", "delta")
-LEARN = {"polar": "exponent", "delta": "share"}  # what those that are modules learn
+PARAMETERS = {"polar": "exponent", "delta": "share"}  # the others have none
 
 
 def attention(name):
-    """The attention called name, in float64; what it learns is not what it starts with."""
-    made = ATTENTIONS[name]
-    if isinstance(made, type):
-        made = made(Config(num_heads=H, dim=H * D)).double()
-        learned = getattr(made, LEARN[name])
-        learned.data = torch.randn_like(learned)
-    return made
+    """The attention called name, in float64. If it has a parameter, the values are random."""
+    attend = ATTENTIONS[name]
+    if isinstance(attend, type):
+        attend = attend(Config(num_heads=H, dim=H * D)).double()
+        parameter = getattr(attend, PARAMETERS[name])
+        parameter.data = torch.randn_like(parameter)
+    return attend
 
 
 def qkv(num_tokens=N):
@@ -43,17 +43,17 @@ def weighted(weight, q, k, v, causal):
     return out
 
 
-def focus(x):
+def focused_features(x):
     x = x.clamp_min(0)
     return x**3 * (x.norm() / (x**3).norm()) if x.any() else x
 
 
-def temper(x):
-    powers = torch.cat([x, -x]).exp()
-    return powers / powers.sum()
+def hedgehog_features(x):
+    exps = torch.cat([x, -x]).exp()
+    return exps / exps.sum()
 
 
-def powers(q, k, h):
+def clipped_weight(q, k, h):
     d = q / q.norm()
     power = 3 * (0.5 + torch.tanh(q.norm()))
     return (d.clamp_min(0) ** power * k.clamp_min(0) ** 3).sum()
@@ -63,24 +63,24 @@ def powers(q, k, h):
 @pytest.mark.parametrize(
     ("name", "weight"),
     [
-        ("focused", lambda q, k, h: focus(q) @ focus(k)),
-        ("clipped", powers),
-        ("hedgehog", lambda q, k, h: temper(q) @ temper(k)),
+        ("focused", lambda q, k, h: focused_features(q) @ focused_features(k)),
+        ("clipped", clipped_weight),
+        ("hedgehog", lambda q, k, h: hedgehog_features(q) @ hedgehog_features(k)),
     ],
 )
-def test_linear_relatives_are_the_loop(name, weight, causal):
+def test_linear_relatives_equal_the_loop(name, weight, causal):
     q, k, v = qkv()
     assert_close(attention(name)(q, k, v, causal=causal), weighted(weight, q, k, v, causal))
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_polar_gives_half_to_equal_and_half_to_opposite_signs(causal):
+def test_halves_of_polar_are_for_equal_and_for_opposite_signs(causal):
     polar, (q, k, v) = attention("polar"), qkv()
     power = 1 + 3 * torch.sigmoid(polar.exponent.detach())[:, 0]
 
     def weight(sign, q, k, h):
-        chosen = q * k * sign > 0
-        return ((q.abs() * k.abs()) ** power[h] * chosen).sum()
+        selected = q * k * sign > 0
+        return ((q.abs() * k.abs()) ** power[h] * selected).sum()
 
     same = weighted(partial(weight, 1), q, k, v, causal)
     opposite = weighted(partial(weight, -1), q, k, v, causal)
@@ -103,7 +103,7 @@ def test_magnitude_aware_weights_are_beta_a_minus_gamma(causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_injective_weights_are_what_is_above_the_mean_and_an_even_share(causal):
+def test_injective_weights_are_centred_scores_plus_an_equal_share(causal):
     q, k, v = qkv()
     want = torch.zeros_like(v)
     for b, h, t in ((b, h, t) for b in range(B) for h in range(H) for t in range(N)):
@@ -116,7 +116,7 @@ def test_injective_weights_are_what_is_above_the_mean_and_an_even_share(causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_delta_reads_a_state_in_which_each_key_has_been_corrected(causal):
+def test_delta_corrects_its_state_at_each_key(causal):
     delta, (q, k, v) = attention("delta"), qkv()
     share, want = torch.sigmoid(delta.share.detach()), torch.zeros_like(v)
     for b, h in ((b, h) for b in range(B) for h in range(H)):
@@ -131,18 +131,18 @@ def test_delta_reads_a_state_in_which_each_key_has_been_corrected(causal):
     assert_close(delta(q, k, v, causal=causal), want)
 
 
-def test_a_longer_query_is_sharper_to_magnitude_aware_attention_only_in_size():
-    """What is added to linear attention grows with S."""
+def test_magnitude_aware_attention_differs_more_for_longer_queries():
+    """It adds a term to linear attention that grows with the sum of the scores."""
     q, k, v = qkv()
     q = q.abs()
     plain = nala_attention(q * 9, k, v, feature_map="elu")
-    far = [attention("magnitude-aware")(c * q, k, v) for c in (1, 9)]
-    assert (far[1] - plain).norm() > 2 * (far[0] - plain).norm()
+    outs = [attention("magnitude-aware")(c * q, k, v) for c in (1, 9)]
+    assert (outs[1] - plain).norm() > 2 * (outs[0] - plain).norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_text_may_be_cut_anywhere(name):
-    """The state that is handed on, as for nala_attention."""
+    """It continues from its state, as nala_attention does."""
     attend, (q, k, v) = attention(name), qkv(20)
     want, pieces, state, start = attend(q, k, v, causal=True), [], None, 0
     for size in (1, 5, 1, 1, 12):
@@ -155,11 +155,11 @@ def test_a_text_may_be_cut_anywhere(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("causal", [True, False])
-def test_bfloat16_comes_back_as_bfloat16_and_is_nearly_right(name, causal):
+def test_bfloat16_inputs_give_nearly_correct_bfloat16_outputs(name, causal):
     attend, tensors = attention(name), [x.bfloat16() for x in qkv()]
     want = attend(*(x.double() for x in tensors), causal=causal)
-    made = attend.float() if isinstance(attend, torch.nn.Module) else attend
-    out = made(*tensors, causal=causal)
+    attend = attend.float() if isinstance(attend, torch.nn.Module) else attend
+    out = attend(*tensors, causal=causal)
     assert out.dtype == torch.bfloat16
     assert_close(out.double(), want, rtol=0.02, atol=0.02)
 
@@ -177,7 +177,7 @@ def test_zero_queries_and_keys_have_finite_outputs_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_trains_with_it_and_goes_on_from_its_state(name):
+def test_a_model_trains_with_it_and_continues_from_its_state(name):
     model = NaLaLM(LMConfig(vocab_size=7, num_layers=1, num_heads=2, dim=8, attention=name))
     tokens = torch.randint(7, (2, 9))
     before = model(tokens)[0]
@@ -190,20 +190,20 @@ def test_a_model_trains_with_it_and_goes_on_from_its_state(name):
     before.sum().backward()
     layer = model.blocks[0].attention
     assert layer.project.weight.grad[: 2 * 8].abs().sum() > 0
-    assert isinstance(layer.attend, torch.nn.Module) == (name in LEARN)
-    if name in LEARN:
-        assert getattr(layer.attend, LEARN[name]).grad.abs().sum() > 0
+    assert isinstance(layer.attend, torch.nn.Module) == (name in PARAMETERS)
+    if name in PARAMETERS:
+        assert getattr(layer.attend, PARAMETERS[name]).grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", [*NAMES, "nala", "split", "elu", "relu", "softmax"])
-def test_a_model_survives_pickling_and_sees_images(name):
+def test_an_image_model_with_it_survives_pickling(name):
     vit = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=16, attention=name)).double()
     images = torch.randn(2, 3, 9, 12, dtype=torch.float64)
-    again = pickle.loads(pickle.dumps(vit))
-    assert torch.equal(again(images), vit(images))
+    loaded = pickle.loads(pickle.dumps(vit))
+    assert torch.equal(loaded(images), vit(images))
 
 
-# --- A file of one's own --------------------------------------------------------------------------
+# --- Custom files ---------------------------------------------------------------------------------
 
 FEATURES = """
 import torch
@@ -257,7 +257,7 @@ def test_a_file_is_registered_under_its_name(write, source, causal):
     assert config.kind == "linear"
 
 
-BROKEN = {  # what a file says, and what is said of it
+BROKEN = {  # content of a file: part of the error message
     "x = 1": "must define query_features and key_features, or attention, got neither",
     "def query_features(q): return q": "or attention, got query_features",
     FEATURES + ATTENTION: "or attention, got query_features, key_features, attention",
@@ -305,7 +305,7 @@ BROKEN = {  # what a file says, and what is said of it
 
 
 @pytest.mark.parametrize("source", BROKEN)
-def test_a_file_that_will_not_do_is_refused_in_one_line(write, source):
+def test_an_invalid_file_is_rejected_in_one_line(write, source):
     path = write(source)
     with pytest.raises(ValueError) as error:
         relatives.register(path, D, causal=True)
@@ -315,7 +315,7 @@ def test_a_file_that_will_not_do_is_refused_in_one_line(write, source):
     assert path not in ATTENTIONS
 
 
-def test_a_file_that_was_edited_is_registered_anew(write):
+def test_an_edited_file_is_registered_again(write):
     q, k, v = qkv()
     outs = []
     for source in (ATTENTION, ATTENTION.replace("2 * out", "3 * out")):
@@ -324,19 +324,19 @@ def test_a_file_that_was_edited_is_registered_anew(write):
     assert_close(3 * outs[0], 2 * outs[1])
 
 
-def test_a_file_may_be_a_path(write):
+def test_a_file_may_be_a_path_object(write):
     path = Path(write(ATTENTION))
     relatives.register(path, D, causal=True)
     assert str(path) in ATTENTIONS
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     for name in ("nowhere.py", "."):
         with pytest.raises(ValueError, match="cannot be read: "):
             relatives.register(str(tmp_path / name), D, causal=True)
 
 
-def test_an_image_s_attention_may_see_everything(write):
+def test_attention_for_images_need_not_be_causal(write):
     path = write(ATTENTION.replace("2 * out, after", "out - out.mean(2, keepdim=True), after"))
     relatives.register(path, D, causal=False)
     with pytest.raises(ValueError, match="sees the future"):

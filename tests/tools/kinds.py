@@ -9,9 +9,9 @@ README = TESTS / "README.md"
 
 KINDS = {  # kind: its tests; a name may be a prefix
     "A derivative is silently zero": """
-        test_fast.py::test_a_second_derivative_is_right
-        test_fast.py::test_whatever_asks_for_a_derivative_gets_the_right_one
-        test_distributed.py::test_a_sequence_in_pieces_is_the_whole_sequence""",
+        test_fast.py::test_second_derivatives_are_correct
+        test_fast.py::test_other_kinds_of_derivatives_are_correct
+        test_distributed.py::test_a_split_sequence_equals_the_whole""",
     "A saved file cannot be loaded": """
         test_checkpoint.py::test_values_in_extra_are_read_again_as_plain_values
         test_checkpoint.py::test_values_that_cannot_be_saved_are_refused_before_any_training
@@ -39,7 +39,7 @@ KINDS = {  # kind: its tests; a name may be a prefix
         test_checkpoint.py::test_a_folder_that_is_a_file_is_one_line_before_any_training""",
     "Compiled training fails at changing sizes": """
         test_fast.py::test_a_compiled_model_trains_at_changing_sizes
-        test_fast.py::test_the_compiler_meets_no_break_and_few_new_graphs""",
+        test_fast.py::test_torch_compile_has_no_graph_break_and_few_graphs""",
     "Standard streams are replaced, closed, broken or None": """
         test_flags.py::test_a_custom_stream_is_written_to
         test_flags.py::test_a_broken_closed_or_missing_stream_does_not_end_a_script
@@ -59,15 +59,15 @@ KINDS = {  # kind: its tests; a name may be a prefix
     "Data is identified by name instead of content": """
         test_checkpoint.py::test_renamed_data_and_attention_files_resume
         test_checkpoint.py::test_other_content_under_the_same_name_does_not_resume
-        test_own_attention.py::test_a_file_that_changed_is_another_attention""",
+        test_own_attention.py::test_a_changed_file_is_another_attention""",
     "Training or evaluation mode is not restored": """
-        test_model.py::test_generate_gives_every_module_its_mode_back
+        test_model.py::test_generate_restores_the_mode_of_every_module
         test_measure.py::test_measuring_a_model_restores_every_module_s_mode
         test_train.py::test_training_restores_every_module_s_mode""",
     "The session's PyTorch defaults leak in": """
         test_model.py::test_the_default_dtype_changes_no_angle
         test_data.py::test_windows_do_not_depend_on_torch_s_defaults
-        test_distributed.py::test_what_processes_say_does_not_depend_on_torch_s_defaults
+        test_distributed.py::test_exchanges_do_not_depend_on_torch_s_defaults
         test_images.py::test_images_do_not_depend_on_torch_s_defaults
         test_measure.py::test_measurements_do_not_depend_on_torch_s_defaults
         test_synthetic.py::test_drawn_digits_do_not_depend_on_torch_s_defaults
@@ -76,16 +76,16 @@ KINDS = {  # kind: its tests; a name may be a prefix
     "An optimiser needs every gradient": """
         test_train.py::test_frozen_and_unused_parameters_do_not_change""",
     "An unknown keyword is silently ignored": """
-        test_model.py::test_a_keyword_that_nobody_takes_is_refused""",
+        test_model.py::test_an_unknown_keyword_is_rejected""",
     "Values are read from tensors that have none": """
-        test_model.py::test_shapes_go_through_without_values
-        test_model.py::test_an_exported_model_is_saved_and_does_the_same
-        test_model.py::test_what_cannot_be_followed_says_so""",
+        test_model.py::test_models_run_on_tensors_without_values
+        test_model.py::test_a_saved_export_gives_the_same_output
+        test_model.py::test_unsupported_wrappers_say_what_to_use""",
     "A message does not say what to do next": """
-        test_model.py::test_states_that_do_not_go_with_the_tokens_are_named
-        test_model.py::test_states_of_another_model_are_named
-        test_model.py::test_a_mistake_is_named
-        test_arguments.py::test_tokens_that_the_model_does_not_know_are_named
+        test_model.py::test_states_that_do_not_fit_the_tokens_are_rejected
+        test_model.py::test_states_of_another_model_are_rejected
+        test_model.py::test_invalid_arguments_are_rejected
+        test_arguments.py::test_tokens_outside_the_vocabulary_are_named
         test_checkpoint.py::test_another_text_is_named_and_not_its_whole_vocabulary
         test_checkpoint.py::test_a_path_may_be_a_string
         test_images.py::test_a_path_may_be_a_string
