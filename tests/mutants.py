@@ -1,4 +1,4 @@
-"""Broken copies of model.py, for tests that prove that the tests can fail."""
+"""Broken copies of model.py, to prove that the tests can fail."""
 
 import inspect
 import sys
@@ -10,7 +10,7 @@ SOURCE = inspect.getsource(nala_min.model)
 
 
 def load_model(source: str, filename: str = "mutant_of_model.py") -> ModuleType:
-    """A module made from source, as if it stood in the file filename."""
+    """A module made from source, as if read from the file filename."""
     module = ModuleType(f"mutant_{abs(hash(source))}")
     sys.modules[module.__name__] = module  # where dataclasses look up a class's annotations
     exec(compile(source, filename, "exec"), module.__dict__)

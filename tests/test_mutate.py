@@ -1,4 +1,4 @@
-"""The mutants of mutate.py: which ones a module gets, and that each is one change that acts."""
+"""The mutants of mutate.py: which ones a module gets, and that each is one effective change."""
 
 import ast
 import sys
@@ -58,13 +58,13 @@ def mutants(model_text):
     return make_mutants(model_text)
 
 
-def test_an_example_gets_these_mutants():
-    """Not: docstrings, annotations, comments, an error's words, a name's only assignment."""
-    found = [mutant.key.removeprefix("shrink: ") for mutant in make_mutants(EXAMPLE)]
-    assert [key.replace("`", "").rstrip() for key in found] == EXPECTED.strip().splitlines()
+def test_mutants_of_an_example():
+    """Not docstrings, annotations, comments, error messages or a name's only assignment."""
+    keys = [mutant.key.removeprefix("shrink: ") for mutant in make_mutants(EXAMPLE)]
+    assert [key.replace("`", "").rstrip() for key in keys] == EXPECTED.strip().splitlines()
 
 
-def test_a_mutant_is_one_change_in_one_line_and_still_python():
+def test_a_mutant_is_one_change_in_one_line_and_valid_python():
     for mutant in make_mutants(EXAMPLE):
         assert diff(EXAMPLE, mutant.text).count("\n") == 1
         old, new = EXAMPLE.splitlines(), mutant.text.splitlines()
@@ -74,8 +74,8 @@ def test_a_mutant_is_one_change_in_one_line_and_still_python():
         assert ast.dump(ast.parse(mutant.text)) != ast.dump(ast.parse(EXAMPLE))
 
 
-def test_brackets_comments_and_strings_of_a_condition():
-    """The operator is found among them, and bytes are not taken for characters."""
+def test_brackets_comments_and_strings_in_a_condition():
+    """The operator is found between them, although ast counts columns in bytes."""
     source = 'y = ("ä" + (a)  # ä or\n    or (b)) is not c\n'
     texts = {mutant.text for mutant in make_mutants(source)}
     assert source.replace("\n    or", "\n    and") in texts
@@ -84,7 +84,7 @@ def test_brackets_comments_and_strings_of_a_condition():
 
 
 def test_mutants_of_the_model(model_text, mutants):
-    """Many, all different, all parsable, each with a name of its own."""
+    """There are many, with unique keys and texts, and they compile."""
     assert len(mutants) > 500
     assert len({mutant.key for mutant in mutants}) == len({x.text for x in mutants}) == len(mutants)
     assert model_text not in {mutant.text for mutant in mutants}
@@ -92,7 +92,7 @@ def test_mutants_of_the_model(model_text, mutants):
         compile(mutant.text, MODEL, "exec")
 
 
-def test_what_is_called_equivalent_is_a_mutant_and_has_a_reason(mutants):
+def test_equivalent_mutants_exist_and_have_a_reason(mutants):
     assert EQUIVALENT.keys() <= {mutant.key for mutant in mutants}
     assert all(EQUIVALENT.values())
 
@@ -101,7 +101,7 @@ def test_the_tests_that_run_exist():
     assert all((ROOT / name).is_file() for name in TESTS)
 
 
-def test_what_caught_another_mutant_comes_first_then_each_test_once():
+def test_tests_that_caught_a_mutant_come_first_then_one_case_of_each():
     class Item:
         def __init__(self, function, case):
             self.function, self.nodeid = function, function + case
@@ -112,15 +112,15 @@ def test_what_caught_another_mutant_comes_first_then_each_test_once():
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"), [("--out FILE/card.json", "cannot be written"), ("--jobs 0", "1 or more")]
+    ("flags", "message"), [("--out FILE/card.json", "cannot be written"), ("--jobs 0", "1 or more")]
 )
-def test_a_mistake_is_told_before_the_work(flags, words, tmp_path, monkeypatch, capsys):
+def test_an_invalid_flag_is_reported_before_the_work(flags, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "FILE").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["mutate.py", *flags.split()])
-    monkeypatch.setattr(mutate, "make_mutants", lambda text: pytest.fail("worked"))
+    monkeypatch.setattr(mutate, "make_mutants", lambda text: pytest.fail("started the work"))
     before = list(sys.path)
     with pytest.raises(SystemExit, match="2"):
         mutate.main()
-    assert words in capsys.readouterr().err
-    assert sys.path == before  # a mutant's process gets a copy
+    assert message in capsys.readouterr().err
+    assert sys.path == before  # the mutants' processes inherit it

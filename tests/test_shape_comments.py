@@ -1,5 +1,5 @@
-"""The shape comments of model.py, executed. A comment such as `# (B, H, N, F)` at the end of a
-statement says what the statement makes; here the code runs, and what was made is measured."""
+"""Runs model.py and checks its shape comments. A comment such as `# (B, H, N, F)` at the end of a
+statement gives the shape of its result."""
 
 import ast
 import inspect
@@ -16,23 +16,23 @@ from mutants import SOURCE
 import nala_min.model
 
 SHAPE = re.compile(r"\([^()]*,[^()]*\)")  # "(B, N)" and "(..., 1)", not "(13)" or "(B)"
-TAIL = re.compile(rf"#( .*:)? *({SHAPE.pattern})(, {SHAPE.pattern})*$")  # maybe after words
+TAIL = re.compile(rf"#( .*:)? *({SHAPE.pattern})(, {SHAPE.pattern})*$")  # optionally after words
 STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)
 
 
 def shape_comments(source):
-    """{first line of a statement: (statement, shapes)} for statements that end in shapes."""
+    """{first line of a statement: (statement, shapes)} for statements with a shape comment."""
     statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, STATEMENTS)]
-    found = {}
+    comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and TAIL.match(token.string):
             (node,) = (node for node in statements if node.end_lineno == token.start[0])
-            found[node.lineno] = (node, SHAPE.findall(token.string))
-    return found
+            comments[node.lineno] = (node, SHAPE.findall(token.string))
+    return comments
 
 
-def made(node, frame, returned):
-    """What a statement of frame has made: the values of its targets, or what it returned."""
+def results(node, frame, returned):
+    """The results of a statement in frame: the values of its targets, or what it returned."""
     if isinstance(node, ast.Return):
         return returned if isinstance(returned, tuple) else (returned,)
     (target,) = node.targets if isinstance(node, ast.Assign) else (node.target,)
@@ -41,35 +41,34 @@ def made(node, frame, returned):
 
 
 def fits(shape, comment, sizes):
-    """Whether a live shape is the one that the comment names, with sizes for its letters."""
+    """Whether a shape matches a comment, given the sizes of its letters."""
     names = [name.strip() for name in comment[1:-1].split(",") if name.strip()]
-    wanted = [eval(name, {}, sizes) for name in names if name != "..."]
+    expected = [eval(name, {}, sizes) for name in names if name != "..."]
     if names[0] == "...":
-        return len(wanted) <= len(shape) and list(shape[len(shape) - len(wanted) :]) == wanted
-    return list(shape) == wanted
+        return len(expected) <= len(shape) and list(shape[len(shape) - len(expected) :]) == expected
+    return list(shape) == expected
 
 
 def wrong_shape_comments(comments, measured):
-    """A line for each comment that a measured shape contradicts, and one for each that was not
-    reached."""
-    complaints, reached = [], set()
-    for first, made_shapes, sizes in measured:
+    """A message for each shape that contradicts its comment, and for each comment never reached."""
+    errors, reached = [], set()
+    for first, actual_shapes, sizes in measured:
         _, shapes = comments[first]
-        shapes = shapes * len(made_shapes) if len(shapes) == 1 else shapes
-        if len(shapes) != len(made_shapes):
-            complaints.append(f"line {first}: {len(shapes)} shapes for {len(made_shapes)} values")
-        for shape, comment in zip(made_shapes, shapes, strict=False):
+        shapes = shapes * len(actual_shapes) if len(shapes) == 1 else shapes
+        if len(shapes) != len(actual_shapes):
+            errors.append(f"line {first}: {len(shapes)} shapes for {len(actual_shapes)} values")
+        for shape, comment in zip(actual_shapes, shapes, strict=False):
             if shape is None:
                 continue
             reached.add(first)
             if not fits(shape, comment, sizes):
-                complaints.append(f"line {first}: {comment} is {shape} at {sizes}")
-    return complaints + [f"line {line}: never reached" for line in comments.keys() - reached]
+                errors.append(f"line {first}: {comment} is {shape} at {sizes}")
+    return errors + [f"line {line}: never reached" for line in comments.keys() - reached]
 
 
 def measure(module, run, sizes, comments):
-    """Trace run(module). Returns for each commented statement that ran its first line, the shapes
-    of what it made, None for what is no tensor, and sizes."""
+    """Trace run(module). Returns for each commented statement that ran: its first line, the shapes
+    of its results (None if not a tensor) and sizes."""
     statement_at = {
         line: first
         for first, (node, _) in comments.items()
@@ -77,8 +76,8 @@ def measure(module, run, sizes, comments):
     }
     measured = []
 
-    def look(frame, first, returned):
-        values = made(comments[first][0], frame, returned)
+    def record(frame, first, returned):
+        values = results(comments[first][0], frame, returned)
         shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in values]
         if (first, shapes, sizes) not in measured:
             measured.append((first, shapes, sizes))
@@ -89,23 +88,23 @@ def measure(module, run, sizes, comments):
             code.co_name[0] == "<"
         ):
             return None  # another file, or a generator within a statement
-        pending = None  # the statement that runs
+        pending = None  # the statement that is running
 
         def trace_line(frame, event, value):
             nonlocal pending
-            now = statement_at.get(frame.f_lineno) if event == "line" else None
-            if pending is not None and now != pending:
+            current = statement_at.get(frame.f_lineno) if event == "line" else None
+            if pending is not None and current != pending:
                 if event == "return" or not isinstance(comments[pending][0], ast.Return):
-                    look(frame, pending, value)
+                    record(frame, pending, value)
                 pending = None
-            pending = now if event == "line" else pending
+            pending = current if event == "line" else pending
             return trace_line
 
         return trace_line
 
     before = sys.gettrace()
     with torch.no_grad():
-        run(module)  # fast.py tries new kinds of calls on a few tokens of its own
+        run(module)  # so fast.py has verified these kinds of calls before the trace
     sys.settrace(trace_call)
     try:
         with torch.no_grad():
@@ -116,7 +115,7 @@ def measure(module, run, sizes, comments):
 
 
 def attention_scenario(feature_map, **options):
-    """Attention as a function, with a size of its own for every letter."""
+    """Attention, with a different size for every letter."""
     sizes = {"B": 2, "H": 4, "N": 13, "D": 10, "M": 7, "C": 3, "T": 5}
     sizes["F"] = sizes["D"] if feature_map in ("elu", "relu") else 2 * sizes["D"]
     mask = torch.rand(sizes["B"], sizes["N"]) > 0.3
@@ -133,7 +132,7 @@ def attention_scenario(feature_map, **options):
 
 
 def weights_scenario():
-    """Attention weights, which come from values with as many channels as there are tokens."""
+    """Attention weights: the values have as many channels as there are tokens."""
     sizes = {"B": 2, "H": 4, "N": 13, "D": 10, "M": 13, "F": 20}
 
     def run(module):
@@ -144,7 +143,7 @@ def weights_scenario():
 
 
 def lm_scenario(**options):
-    """The model, where a value has as many channels as a key and a text is one chunk."""
+    """The language model: M equals D, and a text is one chunk."""
     sizes = {"B": 2, "H": 3, "N": 13, "D": 6, "M": 6, "E": 18, "V": 17, "W": 5, "F": 12}
     sizes |= {"T": 1, "C": 64, "A": 1}
     prompt = torch.randint(sizes["V"], (sizes["B"], sizes["N"]))
@@ -165,7 +164,7 @@ def lm_scenario(**options):
 
 
 def vit_scenario(**options):
-    """The image model, where patches lie along two axes and the image ends within the last ones."""
+    """The image model: patches have two axes, and the last ones are incomplete."""
     sizes = {"B": 2, "H": 3, "D": 8, "M": 8, "E": 24, "W": 7, "F": 16, "Y": 11}
     sizes |= {"R": 4, "S": 5, "N": 20, "A": 2, "P": 2}
     height, width = (sizes["P"] * sizes[name] - 1 for name in "RS")
@@ -211,7 +210,7 @@ COMMENTS = shape_comments(SOURCE)
 
 @pytest.fixture(scope="module")
 def measured():
-    """Once for all tests: they change comments, and no code."""
+    """Measured once: the tests change only comments."""
     return [x for sizes, run in SCENARIOS for x in measure(nala_min.model, run, sizes, COMMENTS)]
 
 
@@ -222,20 +221,20 @@ def test_every_shape_comment_is_true(measured):
 
 @pytest.mark.parametrize("line", sorted(COMMENTS))
 def test_a_wrong_shape_comment_is_found(line, measured):
-    """Each comment in turn is given another last size, which alone must be reported."""
+    """If the last size of one comment changes, only that comment must be reported."""
     node, shapes = COMMENTS[line]
     wrong = [*shapes[:-1], shapes[-1][:-1] + " + 100)"]
-    complaints = wrong_shape_comments(COMMENTS | {line: (node, wrong)}, measured)
-    assert complaints
-    assert {complaint.partition(":")[0] for complaint in complaints} == {f"line {line}"}
+    errors = wrong_shape_comments(COMMENTS | {line: (node, wrong)}, measured)
+    assert errors
+    assert {error.partition(":")[0] for error in errors} == {f"line {line}"}
 
 
-def test_letters_have_sizes_of_their_own():
-    """So that (B, H) is not mistaken for (H, B), nor (B, R, S, E) for (B, S, R, E)."""
+def test_letters_have_different_sizes():
+    """Otherwise (B, H) could pass for (H, B), or (B, R, S, E) for (B, S, R, E)."""
     sizes, _ = attention_scenario("cosine")
     assert len(set(sizes.values())) == len(sizes)
     assert math.ceil(sizes["N"] / sizes["C"]) == sizes["T"]
     sizes, _ = vit_scenario()
-    apart = [sizes[name] for name in "BHNDEWFYRS"]
-    assert len(set(apart)) == len(apart)
+    distinct = [sizes[name] for name in "BHNDEWFYRS"]
+    assert len(set(distinct)) == len(distinct)
     assert sizes["N"] == sizes["R"] * sizes["S"]

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 MODEL = "nala_min/model.py"
-# Those that catch most come first, because pytest stops at the first failure.
+# Files that catch most mutants come first, because pytest stops at the first failure.
 TESTS = [
     f"tests/test_{name}.py" for name in ("model", "arguments", "measure", "train", "checkpoint")
 ]
@@ -95,7 +95,7 @@ class Source:
     def __init__(self, text: str) -> None:
         self.bytes = text.encode("utf-8")  # ast counts columns in bytes
         self.tree = ast.parse(text)
-        self.lines = [0]  # the byte where each begins
+        self.lines = [0]  # the byte offset of each line
         for line in self.bytes.splitlines(keepends=True):
             self.lines.append(self.lines[-1] + len(line))
         imports = [x for x in ast.walk(self.tree) if isinstance(x, ast.Import | ast.ImportFrom)]
@@ -122,7 +122,7 @@ class Source:
         for field, value in ast.iter_fields(nodes[-1]):
             children = value if isinstance(value, list) else [value]
             if children and isinstance(children[-1], ast.Raise):
-                children = children[-1:]  # the statements before it make its message
+                children = children[-1:]  # the statements before it build its message
             for child in children:
                 is_docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
                 acts = field not in ("annotation", "returns") and not is_docstring
@@ -167,14 +167,14 @@ class Source:
         between = re.sub(
             r"#.*", lambda x: " " * len(x[0].encode()), self.text(start, self.start(right))
         )
-        found = re.search(r"is not|not in|[a-z]+|[^\s\w()]+", between)
-        old = found[0] if found[0] in OPERATORS else found[0].removesuffix("=")  # + of +=
+        match = re.search(r"is not|not in|[a-z]+|[^\s\w()]+", between)
+        old = match[0] if match[0] in OPERATORS else match[0].removesuffix("=")  # + of +=
         if old in OPERATORS:
-            start += found.start()
+            start += match.start()
             yield Edit(start, start + len(old), OPERATORS[old])
 
     def negation(self, test: ast.AST) -> Iterator[Edit]:
-        """Negate a condition, unless a change of its operator does the same."""
+        """Negate a condition, unless changing its operator does the same."""
         exact = ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn
         match test:
             case ast.UnaryOp(op=ast.Not()):
@@ -200,7 +200,7 @@ class Source:
             yield self.replace(node, node.args[0])  # function(x) -> x
         for before, keyword in pairwise([None, *arguments]):
             value = getattr(getattr(keyword, "value", None), "value", None)
-            if isinstance(keyword, ast.keyword) and not isinstance(value, bool):  # not the default
+            if isinstance(keyword, ast.keyword) and not isinstance(value, bool):  # bools are flipped
                 start = self.end(before) if before else self.start(keyword)
                 end = (
                     self.start(arguments[1]) if arguments[1:] and not before else self.end(keyword)
@@ -221,7 +221,7 @@ class Source:
         return {x.id for x in assigned} <= seen
 
     def still_parses(self, outermost: ast.stmt, edit: Edit) -> bool:
-        """Whether the edited statement still parses: far faster than to parse the whole module."""
+        """Whether the edited statement still parses. Parsing the whole module is far slower."""
         first = min(x.lineno for x in [outermost, *getattr(outermost, "decorator_list", [])])
         before = self.text(self.lines[first - 1], edit.start)
         try:
@@ -237,7 +237,7 @@ class Source:
         start, end = edit.start, edit.end
         for node in reversed(nodes):
             if isinstance(node, ast.stmt) and hasattr(node, "body"):
-                break  # too much of the function
+                break  # it would be too long
             has_place = isinstance(node, ast.expr | ast.keyword | ast.stmt)
             if has_place and self.start(node) <= edit.start and edit.end <= self.end(node):
                 start, end = self.start(node), self.end(node)
@@ -250,16 +250,16 @@ class Source:
 
 def make_mutants(text: str) -> list[Mutant]:
     """Every mutant of a module's text, in line order."""
-    source, found, times = Source(text), {}, Counter()
+    source, mutants, times = Source(text), {}, Counter()
     for nodes in source.walk(source.tree):
         for edit in source.edits(nodes[-1], nodes[:-1]):
             mutated = source.text(0, edit.start) + edit.new + source.text(edit.end, None)
-            if mutated not in found and source.still_parses(nodes[1], edit):
+            if mutated not in mutants and source.still_parses(nodes[1], edit):
                 key = source.key(nodes, edit)
                 times[key] += 1
                 key += f" ({times[key]})" if times[key] > 1 else ""
-                found[mutated] = Mutant(key, source.text(0, edit.start).count("\n") + 1, mutated)
-    return sorted(found.values(), key=lambda mutant: mutant.line)
+                mutants[mutated] = Mutant(key, source.text(0, edit.start).count("\n") + 1, mutated)
+    return sorted(mutants.values(), key=lambda mutant: mutant.line)
 
 
 # --- Running the tests ----------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def make_mutants(text: str) -> list[Mutant]:
 
 class OrderPlugin:
     """A pytest plugin. Tests that caught other mutants come first, then one case of each test, then
-    a second case of each, and so on. The name of the last test that was started goes to a file."""
+    a second case of each, and so on. The name of the last test started goes to a file."""
 
     def __init__(self, first: list[str]) -> None:
         self.rank = {test: i for i, test in enumerate(first)}
@@ -289,13 +289,13 @@ def run_tests(folder: Path, first: list[str]) -> None:
 
     import pytest
 
-    os.setsid()  # so the tests can be ended with all they started
+    os.setsid()  # so the tests can be killed with every process they started
     os.chdir(folder)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-    sys.path[:] = [x for x in sys.path if x != str(Path(__file__).parent)]  # the copy's instead
+    sys.path[:] = [x for x in sys.path if x != str(Path(__file__).parent)]  # use the copy's tools
     options = f"-x -q --tb=short -p no:cacheprovider -o faulthandler_timeout={TEST_TIMEOUT}"
     options += " -o faulthandler_exit_on_timeout=true"
     sys.exit(pytest.main([*options.split(), *TESTS], plugins=[OrderPlugin(first)]))
@@ -315,7 +315,7 @@ class Runner:
     def start(self, text: str, first: list[str]) -> None:
         (self.folder / MODEL).write_text(text, encoding="utf-8")
         for stale in (self.folder / MODEL).parent.glob("__pycache__/model.*"):
-            stale.unlink()  # Python compares only size and second: too coarse here
+            stale.unlink()  # Python compares only sizes and seconds: too coarse here
         (self.folder / LAST_TEST).write_text("import", encoding="utf-8")
         self.process = self.context.Process(target=run_tests, args=(self.folder, first))
         self.process.start()
@@ -328,7 +328,7 @@ class Runner:
         return caught if self.process.exitcode else None
 
     def stop(self) -> None:
-        """Kill the process and everything that it has started."""
+        """Kill the process and all that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -366,7 +366,7 @@ def fingerprint(text: str) -> str:
 
 
 def diff(old: str, new: str) -> str:
-    """The lines that differ."""
+    """The lines that differ, as in a unified diff."""
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
     return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
 
@@ -396,10 +396,10 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # the jobs share the cores
 
     text = (ROOT / MODEL).read_text(encoding="utf-8")
-    every = make_mutants(text)
-    if unknown := EQUIVALENT.keys() - {mutant.key for mutant in every}:
+    mutants = make_mutants(text)
+    if unknown := EQUIVALENT.keys() - {mutant.key for mutant in mutants}:
         sys.exit("EQUIVALENT lists mutants that no longer exist:\n" + "\n".join(sorted(unknown)))
-    selected = [mutant for mutant in every[:: flags.every] if flags.only in mutant.key]
+    selected = [mutant for mutant in mutants[:: flags.every] if flags.only in mutant.key]
 
     log = ROOT / "runs" / "mutation" / f"{fingerprint(text)}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
