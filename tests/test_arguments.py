@@ -29,7 +29,7 @@ FUNCTIONS = {
 CONFIGS = {"LMConfig": {"vocab_size": 7}, "ViTConfig": {}}
 
 q, k, x = torch.randn(3, B, H, N, D)
-VALID = {  # a valid value for each name; OTHER_VALID holds exceptions
+VALID = {  # a valid value for each name, unless OTHER_VALID has one
     **{"q": q, "k": k, "x": x, "v": torch.randn(B, H, N, M)},
     **{"norm": q.norm(dim=-1, keepdim=True), "direction": q, "magnitude": q.abs()},
     **{"power": torch.ones(B, H, N, 1), "weights": torch.rand(B, H, N, N), "features": q},
@@ -86,7 +86,7 @@ def invalid_tensors(spec, tensor, known):
         if not is_valid(torch.zeros(1, dtype=dtype)):
             yield torch.zeros(tensor.shape, dtype=dtype)
     yield from ([1.0], "tensor", 3j)
-    if set(letters) - {"...", "1"}:  # leading sizes of 1 may be left out
+    if set(letters) - {"...", "1"}:  # sizes of 1 may be left out
         yield tensor.flatten()[0] if letters[0] == "..." else tensor[0]
     for i, letter in enumerate(reversed(letters)):
         if letter == "...":

@@ -159,7 +159,7 @@ ZOO = {
         test_model.test_query_norm_acts_as_an_exponent,
         {"feature_map": "split"},
     ),
-    # the mapping without its quarter of pi: cos(2) < 0
+    # the cosine map without its factor pi/4: cos(2) < 0
     "angles span more than a quarter turn": (
         "return torch.cat([magnitude * complement.sin(), magnitude * theta.sin()], dim=-1)",
         "angle = torch.tanh(alpha * direction)\n"
@@ -167,7 +167,7 @@ ZOO = {
         test_model.test_weights_are_not_negative,
         {"feature_map": "cosine", "dtype": torch.float64},
     ),
-    # the published mapping, whose two features cancel
+    # the published cosine map: its two features cancel
     "angles about zero round to negative weights": (
         "return torch.cat([magnitude * complement.sin(), magnitude * theta.sin()], dim=-1)",
         "angle = theta - math.pi / 4\n"

@@ -201,7 +201,7 @@ GAIN = 1.0
 
 
 def test_an_assigned_function_may_depend_on_a_global(monkeypatch):
-    """It equals the paper's function until a global of another module changes."""
+    """It equals the paper's function until a global outside model.py changes."""
 
     def query_power(norm, lam, tau, norm_scale):
         return lam * (tau + torch.tanh(GAIN * norm / norm_scale))

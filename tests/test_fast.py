@@ -51,7 +51,7 @@ def outputs_and_grads(attention, tensors, **options):
 
 
 def assert_agree(model, tensors, *, causal, tolerance=1e-10, **options):
-    """The fast and the readable form of model's attention assert_agree."""
+    """The fast and the readable form of model's attention agree."""
     attention = functools.partial(model.nala_attention, causal=causal, **options)
     got = outputs_and_grads(attention, tensors)
     want = outputs_and_grads(attention, tensors, mode=REFERENCE[causal])
@@ -221,7 +221,7 @@ def test_features_that_fit_are_not_computed_twice(monkeypatch):
         for keep, times in ((2**30, 3), (0, 6)):
             monkeypatch.setattr(fast, "SAVED_ELEMENTS", keep)
             with torch.no_grad():
-                linear_attention(*inputs(40), query_features, torch.relu, causal=causal)  # verify
+                linear_attention(*inputs(40), query_features, torch.relu, causal=causal)  # verifies
             monkeypatch.setattr(fast, "by_autograd", lambda features, x, grad: torch.zeros_like(x))
             calls.clear()
             out = linear_attention(

@@ -1,5 +1,5 @@
-"""This machine's accelerator gives the results of its CPU. Also tests lab/gpu.py, which measures a
-GPU."""
+"""This machine's accelerator gives the same results as its CPU. Also tests lab/gpu.py, which
+measures a GPU."""
 
 import os
 from copy import deepcopy

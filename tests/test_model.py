@@ -882,8 +882,8 @@ def test_a_block_adds_both_branches(model):
 def test_a_state_counts_the_tokens_read(model):
     lm, tokens = small_lm(model), torch.zeros(1, 5, dtype=torch.long)
     _, state = lm(tokens)
-    assert [each.position for each in state] == [5, 5]
-    assert [each.position for each in lm(tokens, state)[1]] == [10, 10]
+    assert [block.position for block in state] == [5, 5]
+    assert [block.position for block in lm(tokens, state)[1]] == [10, 10]
 
 
 def test_generate_records_no_gradients(model):
@@ -898,7 +898,7 @@ def test_the_input_state_is_not_modified(model):
     _, state = lm(tokens)
     before = list(state)
     lm(tokens, state)
-    assert all(one is other for one, other in zip(state, before, strict=True))
+    assert all(x is y for x, y in zip(state, before, strict=True))
     assert_close(lm(tokens, tuple(state))[0], lm(tokens, before)[0])
 
 
@@ -980,7 +980,7 @@ def test_generate_is_seeded_and_keeps_the_mode(model):
 
 
 def test_top_k_keeps_k_tokens_of_equal_logits(model):
-    """A temperature close to 0 selects the most likely token."""
+    """Also, a temperature close to 0 selects the most likely token."""
     lm, prompt = small_lm(model), torch.zeros(2000, 1, dtype=torch.long)
     lm.head.weight.data.zero_()
     for top_k in (1, 3, 99):
@@ -1109,8 +1109,8 @@ def test_a_learned_norm_scale_starts_at_the_root_of_the_channels(model):
 
 
 def check_initial_weights(net):
-    """The standard deviation is 0.02, divided by the root of the number of residual branches in
-    the last layer of each."""
+    """The standard deviation is 0.02. In the layers that end a residual branch, it is divided by
+    the root of the number of branches."""
     ends = [end for block in net.blocks for end in (block.attention.out, block.mlp[-1])]
     for module in net.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):

@@ -245,8 +245,8 @@ def test_outside_that_range(dtype, form):
 
 # --- inf and nan ----------------------------------------------------------------------------------
 
-# The first of 16 tokens, in chunks of 4, whose output is not finite if token 13 of q, k, v is not.
-# 0 times NaN is NaN: forms that multiply the future by 0 affect earlier tokens.
+# The first token whose output is not finite if token 13 of q, k or v is not; 16 tokens in chunks of
+# 4. 0 times NaN is NaN: forms that multiply the future by 0 affect earlier tokens.
 FIRST_AFFECTED = {
     "auto": (13, 0, 0),
     "parallel": (13, 0, 0),

@@ -53,8 +53,8 @@ def test_the_example_has_four_lines_and_these_commands():
 
 
 def test_it_trains_resumes_and_samples(folder):
-    mine = ("--attention", "mine.py")
-    whole = text_run(folder, *mine, "--out", "whole")
+    flags = ("--attention", "mine.py")
+    whole = text_run(folder, *flags, "--out", "whole")
     assert whole.returncode == 0, whole.stderr
     assert "attention mine.py" in whole.stdout
     card = runcard.read_json(folder / "whole" / "card.json")
@@ -63,14 +63,14 @@ def test_it_trains_resumes_and_samples(folder):
     assert [block["attention"] for block in card["results"]["attention_stats"]] == ["mine.py"] * 2
     assert all("entropy" in block for block in card["results"]["attention_stats"])
 
-    sample = text_run(folder, *mine, "--sample", "30", "--prompt", "Line", "--out", "whole")
+    sample = text_run(folder, *flags, "--sample", "30", "--prompt", "Line", "--out", "whole")
     assert sample.returncode == 0, sample.stderr
     assert sample.stdout.startswith("Line") and len(sample.stdout) == 4 + 30 + 1
     default = run_here(train_shakespeare, folder, "--sample", "30", "--prompt", "Line",
                        "--out", "whole", "--device", "cpu")  # fmt: skip
     assert default.stdout == sample.stdout
 
-    resumed = text_run(folder, *mine, "--out", "whole", "--resume")
+    resumed = text_run(folder, *flags, "--out", "whole", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     settings = train_shakespeare.Settings(preset="cpu", attention=str(folder / "mine.py"))
     assert settings.out.name == "shakespeare_cpu_mine_seed1"

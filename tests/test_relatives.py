@@ -74,7 +74,7 @@ def test_linear_relatives_equal_the_loop(name, weight, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_halves_of_polar_are_for_equal_and_for_opposite_signs(causal):
+def test_polar_has_half_the_channels_for_equal_and_half_for_opposite_signs(causal):
     polar, (q, k, v) = attention("polar"), qkv()
     power = 1 + 3 * torch.sigmoid(polar.exponent.detach())[:, 0]
 

@@ -200,7 +200,8 @@ class Source:
             yield self.replace(node, node.args[0])  # function(x) -> x
         for before, keyword in pairwise([None, *arguments]):
             value = getattr(getattr(keyword, "value", None), "value", None)
-            if isinstance(keyword, ast.keyword) and not isinstance(value, bool):  # bools are flipped
+            # A bool is flipped elsewhere, which has the same effect.
+            if isinstance(keyword, ast.keyword) and not isinstance(value, bool):
                 start = self.end(before) if before else self.start(keyword)
                 end = (
                     self.start(arguments[1]) if arguments[1:] and not before else self.end(keyword)
