@@ -97,7 +97,7 @@ def test_zeros_and_padding(model, pieces, feature_map, causal):
 @pytest.mark.parametrize("num_tokens", [5, 70])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_states_in_and_out(model, pieces, feature_map, num_tokens):
-    """Gradients from an initial state, through the output, the new state or both."""
+    """From an initial state: results, and gradients through the output, the new state or both."""
     tensors = inputs(num_tokens)
     _, state = model.nala_attention(
         *(x.detach() for x in inputs(3)), causal=True, feature_map=feature_map, return_state=True
@@ -113,16 +113,17 @@ def test_states_in_and_out(model, pieces, feature_map, num_tokens):
             )
             return tuple(results)[chosen]
 
-        got = gradients_of_results(attention, tensors)
-        want = gradients_of_results(functools.partial(attention, mode="chunked"), tensors)
+        got = results_and_gradients(attention, tensors)
+        want = results_and_gradients(functools.partial(attention, mode="chunked"), tensors)
         assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-def gradients_of_results(attention, tensors):
-    """Gradients of a fixed weighted sum of what attention returns."""
+def results_and_gradients(attention, tensors):
+    """What attention returns, and the gradients of a fixed weighted sum of it."""
     results = attention(*tensors[:3])
     loss = sum((x * torch.linspace(1, 2, x.numel()).to(x).view(x.shape)).sum() for x in results)
-    return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+    return [*results, *grads]
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -2,6 +2,7 @@
 copies, which must fail. Numbers in parentheses are model.py's equations."""
 
 import ast
+import contextlib
 import inspect
 import io
 import itertools
@@ -453,6 +454,11 @@ def test_cosine_map_tends_to_the_sign_split(model):
         gaps.append(((maps[0] * maps[1]).sum(-1) - limit).abs().max())
     assert gaps[0] > gaps[1] > gaps[2] > gaps[3]
     assert gaps[3] < 1e-12
+
+
+def test_a_channel_of_0_is_in_neither_half_of_the_sign_split(model):
+    split = model.sign_split(torch.tensor([2.0, 3.0, 5.0]), torch.tensor([1.0, -1.0, 0.0]))
+    assert split.tolist() == [2, 0, 0, 0, 3, 0]
 
 
 def test_a_larger_norm_does_not_always_lower_the_entropy(model):
@@ -1025,13 +1031,15 @@ def test_states_that_do_not_fit_the_tokens_are_rejected():
 @pytest.mark.parametrize("options", [{}, {"rope": "numerator"}, {"attention": "softmax"}], ids=str)
 @pytest.mark.parametrize("kind", ["LM", "ViT"])
 def test_models_run_on_tensors_without_values(kind, options):
-    """Forward and backward, on the device "meta" and with fake tensors."""
+    """Forward and backward, on "meta" (not the default device) and with fake tensors."""
     inputs = torch.zeros(2, 9, dtype=torch.long) if kind == "LM" else torch.randn(2, 3, 9, 6)
-    for context in (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True)):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for context, device in ((contextlib.nullcontext(), "meta"), (fake, "cpu")):
         with context:
-            net = MODELS[kind](nala_min, **options)
-            x = inputs.to("meta") if isinstance(context, torch.device) else inputs
-            out = net(x)[0] if kind == "LM" else net(x)
+            with torch.device(device):
+                net = MODELS[kind](nala_min, **options)
+            out = net(inputs.to(device))
+            out = out[0] if kind == "LM" else out
             out.sum().backward()
         assert out.shape == ((2, 9, 11) if kind == "LM" else (2, 7))
         assert all(parameter.grad.shape == parameter.shape for parameter in net.parameters())

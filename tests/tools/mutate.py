@@ -62,7 +62,6 @@ FUNCTIONS |= {new: old for old, new in FUNCTIONS.items()}
 
 # Mutants that behave like model.py: {key, as printed for a survivor: reason}.
 EQUIVALENT: dict[str, str] = {
-    "sign_split: `direction < 0` -> `direction <= 0`": "a channel of 0 has magnitude 0",
     "decompose: `1.0` -> `2.0`": "0 divided by any number is 0",
     **dict.fromkeys(
         (f'{name}: `"cosine"` -> `"XXcosine"`' for name in ("query_features", "key_features")),
