@@ -82,7 +82,7 @@ def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Fi
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="norm of the query", ylabel="effective number of keys")
-    axes.set_title("A longer query attends to fewer keys, but not in plain linear attention")
+    axes.set_title("Longer queries attend to fewer keys, except in plain linear attention")
     nats = axes.secondary_yaxis("right", functions=(np.log, np.exp))
     nats.set_yticks(range(1, 5), range(1, 5))
     nats.tick_params(which="minor", right=False)
@@ -193,7 +193,7 @@ def attention_stats(
     labels = {
         "query_norm": "norm of the query",
         "power": "power p, Eq. (7)",
-        "entropy": "entropy of its attention (nats)",
+        "entropy": "entropy of the attention (nats)",
     }
     fig, panels = figure(1, 3, width=9.6, height=3.5)
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
@@ -211,13 +211,14 @@ def attention_stats(
         axes.set_ylim(bottom=0)
         axes.grid(False, axis="x")
     panels[0].axhspan(0, 2, color=YELLOW, alpha=0.25, linewidth=0, zorder=0)
-    panels[0].annotate("here tanh reacts", (0.02, 0.05), xycoords="axes fraction")
+    panels[0].annotate("tanh is not flat here", (0.02, 0.05), xycoords="axes fraction")
     panels[1].set_ylim(1.2, 5.0)
     bounds = [(panels[1], 1.5, "lowest possible", 4), (panels[1], 4.5, "highest possible", 4)]
     if num_keys is not None:
         max_entropy = float(np.log(num_keys))
         panels[2].set_ylim(top=1.18 * max_entropy)
-        bounds.append((panels[2], max_entropy, f"even over {num_keys} keys: {max_entropy:.2f}", 4))
+        uniform = f"uniform over {num_keys} keys: {max_entropy:.2f}"
+        bounds.append((panels[2], max_entropy, uniform, 4))
     for axes, height, text, above in bounds:
         axes.axhline(height, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
         offset_text = {"xytext": (0, above), "textcoords": "offset points", "fontsize": "small"}
@@ -261,10 +262,11 @@ def speed(results: dict[str, Any]) -> Figure:
         ticks = sorted({row[x_name] for row in rows})[::2]
         axes.set_xticks(ticks, [f"{n:,}" if n < 2**10 else f"{n // 2**10}k" for n in ticks])
         axes.legend(loc="upper left", fontsize="x-small")
+    tokens = "number of tokens"
     titles = (
-        ("Time: softmax grows as N², NaLa as N", "number of tokens", "forward and backward (ms)"),
-        ("Memory: softmax and NaLa grow as N", "number of tokens", "peak beyond q, k and v (MiB)"),
-        ("Next token: NaLa's time is constant", "tokens read so far", "time per token (ms)"),
+        ("Time: softmax grows as N², NaLa as N", tokens, "forward + backward (ms)"),
+        ("Memory: softmax and NaLa grow as N", tokens, "peak memory beyond q, k, v (MiB)"),
+        ("Decoding: NaLa's time is constant", "context length (tokens)", "time per token (ms)"),
     )
     for axes, (title, xlabel, ylabel) in zip(panels, titles, strict=True):
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -301,7 +303,7 @@ def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Fi
     left.legend()
     right.set_yticks(range(len(cards)), [STYLES[name]["label"] for name in cards])
     right.set_ylim(len(cards) - 0.4, -0.7)  # the first on top
-    right.set(xlabel=f"at the end: {label}")
+    right.set(xlabel=f"final {label}")
     right.locator_params(axis="x", nbins=6)
     right.grid(False, axis="y")
     return fig
@@ -313,7 +315,7 @@ def premise(results: dict[str, Any]) -> Figure:
     per attention. results: from a card of nala_min.lab.premise."""
     points, labels = results["points"], {"query_norm": "query", "key_norm": "key"}
     fig, grid = figure(2, len(points), width=9.6, height=5.2, sharey=True)
-    fig.suptitle("How evenly trained models attend, last block: a point for each token and head")
+    fig.suptitle("Last block of trained models: one point per token and head")
     last = max(row["block"] for row in results["correlations"])
     for column, (name, found) in zip(grid.T, points.items(), strict=True):
         style = STYLES[{"nala": "cosine"}.get(name, name)]
@@ -348,11 +350,11 @@ DISPLAY_NAMES = {
     "hedgehog": "Hedgehog",
     "injective": "InLine",
     "delta": "DeltaNet",
-    "no query norm": "NaLa, norm ignored",
-    "no cosine map": "NaLa, ReLU for cosines",
+    "no query norm": "NaLa, no query norm",
+    "no cosine map": "NaLa, ReLU instead of cosines",
     "tanh(norm/s)": "NaLa, tanh(norm/s)",
     **{f"lam {lam}": f"NaLa, λ = {lam}" for lam in (1, 2, 4)},
-    **{f"lam 1 of {what}": f"NaLa, λ = 1 of {what}" for what in ("queries", "keys")},
+    **{f"lam 1 of {what}": f"NaLa, λ = 1 for {what}" for what in ("queries", "keys")},
     **{f"tau {tau}": f"NaLa, τ = {tau}" for tau in (0, 1)},
     "alpha 2": "NaLa, α = 2",  # noqa: RUF001
 }
@@ -396,7 +398,7 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
         axes.plot(pairs, values.mean(axis=0), **style | {"label": display_name(name)})
     axes.set_xscale("log", base=2)
     axes.set_xticks(pairs, [str(n) for n in pairs])
-    axes.set(xlabel="pairs of a key and a value in the text", ylabel="share of values recalled")
+    axes.set(xlabel="number of key-value pairs in the text", ylabel="share of values recalled")
     axes.set_title("How much a state can recall")
     axes.set_ylim(0, 1.03)
     axes.legend(loc="lower left", fontsize="small")

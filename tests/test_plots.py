@@ -185,7 +185,7 @@ def test_attention_stats_draws_limits_and_the_range_where_tanh_varies():
     norm, power, axes = plots.attention_stats([row], [row], num_keys=64).axes
     (line,) = (line for line in axes.get_lines() if line.get_linestyle() == ":")
     assert list(line.get_ydata()) == [pytest.approx(4.159, abs=1e-3)] * 2
-    assert any("even over 64 keys: 4.16" in text.get_text() for text in axes.texts)
+    assert any("uniform over 64 keys: 4.16" in text.get_text() for text in axes.texts)
     limits = [list(line.get_ydata()) for line in power.get_lines() if line.get_linestyle() == ":"]
     assert limits == [[1.5, 1.5], [4.5, 4.5]]
     assert [text.xy[1] for text in power.texts] == [1.5, 4.5]

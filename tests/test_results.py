@@ -590,7 +590,9 @@ def test_alt_texts_of_the_studies_pictures_agree_with_the_cards():
     ]
     assert (
         "NaLa falls to {} at 64 pairs, without the query norm to {}; elu + 1 with an equally large"
-        " state to {}; NaLa with ReLU for its cosines, at the same state, to {}".format(*shares)
+        " state to {}; NaLa with ReLU instead of cosines, with the same state size, to {}".format(
+            *shares
+        )
     ) in PROSE
     errors = [
         f"{mean(results_of('sharpness', name, f'error of {kind}')):.2f}"

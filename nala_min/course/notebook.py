@@ -33,7 +33,7 @@ def show(figure: Figure, text: str) -> None:
         metadata={"image/png": {"alt": text, "width": _width(figure)}},  # some viewers ignore alt
         raw=True,
     )
-    _show_markdown(f"<details><summary>In words</summary>\n\n{text}\n\n</details>", text)
+    _show_markdown(f"<details><summary>Description</summary>\n\n{text}\n\n</details>", text)
 
 
 def _png(figure: Figure) -> bytes:
@@ -74,6 +74,8 @@ def slider(draw: Callable[[float], Figure], low: float, high: float, start: floa
     figure = draw(start)
     picture = ipywidgets.Image(value=_png(figure), width=_width(figure))
     knob.observe(lambda change: picture.set_trait("value", _png(draw(change.new))), "value")
-    fallback = "Here a slider appears while the notebook runs; the picture above stands in for it."
+    fallback = (
+        "A slider appears here while the notebook runs; the figure above is a static version."
+    )
     live = ipywidgets.VBox([knob, picture])
     display(live._repr_mimebundle_() | {"text/plain": fallback}, raw=True)

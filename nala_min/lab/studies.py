@@ -418,8 +418,10 @@ class Sharpness(Task):
         }
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
-        title = "Squared error where one item is wanted, and where the mean of many is"
-        return plots.study({"error of one": rows, "error of many": rows}, title)
+        title = "Long queries ask for one item, short queries for the mean of many"
+        labels = {"error of one": "squared error, one item", "error of many": "squared error, mean"}
+        panels = {label: [row | {label: row[x]} for row in rows] for x, label in labels.items()}
+        return plots.study(panels, title)
 
 
 @cache
