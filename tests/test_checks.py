@@ -1053,13 +1053,13 @@ MISTAKES = {
         "unknown diagnosis": (
             '"padding in the normaliser"',
             '"a cold"',
-            "'a cold' is not in checks.DISEASES: padding in the normaliser, heads share",
+            "'a cold' is not in checks.BUGS: padding in the normaliser, heads share",
         ),
         "no diagnosis": (
             '"padding in the normaliser"',
             '""',
             "It is fixed, but its bug is not named."
-            " DIAGNOSES has no name for the bug in attention_a yet: print(checks.DISEASES).",
+            " DIAGNOSES has no name for the bug in attention_a yet: print(checks.BUGS).",
         ),
         "one mask for all examples": (
             "key_mask[:, None, :, None]  #",
@@ -1306,8 +1306,8 @@ def test_other_correct_answers_are_accepted(name, difference):
 def test_a_diagnosis_is_checked_only_after_the_repair(name):
     broken = load(path_of("find_the_bug"))
     symptoms = set()
-    for disease in checks.DISEASES:
-        broken["DIAGNOSES"][name] = disease
+    for bug in checks.BUGS:
+        broken["DIAGNOSES"][name] = bug
         symptoms.add(message_of(broken[name]))
     assert len(symptoms) == 1 and "diagnosis" not in symptoms.pop()
 
@@ -1460,7 +1460,7 @@ def test_all_ways_of_marking_agree(path, marked, monkeypatch, capsys):
     else:
         symptoms = ("padding", "in its future", "the norm cancels")
         for line, symptom in zip(lines, symptoms, strict=True):
-            assert symptom in line and not any(name in line for name in checks.DISEASES)
+            assert symptom in line and not any(name in line for name in checks.BUGS)
 
 
 def test_report_takes_the_file_of_the_exercises_by_default(monkeypatch, capsys):

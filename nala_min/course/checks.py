@@ -57,7 +57,7 @@ class Exercise:
 
 
 EXERCISES: dict[str, Exercise] = {}
-DISEASES = {  # the diagnoses that students choose from in find_the_bug.py
+BUGS = {  # the diagnoses that students choose from in find_the_bug.py
     "padding in the normaliser": "A masked key adds no value, but still counts in the normaliser.",
     "heads share a normaliser": "The normaliser sums over the heads as well.",
     "eps too large": "A constant in the denominator swallows the weights of small keys.",

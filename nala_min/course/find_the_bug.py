@@ -9,7 +9,7 @@ import torch
 
 from nala_min import model
 from nala_min.course.checks import (
-    DISEASES,
+    BUGS,
     EXERCISES,
     Exercise,
     Wrong,
@@ -23,7 +23,7 @@ from nala_min.course.checks import (
     random_normal,
 )
 
-# zlib.crc32 of "<function>: <disease>", so this file does not show the answers.
+# zlib.crc32 of "<function>: <bug>", so this file does not show the answers.
 ANSWERS = (1037124925, 2408625119, 2049225717)
 
 
@@ -33,9 +33,9 @@ def _check_broken_attention(student):
     namespace = getattr(inspect.unwrap(student), "__globals__", {})
     diagnosis = namespace.get("DIAGNOSES", {}).get(name)
     if not diagnosis:
-        remark = f" DIAGNOSES has no name for the bug in {name} yet: print(checks.DISEASES)."
-    elif diagnosis not in DISEASES:
-        remark = f" The diagnosis {diagnosis!r} is not in checks.DISEASES: {', '.join(DISEASES)}."
+        remark = f" DIAGNOSES has no name for the bug in {name} yet: print(checks.BUGS)."
+    elif diagnosis not in BUGS:
+        remark = f" The diagnosis {diagnosis!r} is not in checks.BUGS: {', '.join(BUGS)}."
     try:
         _check_symptoms(student)
     except Wrong as symptom:  # the diagnosis is judged only after the fix

@@ -1,8 +1,8 @@
 """Find the bug: three causal norm-aware attentions that have each been broken in one place.
 
 Bugs like these were published. For each attention (i) look at its symptom, which the marking below
-or `checks.report("find_the_bug")` tells you, (ii) write the name of the disease into DIAGNOSES
-(`print(checks.DISEASES)` shows the names), and (iii) fix the function: only then are you told
+or `checks.report("find_the_bug")` tells you, (ii) write the name of the bug into DIAGNOSES
+(`print(checks.BUGS)` shows the names), and (iii) fix the function: only then are you told
 whether the name is right. From the repository root:
 
     python -m pytest path/to/find_the_bug.py
