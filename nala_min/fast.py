@@ -42,7 +42,7 @@ from torch.autograd.function import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-SEGMENT = 2**17  # elements of q per segment on a CPU: the fastest power of 2
+SEGMENT = 2**17  # elements of q per segment on a CPU: about the fastest power of 2
 LARGE_SEGMENT = 2**26  # on other devices, which prefer few large steps; not measured yet
 # How many elements (of features and scores) a call saves for its backward pass. With 16,384 tokens,
 # 4 heads and 64 channels per head, it then needs at most twice the memory of the fused softmax.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import faults
 import pytest
 
-from nala_min import runcard
+from nala_min import fast, runcard
 from nala_min.lab import bench, compare
 from nala_min.lab.studies import STUDIES, VARIANTS
 
@@ -755,6 +755,18 @@ def speed_cells():
         f"{long['softmax']['median'] / long['nala']['median']:.0f}",
         f"{held[0]:.0f}; {held[1]:.0f}; {held[2]:,.0f} MiB",
     ]
+
+
+def test_segment_sizes_agree_with_their_card():
+    rows = runcard.read_json(runcard.RESULTS / "speed_cpu_segments.json")["results"]["segments"]
+    ratios = [
+        ratio(rows, {"form": f"2^{i}"}, {"form": "2^17"}, causal=causal)
+        for causal in (True, False)
+        for i in range(15, 20)
+    ]
+    assert len(rows) == len(ratios) and fast.SEGMENT == 2**17
+    shown = f"{min(ratios):.2f} to {max(ratios):.2f} times as long"
+    assert f"At 65,536 tokens, segments of 2^15 to 2^19 take {shown}" in PROSE
 
 
 def test_the_other_speed_measurements_agree_with_the_run_cards():
