@@ -185,7 +185,7 @@ def linear_attention(
         all give the same results. "auto", the fastest, uses fast.py if that agrees with them.
     state: (B, H, F, M + 1), from an earlier call with return_state: continues its sequence.
     rope_positions: (N, A), see rotary_angles. Weights can then be negative and need not sum to 1.
-    The output is 0 for a row without mass: its query is zero, or all its keys are zero or masked.
+    A row without mass gives 0: phi(q_t) is 0, or every visible key is masked or has phi(k_i) = 0.
     """
     if mode == "auto" and rope_positions is None:
         kwargs = {"causal": causal, "chunk_size": chunk_size, "key_mask": key_mask, "state": state}
