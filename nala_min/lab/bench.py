@@ -446,7 +446,8 @@ def rate(work: Row, seconds: float = 1) -> str:
 
 def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Measure what settings select and print it as it arrives. Returns the run card's results."""
-    dtype, budget = getattr(torch, settings.dtype), 0.5 if settings.quick else 4.0
+    dtype = getattr(torch, settings.dtype)
+    budget = 0.5 if settings.quick else 4.0 if device.type == "cpu" else 1.0
     lengths = [2**i for i in range(6, 13 if settings.quick else 17)]
     rows: list[Row] = []
     results: Row = {}
