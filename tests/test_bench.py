@@ -18,7 +18,7 @@ from nala_min import (
     runcard,
     softmax_attention,
 )
-from nala_min.flags import run_script
+from nala_min.flags import UsageError, run_script
 from nala_min.lab import bench
 
 CPU = torch.device("cpu")
@@ -342,12 +342,40 @@ def test_peers_are_given_features_and_must_agree_with_ours(monkeypatch):
             list(bench.peer_rows({16: (1, 2, 4)}, CPU, torch.float32, 0))
 
 
+def test_peers_get_query_and_key_features_of_the_given_shape(monkeypatch):
+    given = []
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "query_features", torch.ones_like)
+    monkeypatch.setattr(bench, "key_features", lambda k: torch.full_like(k, 2))
+    monkeypatch.setattr(bench, "passes", lambda attention, inputs: given.extend(inputs) or {})
+    list(bench.peer_rows({16: (3, 2, 5)}, CPU, torch.bfloat16, 0))
+    assert [(x.shape, x.dtype) for x in given] == 3 * [((3, 2, 16, 5), torch.bfloat16)]
+    assert (given[0] == 1).all() and (given[1] == 2).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_has_the_peers_own_shapes(monkeypatch, device):
+    given = []
+    monkeypatch.setattr(bench, "limits", lambda *_: {"bytes": 1, "flops": 1})
+    monkeypatch.setattr(bench, "peer_rows", lambda shapes, *_: given.append(shapes) or [])
+    bench.measure(bench.Settings(quick=True, peers=True), torch.device(device))
+    assert given == [bench.PEER_SHAPES if device == "cuda" else {1024: (1, 4, 64)}]
+
+
 def test_without_other_libraries_only_ours_is_measured(monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     assert list(bench.peers(CPU)) == ["nala"]
 
 
 # --- The program ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["peers", "long", "segments"])
+def test_a_cpu_has_these_modes_in_float32_only(mode):
+    settings = bench.Settings(dtype="bfloat16", **{mode: True})
+    with pytest.raises(UsageError, match=f"--dtype must be float32 with --{mode}"):
+        bench.card_name(settings, CPU)
+    assert bench.card_name(settings, torch.device("cuda")) == f"speed_cuda_{mode}_bfloat16"
 
 
 @pytest.mark.parametrize("name", CARDS)
