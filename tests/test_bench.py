@@ -358,8 +358,13 @@ def test_a_gpu_has_the_peers_own_shapes(monkeypatch, device):
     given = []
     monkeypatch.setattr(bench, "limits", lambda *_: {"bytes": 1, "flops": 1})
     monkeypatch.setattr(bench, "peer_rows", lambda shapes, *_: given.append(shapes) or [])
-    bench.measure(bench.Settings(quick=True, peers=True), torch.device(device))
-    assert given == [bench.PEER_SHAPES if device == "cuda" else {1024: (1, 4, 64)}]
+    settings, device = bench.Settings(quick=True, peers=True), torch.device(device)
+    bench.measure(settings, device)
+    config = bench.sizes_of_inputs(settings, device)
+    if device.type == "cuda":
+        assert given == [bench.PEER_SHAPES] and config == {"shapes": bench.PEER_SHAPES}
+    else:
+        assert given == [{1024: (1, 4, 64)}] and config == {"batch": 1, "heads": 4, "dim": 64}
 
 
 def test_without_other_libraries_only_ours_is_measured(monkeypatch):

@@ -250,10 +250,8 @@ def long_rows(device: torch.device, dtype: torch.dtype, budget: float) -> list[R
 def segment_rows(length: int, device: torch.device, dtype: torch.dtype, budget: float) -> list[Row]:
     """Forward and backward pass with segments of each size: "2^17" has 2^17 elements of q."""
     on_cpu = device.type == "cpu"
-    name, sizes = (
-        "SEGMENT" if on_cpu else "LARGE_SEGMENT",
-        range(15, 20) if on_cpu else range(20, 27),
-    )
+    name = "SEGMENT" if on_cpu else "LARGE_SEGMENT"
+    sizes = range(15, 20) if on_cpu else range(20, 27)
     inputs = [random_heads(length, device, dtype).requires_grad_() for _ in range(3)]
     rows = []
     for causal in (True, False):
@@ -457,7 +455,7 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     if settings.peers:
         print("Linear attention on the same features; the reference is ours")
         same = dict.fromkeys(lengths[4:-2], (BATCH, HEADS, DIM))
-        shapes = PEER_SHAPES if device.type == "cuda" else same
+        shapes = sizes_of_inputs(settings, device).get("shapes", same)
         for new_rows in peer_rows(shapes, device, dtype, budget):
             rows += new_rows
             print(table(new_rows, reference="nala"))
@@ -509,15 +507,22 @@ def card_name(settings: Settings, device: torch.device) -> str:
     return "_".join(["speed", device.type, *filter(None, parts)])
 
 
+def sizes_of_inputs(settings: Settings, device: torch.device) -> Row:
+    """The sizes of q, k and v, for the run card."""
+    if settings.peers and device.type == "cuda":
+        return {"shapes": PEER_SHAPES}
+    return {"batch": BATCH, "heads": HEADS, "dim": DIM}
+
+
 def main() -> None:
     start, settings = time.perf_counter(), parse_flags(Settings)
     device = train.choose_device(settings.device)
     torch.manual_seed(1)
     name = card_name(settings, device)
     runcard.check_writable(settings.out / f"{name}.json", settings.out / f"{name}.png")
-    config = {"seed": 1, "batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": settings.dtype}
+    config = {"seed": 1, **sizes_of_inputs(settings, device), "dtype": settings.dtype}
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads;", end=" ")
-    print(f"q, k, v: ({BATCH}, {HEADS}, N, {DIM}), {settings.dtype}")
+    print(f"q, k, v: {', '.join(f'{name} {x}' for name, x in config.items() if name != 'seed')}")
     print(METHOD)
     print("N, case, median (lowest to highest), speed relative to the reference, peak memory\n")
     results = measure(settings, device)
