@@ -15,15 +15,14 @@ import inspect
 import math
 import reprlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import _register_namedtuple as register_namedtuple
 from torch.utils._pytree import tree_leaves
 
@@ -342,20 +341,6 @@ def public(name: str) -> Callable:
     return checked(**PUBLIC[name])(call)
 
 
-@contextmanager
-def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put net into training or evaluation mode inside the block. Afterwards, even after an error,
-    each module returns to its previous mode."""
-    modes = [(module, module.training) for module in net.modules()]
-    if not (training and net.training):  # frozen modules of a training net stay frozen
-        net.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 # Lets torch.export save states.
 register_namedtuple(model.BlockState, serialized_type_name="nala_min.BlockState")
 
@@ -455,8 +440,7 @@ class NaLaLM(model.NaLaLM):
     @checked(tokens="B N token")
     @functools.wraps(model.NaLaLM.generate)
     def generate(self, tokens, num_tokens, **options):
-        with in_mode(self, training=False):
-            return super().generate(tokens, num_tokens, **options)
+        return super().generate(tokens, num_tokens, **options)
 
     def _replicate_for_data_parallel(self):
         raise TypeError("DataParallel cannot gather the state of a NaLaLM: use torchrun")

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from nala_min import distributed
-from nala_min.arguments import in_mode
 from nala_min.flags import UsageError
+from nala_min.model import in_mode
 from nala_min.runcard import to_plain, write_atomically
 
 FORMAT = 4  # version of checkpoints: incremented when a model, or what Run saves, changes

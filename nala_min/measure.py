@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nala_min import plots, runcard
-from nala_min.arguments import in_mode
 from nala_min.data import all_windows, normalise
 from nala_min.flags import flag, parse_flags, run_script
 from nala_min.model import (
@@ -29,6 +28,7 @@ from nala_min.model import (
     attention_weights,
     decompose,
     entropy,
+    in_mode,
     key_features,
     linear_attention,
     nala_attention,

@@ -31,7 +31,8 @@ V characters in the vocabulary. Images: R rows of S patches (N = R S), Y classes
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -403,6 +404,20 @@ def initialise(model: nn.Module) -> None:
         nn.init.normal_(output.weight, std=0.02 / math.sqrt(2 * len(model.blocks)))  # as in GPT-2
 
 
+@contextmanager
+def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put net into training or evaluation mode inside the block. Afterwards, even after an error,
+    each module returns to its previous mode."""
+    modes = [(module, module.training) for module in net.modules()]
+    if not (training and net.training):  # frozen modules of a training net stay frozen
+        net.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 # --- 7. The two models ----------------------------------------------------------------------------
 
 
@@ -433,22 +448,20 @@ class NaLaLM(nn.Module):
     def generate(self, tokens: Tensor, num_tokens: int, *, temperature=1.0, top_k=None, seed=None):
         """Extend tokens (B, N) to (B, N + num_tokens). Constant cost per token, unlike softmax.
         temperature=0 is greedy; seed=None uses PyTorch's global generator."""
-        was_training = self.training
-        self.eval()
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         text, state = [tokens], None
-        for _ in range(num_tokens):
-            logits, state = self(text[-1], state)
-            logits = logits[:, -1]  # (B, V)
-            if top_k is not None:
-                kept, index = logits.topk(min(top_k, logits.shape[1]))
-                logits = torch.full_like(logits, -math.inf).scatter(1, index, kept)  # (B, V)
-            if temperature == 0:
-                text.append(logits.argmax(dim=-1, keepdim=True))
-            else:
-                probs = F.softmax((logits - logits.amax(1, keepdim=True)) / temperature, dim=1)
-                text.append(torch.multinomial(probs, 1, generator=generator))
-        self.train(was_training)
+        with in_mode(self, training=False):
+            for _ in range(num_tokens):
+                logits, state = self(text[-1], state)
+                logits = logits[:, -1]  # (B, V)
+                if top_k is not None:
+                    kept, index = logits.topk(min(top_k, logits.shape[1]))
+                    logits = torch.full_like(logits, -math.inf).scatter(1, index, kept)  # (B, V)
+                if temperature == 0:
+                    text.append(logits.argmax(dim=-1, keepdim=True))
+                else:
+                    probs = F.softmax((logits - logits.amax(1, keepdim=True)) / temperature, dim=1)
+                    text.append(torch.multinomial(probs, 1, generator=generator))
         return torch.cat(text, dim=1)
 
 

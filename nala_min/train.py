@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nala_min import distributed, relatives
-from nala_min.arguments import BlockConfig, in_mode
+from nala_min.arguments import BlockConfig
 from nala_min.checkpoint import Run, Stop
 from nala_min.flags import UsageError, flag
-from nala_min.model import ATTENTIONS
+from nala_min.model import ATTENTIONS, in_mode
 
 # --- Settings of every script ---------------------------------------------------------------------
 
