@@ -46,7 +46,7 @@ class Settings(train.Settings):
     url: str | None = flag(None, "alternative download address", affects_result=False)
     eval: bool = flag(False, "do not train: test the checkpoint", affects_result=False)
     predict: Path | None = flag(
-        None, "do not train: classify this PNG with the checkpoint", affects_result=False
+        None, "do not train: classify this picture with the checkpoint", affects_result=False
     )
     patch: int | None = flag(None, "side of a patch, in pixels")
     shift: int | None = flag(None, "largest augmentation shift, in pixels", allow_zero=True)
@@ -87,8 +87,8 @@ def load_images(settings: Settings) -> data.Images:
 def predict(model: NaLaViT, run: dict[str, Any], path: Path) -> None:
     """Print the three most likely classes of the picture at path."""
     try:
-        image = data.read_png(path)
-    except (OSError, SyntaxError) as error:
+        image = data.read_picture(path)
+    except Exception as error:  # Pillow raises many types for a damaged file
         raise UsageError(f"--predict {path}: {error}") from error
     probs, classes = measure.classify(model, image[None])[0].softmax(dim=0).topk(3)
     pairs = zip(probs.tolist(), classes.tolist(), strict=True)
@@ -99,13 +99,18 @@ def predict(model: NaLaViT, run: dict[str, Any], path: Path) -> None:
 def test(model: NaLaViT, images: data.Images) -> dict[str, Any]:
     """Evaluate on all test images. Print a summary; return the numbers and the confusion matrix."""
     numbers = measure.score(logits := measure.classify(model, images.test[0]), images.test[1])
-    confusion = measure.confusion_matrix(logits.argmax(dim=1), images.test[1], len(images.classes))
+    count = len(images.classes)
+    pairs = count * images.test[1] + logits.argmax(dim=1)
+    confusion = torch.bincount(pairs, minlength=count**2).view(count, count)  # (true, predicted)
     print(
         f"Test accuracy {numbers['test_accuracy']:.2%}, loss {numbers['test_loss']:.4f}, on"
         f" {len(logits):,} images of {images.name}. Most often confused:"
     )
-    for i, j, mistakes in measure.worst_pairs(confusion):
-        print(f"  {images.classes[i]} and {images.classes[j]}: {mistakes} times")
+    mistakes = (confusion + confusion.T).triu(1).flatten()  # of each pair, in either direction
+    for pair in mistakes.argsort(descending=True, stable=True)[:3].tolist():
+        if mistakes[pair] > 0:
+            first, second = (images.classes[i] for i in divmod(pair, count))
+            print(f"  {first} and {second}: {mistakes[pair]} times")
     return numbers | {"confusion": confusion.tolist()}
 
 

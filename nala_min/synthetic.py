@@ -13,15 +13,6 @@ from torch import Tensor
 # Their names in results.
 MANUAL_NAME = "Python manual (stand-in)"
 DIGITS_NAME = "drawn digits (stand-in)"
-
-Pair = tuple[Tensor, Tensor]
-
-
-def python_manual() -> str:
-    """The topics of Python's help(), as one text."""
-    return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-
-
 FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif"
     " DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmb10"
@@ -29,21 +20,20 @@ FONTS = (
 ).split()  # matplotlib's fonts that have digits
 
 
-def drawn_digits(num_train: int, num_test: int) -> tuple[Pair, Pair]:
-    """Digits in many fonts, rotated, warped and coloured, over clutter: in the format of CIFAR-10,
-    drawn in seconds, always the same. Light on dark is as frequent as dark on light, so no linear
-    classifier can read them.
+def python_manual() -> str:
+    """The topics of Python's help(), as one text."""
+    return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
-    Returns training and test data: images (n, 3, 32, 32) uint8, labels (n,) int64.
-    """
+
+def drawn_digits(count: int) -> tuple[Tensor, Tensor]:
+    """The first count digits of an endless sequence, like CIFAR-10: (count, 3, 32, 32) uint8 and
+    labels (count,). They come in many fonts, rotated, warped and coloured, over clutter. Light on
+    dark is as frequent as dark on light, so no linear classifier can read them."""
     glyphs = draw_glyphs()
-    parts = []
-    for i, start in enumerate(range(0, num_train + num_test, 5000)):
-        count = min(5000, num_train + num_test - start)
-        random = torch.Generator("cpu").manual_seed(i)
-        parts.append(_draw_images(glyphs, count, random))
+    starts = range(0, count, 5000)
+    parts = [_draw_images(glyphs, min(5000, count - x), i) for i, x in enumerate(starts)]
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:])
+    return images, labels
 
 
 def draw_glyphs(size: int = 48) -> Tensor:
@@ -66,9 +56,9 @@ def draw_glyphs(size: int = 48) -> Tensor:
     return ink.view(len(FONTS), size, 10, size).transpose(1, 2)
 
 
-def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def _draw_images(glyphs: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """count images (count, 3, 32, 32) uint8 and their digits (count,)."""
-    options = {"generator": random, "device": "cpu"}
+    options = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
     float_options = options | {"dtype": torch.float32}
 
     def uniform(low, high, *shape):
@@ -83,18 +73,17 @@ def _draw_images(glyphs: Tensor, count: int, random: torch.Generator) -> tuple[T
         fonts = torch.randint(len(glyphs), (count,), **options)
         angle, size = uniform(-max_angle, max_angle), uniform(*scale_range)
         cos, sin = angle.cos() / size, angle.sin() / size
-        rows = torch.stack(
-            [cos, -sin, uniform(-max_shift, max_shift), sin, cos, uniform(-max_shift, max_shift)], 1
-        )
-        grid = F.affine_grid(rows.view(count, 2, 3), (count, 1, 32, 32), align_corners=False)
+        x, y = uniform(-max_shift, max_shift), uniform(-max_shift, max_shift)
+        affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(count, 2, 3)
+        grid = F.affine_grid(affine, (count, 1, 32, 32), align_corners=False)
         grid = grid + 0.06 * smooth_noise(4)[:, :2].movedim(1, -1)
         return F.grid_sample(glyphs[fonts, digits][:, None], grid, align_corners=False)
 
     labels = torch.randint(10, (count,), **options)
     images = uniform(0.1, 0.9, 3, 1, 1) + 0.12 * smooth_noise(5)
     for _ in range(3):  # clutter: faint pieces of larger, off-centre digits
-        clutter_digits = torch.randint(10, (count,), **options)
-        ink = draw_ink(clutter_digits, max_shift=1.6, scale_range=(0.6, 1.6), max_angle=3.1)
+        digits = torch.randint(10, (count,), **options)
+        ink = draw_ink(digits, max_shift=1.6, scale_range=(0.6, 1.6), max_angle=3.1)
         images = images + uniform(-0.35, 0.35, 3, 1, 1) * ink
     ink = draw_ink(labels, max_shift=0.25, scale_range=(0.7, 1.1), max_angle=0.45)
     sign = uniform(-1, 1, 1, 1, 1).sign()  # lighter or darker than the background

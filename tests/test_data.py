@@ -1,16 +1,12 @@
 import contextlib
-import gc
 import hashlib
-import http.client
 import http.server
 import os
-import socket
 import socketserver
 import threading
+import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,26 +38,11 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4000\r\n" + CON
 WRONG_BYTE = CONTENT[:-9] + b"?" + CONTENT[-8:]
 BROKEN_OFF = response(CONTENT[:HALF], length=len(CONTENT))
 
-# failure: (the response; None refuses the connection, the exception from download)
-FAILURES = {
-    "wrong byte": (response(WRONG_BYTE), ValueError),
-    "a byte too many": (response(CONTENT + b"\n"), ValueError),
-    "empty body": (response(b""), (OSError, ValueError)),
-    "an error page": (response(b"<p>Sign in first</p>"), (OSError, ValueError)),
-    "truncated chunk": (CHUNKED, http.client.HTTPException),
-    "not HTTP": (b"220 mail server ready\r\n", http.client.HTTPException),
-    "no answer": (b"", OSError),
-    "404": (response(b"not here", status="404 Not Found"), OSError),
-    "refused": (None, OSError),
-}
-failures = pytest.mark.parametrize("failure", FAILURES)
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.ranges.append(self.headers["Range"])
-        server.may_respond.wait(5)
         response = server.responses.pop(0) if len(server.responses) > 1 else server.responses[0]
         with contextlib.suppress(ConnectionError):  # the client may hang up early
             for piece in [response] if isinstance(response, bytes) else response():
@@ -73,46 +54,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A loopback server. Each GET gets the next of server.responses, then the last one repeatedly.
-    A response is bytes or a generator function. server.ranges has the Range header of each GET."""
+    """A loopback server of Tiny Shakespeare, which is CONTENT. Each GET gets the next of
+    server.responses, then the last one repeatedly. A response is bytes or a generator function.
+    server.ranges has the Range header of each GET."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         server.responses, server.ranges = [response(CONTENT)], []
-        server.may_respond = threading.Event()
-        server.may_respond.set()
         server.source = source_at(f"http://127.0.0.1:{server.server_address[1]}/input.txt")
+        monkeypatch.setattr(data, "SHAKESPEARE", server.source)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
-        server.may_respond.set()
         server.shutdown()
         thread.join()
 
 
 def source_at(url):
-    """A source for CONTENT at url, under the name of Tiny Shakespeare."""
     return replace(SHAKESPEARE, url=url, size=len(CONTENT), sha256=SHA256)
-
-
-@pytest.fixture
-def source_of(server):
-    """source_of(failure): a source on a server with this failure."""
-
-    def source_of(failure):
-        server.responses = [FAILURES[failure][0]]
-        if server.responses != [None]:
-            return server.source
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            return source_at(f"http://127.0.0.1:{closed.getsockname()[1]}/input.txt")
-
-    return source_of
 
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """The path of the download, in a separate cache for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "nala_min").mkdir(parents=True)
     return tmp_path / "cache" / "nala_min" / "tinyshakespeare.txt"
+
+
+@pytest.fixture
+def part(cached):
+    """The path of a partial download."""
+    return cached.with_name(cached.name + ".part")
 
 
 def files_below(folder):
@@ -122,10 +94,11 @@ def files_below(folder):
 # --- A user's own text ---------------------------------------------------------------------------
 
 
-def test_a_given_file_is_read_byte_for_byte(tmp_path, capsys):
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["string", "path"])
+def test_a_given_file_is_read_byte_for_byte(kind, tmp_path, capsys):
     path = tmp_path / "märchen.txt"
     path.write_bytes("Es war\r\neinmal €\n".encode())
-    text = data.load_text(path)
+    text = data.load_text(kind(path))
     assert text.name == "märchen.txt"
     assert text.text == "Es war\r\neinmal €\n"
     assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -137,19 +110,15 @@ def test_a_given_file_is_read_byte_for_byte(tmp_path, capsys):
     [(CONTENT, True), (CONTENT + b"\n", False), (WRONG_BYTE, False)],
     ids=["same", "longer", "as long"],
 )
-def test_a_given_file_is_shakespeare_only_with_its_bytes(content, is_shakespeare, tmp_path):
-    path = tmp_path / "renamed.txt"
-    path.write_bytes(content)
-    text = data.load_text(path, source=source_at("http://unused"))
-    assert text.name == (SHAKESPEARE.name if is_shakespeare else "renamed.txt")
+def test_a_given_file_is_shakespeare_only_with_its_bytes(
+    content, is_shakespeare, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data, "SHAKESPEARE", source_at("http://unused"))
+    (tmp_path / "other name").write_bytes(content)
+    (path := tmp_path / "link.txt").symlink_to("other name")
+    text = data.load_text(path)
+    assert text.name == (SHAKESPEARE.name if is_shakespeare else "link.txt")
     assert text.text.encode("utf-8") == content
-
-
-def test_a_given_file_may_be_a_string(tmp_path):
-    (path := tmp_path / "text.txt").write_bytes(CONTENT)
-    source = source_at("http://unused")
-    assert data.load_text(str(path)) == data.load_text(path)
-    assert source.matches(str(path)) and source.hash(str(path)) == source.hash(path)
 
 
 def test_a_given_file_that_is_not_utf8_raises_value_error(tmp_path):
@@ -164,122 +133,72 @@ def test_a_given_file_that_is_missing_raises_os_error(tmp_path):
         data.load_text(tmp_path / "nowhere.txt")
 
 
-# --- A source and its cache ----------------------------------------------------------------------
+# --- The download and its cache ------------------------------------------------------------------
 
 
-def test_a_source_matches_only_a_file_with_its_bytes(tmp_path):
-    source, path = source_at("http://unused"), tmp_path / "file"
-    assert not source.matches(path)
-    assert not source.matches(tmp_path)  # a folder
-    path.write_bytes(CONTENT)
-    assert source.matches(path)
-    assert not replace(source, size=source.size + 1).matches(path)
-    path.write_bytes(WRONG_BYTE)
-    assert not source.matches(path)
+def test_a_download_is_announced_then_cached_and_not_fetched_twice(server, cached, capsys):
+    def announced():
+        notice = capsys.readouterr().out
+        assert (
+            f"{SHAKESPEARE.name} ({len(CONTENT):,} bytes) from {server.source.url}: slow" in notice
+        )
+        yield response(CONTENT)
 
-
-def test_a_download_is_cached_and_not_fetched_twice(server, cached, capsys):
-    load = partial(data.load_text, source=server.source)
-    assert load() == load() == data.Text(SHAKESPEARE.name, CONTENT.decode("utf-8"))
-    assert load().sha256 == SHA256
-    assert len(server.ranges) == 1
-    assert capsys.readouterr().out.count(server.source.url) == 1
+    server.responses = [announced]
+    for _ in range(2):
+        assert data.fetch(server.source, hint=": slow") == cached
+        assert data.load_text() == data.Text(SHAKESPEARE.name, CONTENT.decode("utf-8"))
+    assert server.ranges == [None]
     assert files_below(cached.parent) == [cached.name]
-    assert cached.read_bytes() == CONTENT
-
-
-def test_fetch_announces_the_size_and_the_hint_before_it_downloads(server, cached, monkeypatch):
-    messages = []
-
-    def announce(message):
-        messages.append((message, len(server.ranges)))
-
-    monkeypatch.setattr("builtins.print", announce)
-    assert data.fetch(server.source, hint=": slow") == cached
-    [(message, requests)] = messages
-    assert requests == 0
-    assert SHAKESPEARE.name in message and f"{len(CONTENT):,} bytes" in message
-    assert message.endswith(f"{server.source.url}: slow")
     assert cached.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("corrupt", [CONTENT[:-1], WRONG_BYTE], ids=["short", "wrong byte"])
-def test_a_corrupt_cached_file_is_fetched_again(corrupt, server, cached):
-    cached.parent.mkdir(parents=True)
+def test_a_corrupt_cached_file_is_replaced_but_not_by_other_wrong_bytes(corrupt, server, cached):
     cached.write_bytes(corrupt)
-    text = data.load_text(source=server.source)
-    assert text == data.Text(SHAKESPEARE.name, CONTENT.decode("utf-8"))
-    assert server.ranges == [None]
+    server.responses = [response(WRONG_BYTE), response(CONTENT)]
+    assert data.load_text().name == MANUAL_NAME
+    assert cached.read_bytes() == corrupt
+    assert data.load_text().name == SHAKESPEARE.name
+    assert server.ranges == [None, None]  # none of the wrong bytes are kept
     assert cached.read_bytes() == CONTENT
 
 
-def test_a_corrupt_cached_file_is_not_used_without_a_network(source_of, cached):
-    cached.parent.mkdir(parents=True)
-    cached.write_bytes(CONTENT[:-1])
-    assert data.load_text(source=source_of("refused")).name == MANUAL_NAME
+# failure: (the response, whether the data was wrong)
+FAILURES = {
+    "wrong byte": (response(WRONG_BYTE), True),
+    "a byte too many": (b"HTTP/1.0 200 OK\r\n\r\n" + CONTENT + b"\n", True),
+    "too long": (response(CONTENT + b"\n"), False),
+    "empty body": (response(b""), False),
+    "an error page": (response(b"<p>Sign in first</p>"), False),
+    "truncated chunk": (CHUNKED, False),
+    "not HTTP": (b"220 mail server ready\r\n", False),
+    "no answer": (b"", False),
+    "404": (response(b"not here", status="404 Not Found"), False),
+}
 
 
-@failures
-def test_without_a_download_the_stand_in_is_announced_and_nothing_is_cached(
-    failure, source_of, cached, capsys
-):
-    text = data.load_text(source=source_of(failure))
+@pytest.mark.parametrize("failure", FAILURES)
+def test_without_a_download_the_stand_in_is_announced(failure, server, cached, capsys):
+    answer, wrong = FAILURES[failure]
+    server.responses = [answer]
+    text = data.load_text()
     assert text.name == MANUAL_NAME
     assert len(text.text) > 400_000
-    assert MANUAL_NAME in capsys.readouterr().out.partition("NO SHAKESPEARE")[2]
-    assert files_below(cached.parents[1]) == []
+    notice = capsys.readouterr().out.partition("NO SHAKESPEARE")[2]
+    assert MANUAL_NAME in notice and server.source.url in notice
+    assert ("deleted" in notice) == wrong and (SHA256 in notice) == wrong
+    assert files_below(cached.parents[1]) in ([], [f"{cached.name}.part"])
+    assert len(server.ranges) == 1  # no endless retries
 
 
 def test_a_cache_that_cannot_be_written_gives_the_stand_in(server, cached):
-    cached.parents[1].write_text("a file where the folder should be", encoding="utf-8")
-    assert data.load_text(source=server.source).name == MANUAL_NAME
+    cached.parent.rmdir()
+    cached.parent.write_text("a file where the folder should be", encoding="utf-8")
+    assert data.load_text().name == MANUAL_NAME
 
 
-def test_after_a_broken_download_the_stand_in_is_used_and_the_next_call_completes_it(
-    server, cached
-):
-    server.responses = [BROKEN_OFF, b""]
-    assert data.load_text(source=server.source).name == MANUAL_NAME
-    assert files_below(cached.parent) == [f"{cached.name}.part"]
-    server.responses = [rest(HALF)]
-    assert data.load_text(source=server.source).text == CONTENT.decode("utf-8")
-    assert files_below(cached.parent) == [cached.name]
-
-
-# --- The download --------------------------------------------------------------------------------
-
-
-@failures
-def test_a_download_that_fails_raises_and_leaves_no_file(failure, source_of, tmp_path):
-    with pytest.raises(FAILURES[failure][1]):
-        data.download(source_of(failure), tmp_path / "new" / "input.txt")
-    assert files_below(tmp_path) == []
-    gc.collect()  # an open connection would warn
-
-
-def test_wrong_bytes_are_named_and_deleted_and_the_old_file_stays(source_of, tmp_path):
-    path, source = tmp_path / "input.txt", source_of("wrong byte")
-    path.write_bytes(b"old")
-    with pytest.raises(ValueError, match=SHA256) as error:
-        data.download(source, path)
-    assert source.url in str(error.value)
-    assert hashlib.sha256(WRONG_BYTE).hexdigest() in str(error.value)
-    assert files_below(tmp_path) == ["input.txt"]
-    assert path.read_bytes() == b"old"
-
-
-def test_after_wrong_bytes_the_next_download_starts_over(server, tmp_path):
-    """None of them are kept."""
-    path = tmp_path / "input.txt"
-    server.responses = [response(WRONG_BYTE), response(CONTENT)]
-    with pytest.raises(ValueError, match="deleted"):
-        data.download(server.source, path)
-    data.download(server.source, path)
-    assert server.ranges == [None, None]
-    assert path.read_bytes() == CONTENT
-
-
-def test_an_endless_answer_is_not_read_to_its_end(server, tmp_path):
+def test_an_endless_answer_is_not_read_to_its_end(server, cached):
     sent = []
 
     def endless():
@@ -289,95 +208,96 @@ def test_an_endless_answer_is_not_read_to_its_end(server, tmp_path):
             yield b"a" * BLOCK
 
     server.responses = [endless]
-    with pytest.raises(ValueError, match="deleted") as error:
-        data.download(server.source, tmp_path / "input.txt")
-    size = int(str(error.value).split(" gave ")[1].split(" bytes")[0].replace(",", ""))
-    assert len(CONTENT) < size <= len(CONTENT) + BLOCK
+    with pytest.raises(ValueError, match="deleted"):
+        data.fetch(server.source)
     assert sum(sent) < 1000 * BLOCK
-    assert files_below(tmp_path) == []
+    assert files_below(cached.parent) == []
 
 
-def test_a_silent_server_raises_os_error_after_the_timeout(server, tmp_path):
-    server.may_respond.clear()
+def test_a_server_is_not_waited_for_without_end(server, cached, monkeypatch):
+    original, timeouts = data.urllib.request.urlopen, []
+
+    def impatient(request, timeout):
+        timeouts.append(timeout)
+        return original(request, timeout=0.1)
+
+    released = threading.Event()
+    server.responses = [lambda: released.wait(5) and []]
+    monkeypatch.setattr(data.urllib.request, "urlopen", impatient)
     with pytest.raises(OSError, match="timed out"):
-        data.download(server.source, tmp_path / "input.txt", timeout=0.1)
-    assert files_below(tmp_path) == []
+        data.fetch(server.source)
+    released.set()
+    assert timeouts == [20]
+    assert files_below(cached.parent) == []
 
 
-def test_a_broken_download_resumes_at_once_while_more_arrives(server, tmp_path):
+def test_a_broken_download_resumes_at_once_while_more_arrives(server, cached):
     server.responses = [BROKEN_OFF, rest(HALF, HALF + 5), rest(HALF + 5)]
-    data.download(server.source, tmp_path / "input.txt")
+    assert data.fetch(server.source).read_bytes() == CONTENT
     assert server.ranges == [None, f"bytes={HALF}-", f"bytes={HALF + 5}-"]
-    assert files_below(tmp_path) == ["input.txt"]
-    assert (tmp_path / "input.txt").read_bytes() == CONTENT
+    assert files_below(cached.parent) == [cached.name]
 
 
-# case: (the response to the request for the rest, the exception from download)
 NO_MORE = {
-    "hangs up": (b"", OSError),
-    "empty body": (rest(HALF, HALF), (OSError, http.client.HTTPException)),
-    "an error page": (response(b"<p>Sign in first</p>"), (OSError, ValueError)),
-    "503": (response(b"later", status="503 Service Unavailable"), OSError),
-    "not HTTP": (b"220 mail server ready\r\n", http.client.HTTPException),
+    "hangs up": b"",
+    "empty body": rest(HALF, HALF),
+    "an error page": response(b"<p>Sign in first</p>"),
+    "503": response(b"later", status="503 Service Unavailable"),
+    "not HTTP": b"220 mail server ready\r\n",
 }
 
 
 @pytest.mark.parametrize("no_more", NO_MORE)
-def test_the_next_call_resumes_where_the_download_stopped(no_more, server, tmp_path):
-    path = tmp_path / "input.txt"
-    path.write_bytes(b"old")
-    server.responses = [BROKEN_OFF, NO_MORE[no_more][0]]
-    with pytest.raises(NO_MORE[no_more][1]):
-        data.download(server.source, path)
+def test_the_next_call_resumes_where_the_download_stopped(no_more, server, cached, part):
+    server.responses = [BROKEN_OFF, NO_MORE[no_more]]
+    with pytest.raises((OSError, ValueError), match=server.source.url):
+        data.fetch(server.source)
     assert server.ranges == [None, f"bytes={HALF}-"]
-    assert path.read_bytes() == b"old"
-    assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:HALF]
+    assert part.read_bytes() == CONTENT[:HALF]
 
     server.responses = [rest(HALF)]
-    data.download(server.source, path)
+    assert data.fetch(server.source).read_bytes() == CONTENT
     assert server.ranges[2:] == [f"bytes={HALF}-"]
-    assert path.read_bytes() == CONTENT
-    assert files_below(tmp_path) == ["input.txt"]
+    assert files_below(cached.parent) == [cached.name]
 
 
-def test_a_server_without_ranges_starts_over(server, tmp_path):
-    (tmp_path / "input.txt.part").write_bytes(CONTENT[:HALF])
-    data.download(server.source, tmp_path / "input.txt")
-    assert server.ranges == [f"bytes={HALF}-"]  # the response is 200 with the whole file
-    assert (tmp_path / "input.txt").read_bytes() == CONTENT
-    assert files_below(tmp_path) == ["input.txt"]
-
-
-def test_a_server_without_ranges_that_breaks_off_again_costs_nothing(server, tmp_path):
+def test_a_server_without_ranges_that_breaks_off_again_costs_nothing(server, part):
     server.responses = [BROKEN_OFF, response(CONTENT[:10], length=len(CONTENT))]
-    with pytest.raises((OSError, http.client.HTTPException)):
-        data.download(server.source, tmp_path / "input.txt")
+    with pytest.raises(OSError, match="sent nothing after 100,000 bytes"):
+        data.fetch(server.source)
     assert len(server.ranges) == 2  # no endless retries
-    assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:HALF]
+    assert part.read_bytes() == CONTENT[:HALF]
+
+
+def test_a_server_without_ranges_starts_over(server, cached, part):
+    part.write_bytes(CONTENT[:HALF])
+    assert data.fetch(server.source).read_bytes() == CONTENT
+    assert server.ranges == [f"bytes={HALF}-"]  # the response is 200 with the whole file
+    assert files_below(cached.parent) == [cached.name]
 
 
 @pytest.mark.parametrize(
-    ("part", "requests"),
+    ("content", "requests"),
     [(b"?" * HALF, 1), (WRONG_BYTE, 0), (CONTENT + b"more", 0)],
     ids=["corrupt", "whole and corrupt", "too long"],
 )
-def test_a_wrong_part_file_is_detected_and_deleted(part, requests, server, tmp_path):
-    (tmp_path / "input.txt.part").write_bytes(part)
+def test_a_wrong_part_file_is_detected_and_deleted(content, requests, server, cached, part):
+    part.write_bytes(content)
     server.responses = [rest(HALF)]
     with pytest.raises(ValueError, match="deleted"):
-        data.download(server.source, tmp_path / "input.txt")
+        data.fetch(server.source)
     assert len(server.ranges) == requests
-    assert files_below(tmp_path) == []
+    assert files_below(cached.parent) == []
 
 
-def test_a_whole_part_file_needs_no_network(source_of, tmp_path):
-    (tmp_path / "input.txt.part").write_bytes(CONTENT)
-    data.download(source_of("refused"), tmp_path / "input.txt")
-    assert (tmp_path / "input.txt").read_bytes() == CONTENT
-    assert files_below(tmp_path) == ["input.txt"]
+def test_a_whole_part_file_needs_no_network(server, cached, part):
+    part.write_bytes(CONTENT)
+    assert data.fetch(server.source).read_bytes() == CONTENT
+    assert server.ranges == []
+    assert files_below(cached.parent) == [cached.name]
 
 
-def test_an_interrupted_download_keeps_its_bytes(server, tmp_path, monkeypatch):
+def test_an_interrupted_download_keeps_its_bytes(server, part, monkeypatch):
     """Ctrl-C must not waste minutes of downloading."""
 
     def interrupt(*_):
@@ -386,34 +306,36 @@ def test_an_interrupted_download_keeps_its_bytes(server, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(data.tqdm, "update", interrupt)  # called after each block
         with pytest.raises(KeyboardInterrupt):
-            data.download(server.source, tmp_path / "input.txt")
-    assert (tmp_path / "input.txt.part").read_bytes() == CONTENT[:BLOCK]
+            data.fetch(server.source)
+    assert part.read_bytes() == CONTENT[:BLOCK]
     server.responses = [rest(BLOCK)]
-    data.download(server.source, tmp_path / "input.txt")
+    assert data.fetch(server.source).read_bytes() == CONTENT
     assert server.ranges == [None, f"bytes={BLOCK}-"]
-    assert (tmp_path / "input.txt").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("shares_the_part_file", [True, False])
-def test_another_process_may_be_faster(shares_the_part_file, server, tmp_path):
-    path, part = tmp_path / "input.txt", tmp_path / "input.txt.part"
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_another_process_may_be_faster(when, server, cached, part):
+    """It writes the same file and renames it, before this process receives or meanwhile."""
 
     def other_process_finishes():
-        if shares_the_part_file:
-            part.write_bytes(CONTENT)
-            os.replace(part, path)
-        else:
-            path.write_bytes(CONTENT)
-        yield response(CONTENT)
+        if when == "meanwhile":
+            yield response(CONTENT[:BLOCK], length=len(CONTENT))
+            while not part.exists():
+                time.sleep(0.01)
+        part.touch()
+        with part.open("r+b") as file:
+            file.write(CONTENT)
+        os.replace(part, cached)
+        yield response(CONTENT) if when == "before" else CONTENT[BLOCK:]
 
     server.responses = [other_process_finishes]
-    data.download(server.source, path)
-    assert path.read_bytes() == CONTENT
-    assert files_below(tmp_path) == ["input.txt"]
+    assert data.fetch(server.source).read_bytes() == CONTENT
+    assert len(server.ranges) == 1
+    assert files_below(cached.parent) == [cached.name]
 
 
 @pytest.mark.parametrize(
-    ("part", "responses"),
+    ("old", "responses"),
     [
         (b"", [response(CONTENT)]),
         (b"", [BROKEN_OFF, rest(HALF)]),
@@ -423,11 +345,11 @@ def test_another_process_may_be_faster(shares_the_part_file, server, tmp_path):
     ids=["at once", "broken off", "in two calls", "from the start"],
 )
 def test_the_progress_bar_counts_each_byte_once_up_to_the_total(
-    part, responses, server, tmp_path, capsys
+    old, responses, server, part, capsys
 ):
-    (tmp_path / "input.txt.part").write_bytes(part)
-    server.responses = responses
-    data.download(server.source, tmp_path / "input.txt")
+    part.write_bytes(old)
+    server.responses = [*responses]
+    assert data.fetch(server.source).read_bytes() == CONTENT
     last = capsys.readouterr().err.split("\r")[-1]
     size = tqdm.format_sizeof(len(CONTENT))
     assert SHAKESPEARE.name in last
@@ -435,22 +357,31 @@ def test_the_progress_bar_counts_each_byte_once_up_to_the_total(
     assert "B/s" in last
 
 
-@pytest.mark.parametrize("value", [None, ""])
-def test_the_cache_is_below_home_unless_xdg_says_otherwise(value, tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    if value is None:
+def test_a_download_resumes_without_a_progress_bar(server, cached, monkeypatch):
+    """As with TQDM_DISABLE=1."""
+    monkeypatch.setattr(data, "tqdm", partial(tqdm, disable=True))
+    server.responses = [BROKEN_OFF, rest(HALF)]
+    assert data.fetch(server.source).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("variable", [None, "", "other"])
+def test_the_cache_is_below_home_unless_xdg_says_otherwise(variable, tmp_path, monkeypatch):
+    folder = tmp_path / (variable or ".cache") / "nala_min"
+    folder.mkdir(parents=True)
+    (folder / "tinyshakespeare.txt").write_bytes(CONTENT)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / variable) if variable else "")
+    if variable is None:
         monkeypatch.delenv("XDG_CACHE_HOME")
-    assert data.cache_dir() == tmp_path / ".cache" / "nala_min"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert data.cache_dir() == tmp_path / "other" / "nala_min"
+    assert data.fetch(source_at("http://unused")) == folder / "tinyshakespeare.txt"
 
 
-def test_without_a_home_the_cache_is_a_temporary_folder(tmp_path, monkeypatch):
+def test_without_a_home_the_cache_is_a_temporary_folder(server, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME and passwd entry
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    assert data.cache_dir() == tmp_path / "nala_min"
+    assert data.fetch(server.source) == tmp_path / "nala_min" / "tinyshakespeare.txt"
 
 
 # --- Characters ----------------------------------------------------------------------------------
@@ -458,27 +389,23 @@ def test_without_a_home_the_cache_is_a_temporary_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["hello, world\n", "Zoë zahlt 5 €\r\n", "a\u0308ä 🎭𝄞", ""])
 def test_a_vocabulary_decodes_what_it_encodes(text):
-    vocabulary = Vocabulary.of(text)
+    vocabulary = Vocabulary("".join(sorted(set(text))))
     tokens = vocabulary.encode(text)
     assert tokens.dtype == torch.long and tokens.shape == (len(text),)
     assert vocabulary.decode(tokens) == text
     assert sorted(set(tokens.tolist())) == list(range(len(vocabulary.characters)))
 
 
-def test_a_vocabulary_is_sorted_and_does_not_depend_on_the_order_of_the_text():
-    assert Vocabulary.of("banänas") == Vocabulary.of("säbnan") == Vocabulary("abnsä")
-
-
 def test_encode_names_the_unknown_characters_and_no_others():
     with pytest.raises(ValueError, match="'Z€'"):
-        Vocabulary.of("abc").encode("a€bZc€")
+        Vocabulary("abc").encode("a€bZc€")
 
 
 @pytest.mark.parametrize("length", [81, 100, 109, 1234])
 def test_a_text_is_split_into_its_first_nine_tenths_and_its_last_tenth(length):
     text = "".join(chr(ord("ä") + i % 50) for i in range(length))
     vocabulary, training, validation = data.split_text(text, block_size=8)
-    assert vocabulary == Vocabulary.of(text)
+    assert vocabulary.characters == "".join(sorted(set(text)))
     assert vocabulary.decode(training) + vocabulary.decode(validation) == text
     assert len(training) == length * 9 // 10
 

@@ -1,4 +1,3 @@
-import gzip
 import hashlib
 import http.server
 import io
@@ -7,14 +6,13 @@ import struct
 import tarfile
 import threading
 import zlib
-from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scripts import assert_independent_of_defaults
 from torch.testing import assert_close
 
@@ -41,6 +39,7 @@ FILES = {name: content_of(i) for i, name in enumerate(CIFAR10_FILES)}
 def tiny(monkeypatch, tmp_path):
     """Files of COUNT images, and a separate cache for each test."""
     monkeypatch.setattr(data, "IMAGES_PER_FILE", COUNT)
+    monkeypatch.setattr(data, "CIFAR10", UNUSED)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -67,32 +66,24 @@ def folder(tmp_path):
     return folder
 
 
-def member(name, content=b"", kind=tarfile.REGTYPE, target=""):
-    """A member of an archive, and its content."""
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname, info.size = kind, target, len(content)
-    return info, content
-
-
-MEMBERS = {name: member(f"cifar-10-batches-bin/{name}", FILES[name]) for name in FILES}
-
-
-def archive_of(members):
-    """The bytes of a .tar.gz of members."""
+def archive():
+    """The bytes of a .tar.gz of the six files, and of a text."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for info, content in members:
+        for name, content in {"readme.html": b"hello", **FILES}.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return file.getvalue()
 
 
-ARCHIVE = archive_of(MEMBERS.values())
-
-
-def source_of(archive, url="http://127.0.0.1:0/unused"):
-    """A source of archive. Its default url cannot be fetched."""
-    digest = hashlib.sha256(archive).hexdigest()
-    return replace(CIFAR10, url=url, size=len(archive), sha256=digest)
+ARCHIVE = archive()
+UNUSED = replace(
+    CIFAR10,
+    url="http://127.0.0.1:0/unused",
+    size=len(ARCHIVE),
+    sha256=hashlib.sha256(ARCHIVE).hexdigest(),
+)  # a source of ARCHIVE that cannot be fetched
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -158,8 +149,9 @@ def test_a_record_is_a_label_and_a_red_a_green_and_a_blue_plane_row_by_row(folde
     assert torch.equal(pictures[index], expected)
 
 
-def test_the_files_are_found_in_the_folder_and_in_the_one_above_it(folder):
-    for path in (folder, folder.parent):
+def test_the_files_are_found_in_the_folder_and_in_the_one_above_it(folder, tmp_path):
+    (link := tmp_path / "link").symlink_to(folder)
+    for path in (folder, folder.parent, str(folder), link):
         images = data.load_images(folder=path)
         assert_is_cifar10(images)
         assert images.name == "CIFAR-10 (files in a folder)"  # their SHA-256 is unknown
@@ -167,7 +159,7 @@ def test_the_files_are_found_in_the_folder_and_in_the_one_above_it(folder):
 
 def test_the_archive_is_found_in_a_folder(tmp_path):
     (tmp_path / CIFAR10.file).write_bytes(ARCHIVE)
-    images = data.load_images(folder=tmp_path, source=source_of(ARCHIVE))
+    images = data.load_images(folder=tmp_path)
     assert_is_cifar10(images)
     assert images.name == "CIFAR-10"
     assert paths_below(tmp_path) == [CIFAR10.file]  # it is not unpacked
@@ -180,11 +172,15 @@ def test_a_file_missing_from_a_folder_is_named(name, folder):
         data.load_images(folder=folder)
 
 
-def test_a_folder_without_the_files_is_named(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError) as error:
-            data.load_images(folder=path)
-        assert str(path) in str(error.value) and CIFAR10.file in str(error.value)
+@pytest.mark.parametrize("name", ["", "nowhere", "a file", "cifar-10-batches-py"])
+def test_a_folder_without_the_files_is_named_with_the_remedy(name, tmp_path):
+    (tmp_path / "a file").touch()
+    (tmp_path / "cifar-10-batches-py").mkdir()  # Python's version of CIFAR-10
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").touch()
+    with pytest.raises(ValueError, match=f"must be a folder with {CIFAR10.file} or its") as error:
+        data.load_images(folder=tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name} ")
+    assert f"the binary version (not Python's) from {UNUSED.url}" in str(error.value)
 
 
 LABELS_TO_TEN = (
@@ -209,122 +205,24 @@ def test_a_corrupt_file_in_a_folder_is_named(name, corrupt, folder):
     assert ("label above 9" in str(error.value)) == (corrupt == "label above 9")
 
 
-def test_a_corrupt_folder_is_not_silently_replaced(folder, mirror):
-    """By neither a download nor a stand-in."""
-    (folder / "data_batch_1.bin").write_bytes(b"")
-    source = source_of(ARCHIVE, f"{mirror}/archive.tar.gz")
-    with pytest.raises(ValueError, match=r"data_batch_1\.bin"):
-        data.load_images(folder=folder, source=source)
-
-
 @pytest.mark.parametrize("corrupt", [ARCHIVE[:-1], ARCHIVE[:-1] + b"?", b""])
 def test_a_corrupt_archive_in_a_folder_is_named(corrupt, tmp_path):
     (tmp_path / CIFAR10.file).write_bytes(corrupt)
     with pytest.raises(ValueError, match="corrupt or truncated") as error:
-        data.load_images(folder=tmp_path, source=source_of(ARCHIVE))
-    assert str(tmp_path / CIFAR10.file) in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"])
-def test_the_python_version_of_cifar10_is_refused_in_favour_of_the_binary_one(name, tmp_path):
-    (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"{name} is .* Python version .* the binary") as error:
         data.load_images(folder=tmp_path)
-    assert CIFAR10.url in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["nowhere", CIFAR10.file])
-def test_a_path_that_is_not_a_folder_is_named(name, tmp_path):
-    (tmp_path / CIFAR10.file).touch()
-    with pytest.raises(ValueError, match=f"{name} must be a folder with .*, got (nothing|a file)"):
-        data.load_images(folder=tmp_path / name)
-
-
-# --- Contents of an archive ----------------------------------------------------------------------
-
-
-def load_archive(members, tmp_path):
-    """CIFAR-10 from an archive of members, in a new folder."""
-    (folder := tmp_path / "in").mkdir()
-    (folder / CIFAR10.file).write_bytes(content := archive_of(members))
-    return data.load_images(folder=folder, source=source_of(content))
-
-
-@pytest.mark.parametrize("name", CIFAR10_FILES)
-def test_a_file_missing_from_an_archive_is_named(name, tmp_path):
-    members = [MEMBERS[other] for other in CIFAR10_FILES if other != name]
-    with pytest.raises(ValueError, match=f"{name} in .*{CIFAR10.file}"):
-        load_archive(members, tmp_path)
-
-
-@pytest.mark.parametrize("corrupt", CORRUPT)
-def test_a_corrupt_file_in_an_archive_is_named(corrupt, tmp_path):
-    members = MEMBERS | {"test_batch.bin": member("test_batch.bin", CORRUPT[corrupt])}
-    with pytest.raises(ValueError, match=r"test_batch\.bin in .*corrupt"):
-        load_archive(members.values(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no archive" * 99,
-        ARCHIVE[:-3000],
-        gzip.compress(b"x" * 2000),
-        ARCHIVE[:12] + b"?" * 99 + ARCHIVE[111:],
-    ],
-    ids=["empty", "text", "truncated", "no tar", "corrupt"],
-)
-def test_a_file_that_is_not_an_archive_raises_value_error_or_os_error(content, tmp_path):
-    """The checksum is right, as for another source."""
-    (tmp_path / CIFAR10.file).write_bytes(content)
-    with pytest.raises((ValueError, OSError)):
-        data.load_images(folder=tmp_path, source=source_of(content))
-
-
-def test_the_order_of_an_archive_does_not_matter(tmp_path):
-    assert_is_cifar10(load_archive(list(MEMBERS.values())[::-1], tmp_path))
-
-
-def test_an_archive_writes_nothing_wherever_its_members_point(tmp_path):
-    hostile = [
-        member("../evil", b"evil"),
-        member("../../evil", b"evil"),
-        member(f"{tmp_path}/evil", b"evil"),
-        member(f"{tmp_path}/cache/evil", b"evil"),
-        member("evil-folder", kind=tarfile.DIRTYPE),
-        member("../evil-folder", kind=tarfile.DIRTYPE),
-        member(f"{tmp_path}/evil-folder", kind=tarfile.DIRTYPE),
-        member("evil-link", kind=tarfile.SYMTYPE, target=str(tmp_path)),
-        member("evil-link/evil", b"evil"),
-        member("evil-pipe", kind=tarfile.FIFOTYPE),
-        member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.DIRTYPE),
-    ]
-    assert_is_cifar10(load_archive([*hostile, *MEMBERS.values(), *hostile], tmp_path))
-    assert paths_below(tmp_path) == ["in", f"in/{CIFAR10.file}"]
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symbolic", "hard"])
-@pytest.mark.parametrize("target", ["outside", "cifar-10-batches-bin/data_batch_1.bin"])
-def test_a_link_in_place_of_a_file_is_refused(kind, target, tmp_path):
-    outside = tmp_path / "outside"
-    outside.write_bytes(FILES["data_batch_2.bin"])
-    name = "cifar-10-batches-bin/data_batch_2.bin"
-    target = str(outside) if target == "outside" else target
-    members = MEMBERS | {"data_batch_2.bin": member(name, kind=kind, target=target)}
-    with pytest.raises(ValueError, match=r"data_batch_2\.bin in .* has 0 bytes"):
-        load_archive(members.values(), tmp_path)
+    assert str(tmp_path / CIFAR10.file) in str(error.value)
 
 
 # --- CIFAR-10 from the network -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own_url", [True, False])
-def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path, capsys):
+def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path, capsys, monkeypatch):
     address = f"{mirror}/archive.tar.gz"
-    source = source_of(ARCHIVE) if own_url else source_of(ARCHIVE, address)
+    if not own_url:
+        monkeypatch.setattr(data, "CIFAR10", replace(UNUSED, url=address))
     url = address if own_url else None
-    images = data.load_images(url=url, source=source)
+    images = data.load_images(url=url)
     assert_is_cifar10(images)
     assert images.name == "CIFAR-10"
     assert paths_below(tmp_path / "cache" / "nala_min") == [CIFAR10.file]
@@ -334,37 +232,36 @@ def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path, ca
     assert all((way in message) != own_url for way in ("--url", "--data-dir", "--data synthetic"))
 
     (tmp_path / "served" / "archive.tar.gz").unlink()
-    assert_is_cifar10(data.load_images(url=url, source=source))
+    assert_is_cifar10(data.load_images(url=url))
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("path", ["nothing.tar.gz", "wrong.tar.gz"])
-def test_a_failing_url_is_an_error_and_not_a_stand_in(path, mirror, tmp_path, stand_in):
-    with pytest.raises(ValueError) as error:
-        data.load_images(url=f"{mirror}/{path}", source=source_of(ARCHIVE))
-    assert ("404" if path == "nothing.tar.gz" else f"{mirror}/{path}") in str(error.value)
-    assert paths_below(tmp_path / "cache" / "nala_min") == []
+def test_without_the_archive_the_stand_in_is_announced(
+    path, mirror, tmp_path, stand_in, capsys, monkeypatch
+):
+    """But not for an address that the user gave."""
+    url, why = f"{mirror}/{path}", "404" if path == "nothing.tar.gz" else "deleted"
+    with pytest.raises((ValueError, OSError), match=why) as error:
+        data.load_images(url=url)
+    assert url in str(error.value)
 
-
-@pytest.mark.parametrize("url", ["no address", "http://127.0.0.1:0/refused"])
-def test_an_invalid_url_is_an_error_and_not_a_stand_in(url, tmp_path, stand_in):
-    with pytest.raises(ValueError):
-        data.load_images(url=url, source=source_of(ARCHIVE))
-    assert paths_below(tmp_path / "cache" / "nala_min") == []
-
-
-@pytest.mark.parametrize("path", ["nothing.tar.gz", "wrong.tar.gz"])
-def test_without_the_archive_the_stand_in_is_announced(path, mirror, tmp_path, stand_in, capsys):
-    source = source_of(ARCHIVE, f"{mirror}/{path}")
-    images = data.load_images(source=source)
+    monkeypatch.setattr(data, "CIFAR10", replace(UNUSED, url=url))
+    assert data.load_images() is stand_in
     message = capsys.readouterr().out.partition("NO CIFAR-10")[2]
-    assert images is stand_in and DIGITS_NAME in message
-    assert ("404" if path == "nothing.tar.gz" else source.url) in message
+    assert DIGITS_NAME in message and url in message and why in message
+    assert paths_below(tmp_path / "cache" / "nala_min") == []
+
+
+@pytest.mark.parametrize("url", ["no address", "http://127.0.0.1:0/refused", "http://["])
+def test_an_invalid_url_is_an_error_and_not_a_stand_in(url, tmp_path, stand_in):
+    with pytest.raises((ValueError, OSError)):
+        data.load_images(url=url)
     assert paths_below(tmp_path / "cache" / "nala_min") == []
 
 
 def test_synthetic_is_the_drawn_digits_and_prints_nothing(folder, stand_in, tmp_path, capsys):
-    images = data.load_images("synthetic", source=source_of(ARCHIVE))
+    images = data.load_images("synthetic")
     assert images is stand_in and images.name == DIGITS_NAME
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "cache" / "nala_min").exists()
@@ -437,12 +334,6 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     torch.manual_seed(5)
     again = [batch(seed, step) for seed in range(5) for step in (0, 1, 99, 100, 200)]
     assert again == others
-
-
-@pytest.mark.parametrize("count", [0, 5])
-def test_a_batch_of_more_than_all_images_is_refused(count):
-    with pytest.raises(ValueError, match=f"must be at most {count}, .*, got 6"):
-        numbers_of(count, 6, seed=1, step=0)
 
 
 # --- Augmentation --------------------------------------------------------------------------------
@@ -534,7 +425,14 @@ def test_normalised_bytes_lie_around_zero_with_the_order_kept():
     assert_close(data.normalise(images), torch.tensor([-1.875, -1.0, 0.0, 1.0, 135 / 64]))
 
 
-# --- A user's own images --------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int8])
+def test_only_bytes_are_normalised(dtype):
+    """Floats from 0 to 1 would be read as an almost black image."""
+    with pytest.raises(TypeError, match=f"images must be uint8, .* got {dtype}"):
+        data.normalise(torch.zeros(1, 3, 4, 4, dtype=dtype))
+
+
+# --- A user's own pictures ------------------------------------------------------------------------
 
 
 def png(pixels, kind, depth=8, more=b""):
@@ -560,11 +458,13 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # the format's colour type
 
 @pytest.fixture
 def read(tmp_path):
-    """read(content): the image that read_png returns for a file with this content."""
+    """read(content): the image that read_picture returns for a link to a file with this content."""
 
     def read(content):
-        (tmp_path / "picture.png").write_bytes(content)
-        image = data.read_png(tmp_path / "picture.png")
+        (tmp_path / "picture").write_bytes(content)
+        if not (tmp_path / "link").exists():
+            (tmp_path / "link").symlink_to("picture")
+        image = data.read_picture(tmp_path / "link")
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
         return image
 
@@ -576,18 +476,30 @@ def plane(pixel, size=32):
     return [[pixel] * size] * size
 
 
+def saved(mode, colour, kind, size=32, **options):
+    """The bytes of a picture of one colour in this format."""
+    Image.new(mode, (size, size), colour).save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
 COLOURS = (b"PLTE", bytes([1, 2, 3, 200, 100, 50]))
-# kind of PNG: (its content, the colour of all its pixels)
+# kind of picture: (its content, the colour of all its pixels)
 ONE_COLOUR = {
+    "JPEG": (saved("RGB", (200, 100, 50), "JPEG", quality=95), (200, 100, 50)),
+    "grey JPEG": (saved("L", 77, "JPEG"), (77, 77, 77)),
+    "JPEG for print": (saved("CMYK", (0, 255, 0, 0), "JPEG"), (255, 0, 255)),
+    "WebP": (saved("RGBA", (200, 100, 50, 0), "WEBP", lossless=True), (255, 255, 255)),
+    "GIF": (saved("L", 77, "GIF"), (77, 77, 77)),
+    "TIFF": (saved("RGB", (200, 100, 50), "TIFF"), (200, 100, 50)),
+    "BMP": (saved("RGB", (200, 100, 50), "BMP"), (200, 100, 50)),
     "red, green, blue": (png(plane((200, 100, 50)), RGB), (200, 100, 50)),
-    "opaque": (png(plane((200, 100, 50, 255)), RGBA), (200, 100, 50)),
     "transparent": (png(plane((200, 100, 50, 0)), RGBA), (255, 255, 255)),
     "half transparent": (png(plane((200, 100, 50, 51)), RGBA), (244, 224, 214)),
-    "grey": (png(plane((77,)), GREY), (77, 77, 77)),
-    "grey and opaque": (png(plane((77, 255)), GREY_ALPHA), (77, 77, 77)),
     "grey and transparent": (png(plane((77, 0)), GREY_ALPHA), (255, 255, 255)),
+    "one transparent grey": (png(plane((77,)), GREY, 8, [(b"tRNS", b"\0\x4d")]), (255, 255, 255)),
     "16 bits": (png(plane((200 * 257, 100 * 257, 50 * 257)), RGB, 16), (200, 100, 50)),
     "16 bits of grey": (png(plane((77 * 257,)), GREY, 16), (77, 77, 77)),
+    "4 bits of grey": (png(plane((5,)), GREY, 4), (85, 85, 85)),
     "black or white": (png(plane((1,)), GREY, 1), (255, 255, 255)),
     "palette": (png(plane((1,)), PALETTE, 8, [COLOURS]), (200, 100, 50)),
     "small palette": (png(plane((1,)), PALETTE, 1, [COLOURS]), (200, 100, 50)),
@@ -601,24 +513,23 @@ ONE_COLOUR = {
 
 
 @pytest.mark.parametrize("kind", ONE_COLOUR)
-def test_a_png_of_any_kind_has_its_colour(kind, read):
+def test_a_picture_of_any_kind_has_its_colour(kind, read):
     content, colour = ONE_COLOUR[kind]
     expected = torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, 32, 32)
     assert torch.equal(read(content), expected)
 
 
-@pytest.mark.parametrize("transparent", [True, False])
-def test_a_32_by_32_png_is_read_pixel_for_pixel(transparent, read):
-    image = torch.randint(256, (32, 32, 3))
-    pixels = [[tuple(pixel) for pixel in row] for row in image.tolist()]
-    if transparent:
-        pixels = [[(*pixel, 255) for pixel in row] for row in pixels]
-    content = png(pixels, RGBA if transparent else RGB)
-    assert torch.equal(read(content), image.movedim(2, 0).to(torch.uint8))
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_a_picture_is_turned_as_the_camera_was_held(orientation, turns, read):
+    image = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    (exif := Image.Exif())[0x0112] = orientation
+    Image.fromarray(image).save(file := io.BytesIO(), "PNG", exif=exif)
+    expected = np.rot90(image, turns)  # counterclockwise
+    assert torch.equal(read(file.getvalue()), torch.from_numpy(expected.copy()).movedim(2, 0))
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 50), (50, 32), (32, 33), (35, 32)])
-def test_the_middle_square_of_a_png_is_taken(height, width, read):
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 50), (50, 32)])
+def test_the_middle_square_of_a_picture_is_taken_pixel_for_pixel(height, width, read):
     image = torch.randint(256, (height, width, 3))
     content = png([[tuple(pixel) for pixel in row] for row in image.tolist()], RGB)
     top, left = (height - 32) // 2, (width - 32) // 2
@@ -626,20 +537,19 @@ def test_the_middle_square_of_a_png_is_taken(height, width, read):
     assert torch.equal(read(content), middle.to(torch.uint8))
 
 
-def test_a_larger_png_is_averaged_not_subsampled(read):
+def test_a_larger_picture_is_averaged_not_subsampled(read):
     """Subsampling would alias a fine pattern."""
     stripes = [[(255 * (x % 4 in (1, 2)),) for x in range(128)]] * 128
     image = read(png(stripes, GREY)).float()
     assert (image - 127.5).abs().max() < 12  # slightly more than half is white at the sides
 
 
-def test_a_smaller_png_keeps_its_sides(read):
+def test_a_smaller_picture_keeps_its_sides(read):
     image = read(png([[(0,), (0,), (255,), (255,)]] * 4, GREY))
     assert image[:, :, :12].max() == 0 and image[:, :, 20:].min() == 255
 
 
 PICTURE = ONE_COLOUR["red, green, blue"][0]
-BOMB = zlib.compress(bytes(1_500_000), 9)  # small, but unpacks to more than Pillow accepts
 
 
 def resized(content, width, height):
@@ -649,52 +559,32 @@ def resized(content, width, height):
     return content[:16] + head + check + content[33:]
 
 
-NOT_PNG = {
+NO_PICTURE = {
     "empty": b"",
     "text": b"not a picture\n" * 9,
-    "JPEG": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00\xff\xd9",
     "head only": PICTURE[:40],
     "truncated": PICTURE[:-30],
+    "truncated JPEG": ONE_COLOUR["JPEG"][0][:-30],
     "corrupt": PICTURE[:45] + b"?" * 9 + PICTURE[54:],
-    **{
-        f"bomb in {name.decode()}": png(plane((77,)), GREY, more=[(name, body + BOMB)])
-        for name, body in {
-            b"zTXt": b"Comment\0\0",
-            b"iTXt": b"Comment\0\1\0en\0\0",
-            b"iCCP": b"profile\0\0",
-        }.items()
-    },
-    "short chunks": png(plane((77,)), GREY, more=[(b"pHYs", b""), (b"gAMA", b""), (b"cHRM", b"1")]),
     "no pixels": resized(PICTURE, 0, 0),
-    "too many pixels": resized(PICTURE, 2**13, 2**13 + 1),
-    "a second size": resized(PICTURE, 32, 32)[:33] + resized(PICTURE, 2**20, 2**20)[8:],
+    "too many pixels": resized(PICTURE, 2**14, 2**14),  # a small file must not need gigabytes
+    "numbers without a scale": saved("F", 0.3, "TIFF"),
+    "32 bits of grey": saved("I", 7_000_000, "TIFF"),
 }
-HARMLESS = {"bomb in iCCP", "short chunks"}  # some versions of Pillow accept them
 
 
-@pytest.mark.parametrize("content", NOT_PNG)
-def test_a_file_that_is_not_a_png_raises_syntax_error_or_os_error(content, read):
-    with suppress(AssertionError) if content in HARMLESS else nullcontext():
-        with pytest.raises((SyntaxError, OSError)) as error:
-            read(NOT_PNG[content])
-        assert content != "too many pixels" or "pixels, got 8,192 x 8,193:" in str(error.value)
+@pytest.mark.parametrize("kind", NO_PICTURE)
+def test_a_file_that_is_not_a_picture_raises(kind, read):
+    with pytest.raises(Exception) as error:  # Pillow raises many types
+        read(NO_PICTURE[kind])
+    assert not isinstance(error.value, AssertionError | MemoryError) and str(error.value)
 
 
-def test_an_exception_in_pillow_becomes_a_syntax_error(read, monkeypatch):
-    for kind in (ValueError, KeyError, struct.error, zlib.error, RecursionError):
-        monkeypatch.setattr("matplotlib.image.imread", Mock(side_effect=kind("broken")))
-        with pytest.raises(SyntaxError, match="not a readable PNG"):
-            read(PICTURE)
-    monkeypatch.setattr("matplotlib.image.imread", Mock(side_effect=MemoryError))
-    with pytest.raises(MemoryError):
-        read(PICTURE)
-
-
-def test_a_path_may_be_a_string(folder, tmp_path):
-    (tmp_path / "picture.png").write_bytes(PICTURE)
-    pixel = data.read_png(str(tmp_path / "picture.png"))[:, 0, 0]
-    assert pixel.tolist() == [200, 100, 50]
-    assert_is_cifar10(data.load_images(folder=str(folder)))
+@pytest.mark.parametrize("name", ["", "nowhere.png", "dangling"])
+def test_a_missing_picture_or_a_folder_raises_os_error(name, tmp_path):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(OSError, match=name or tmp_path.name):
+        data.read_picture(tmp_path / name)
 
 
 def test_images_do_not_depend_on_torch_s_defaults(folder, tmp_path):
@@ -704,12 +594,6 @@ def test_images_do_not_depend_on_torch_s_defaults(folder, tmp_path):
         images = data.load_images(folder=folder)
         batch, _ = data.shuffled_batch(*images.train, 2, seed=1, step=0)
         shifted = data.augment(batch, 1, 0, shift=2, mirror=True)
-        return [data.read_png(tmp_path / "picture.png"), shifted, data.normalise(shifted)]
+        return [data.read_picture(str(tmp_path / "picture.png")), shifted, data.normalise(shifted)]
 
     assert_independent_of_defaults(make)
-
-
-def test_a_missing_png_or_a_folder_raises_os_error(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere.png"):
-        with pytest.raises(OSError, match=path.name):
-            data.read_png(path)

@@ -10,7 +10,6 @@ from matplotlib.image import imread
 from scripts import ambient
 
 from nala_min import NaLaViT, ViTConfig, entropy, measure, plots
-from nala_min.arguments import FEATURE_MAPS
 
 LOSSES = {"train_loss": [3.0, 2.0, 1.5], "validation_loss": [4.0, 3.0, 2.75]}
 ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
@@ -34,14 +33,24 @@ def test_a_picture_is_written_as_a_complete_png(tmp_path):
     assert imread(tmp_path / "gap.png").shape[:2] == (585, 960)  # 3.9 x 6.4 inches, 150 dpi
 
 
-def test_drawing_does_not_change_the_caller_s_style():
-    before = dict(matplotlib.rcParams)
-    plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]})
-    assert dict(matplotlib.rcParams) == before
+def test_a_picture_depends_on_the_project_s_settings_alone(tmp_path):
+    """Not on the user's, which stay as they are."""
+
+    def drawn():
+        before = dict(matplotlib.rcParams)
+        plots.write(plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]}), tmp_path / "gap.png")
+        assert dict(matplotlib.rcParams) == before
+        return (tmp_path / "gap.png").read_bytes()
+
+    expected = drawn()
+    theirs = {"font.size": 30, "axes.facecolor": "black", "savefig.dpi": 20, "lines.linewidth": 9}
+    theirs |= {"text.usetex": True, "savefig.facecolor": "red", "savefig.bbox": "tight"}
+    with matplotlib.rc_context(theirs):
+        assert drawn() == expected
 
 
 def test_the_styles_differ_without_colour():
-    assert set(plots.STYLES) == {*FEATURE_MAPS, "softmax"}
+    assert set(plots.STYLES) == {"cosine", "split", "elu", "relu", "softmax"}
     assert len({style["linestyle"] for style in plots.STYLES.values()}) == len(plots.STYLES)
     assert len({style["color"] for style in plots.STYLES.values()}) == len(plots.STYLES)
 
@@ -161,7 +170,7 @@ def test_attention_stats_draws_medians_and_the_middle_90_percent():
     nala = {"query_norm": [1.0, 2.0, 3.0, 4.0, 5.0], "entropy": [0.0, 1.0, 2.0, 3.0, 4.0]}
     nala = nala | {"power": [2.0, 2.5, 3.0, 3.5, 4.0]}
     softmax = {"query_norm": [2.0, 3.0, 4.0, 5.0, 9.0], "entropy": [1.0, 1.0, 1.0, 1.0, 1.0]}
-    figure = plots.attention_stats([nala, nala], [softmax, softmax])
+    figure = plots.attention_stats([nala, nala], [softmax, softmax], num_keys=64)
     norm, power, entropies = figure.axes
     labels = [axes.get_ylabel().split()[0] for axes in figure.axes]
     assert labels == ["norm", "power", "entropy"]
