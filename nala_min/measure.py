@@ -1,12 +1,10 @@
 """Measurements of attentions and models. `python -m nala_min.measure` measures the entropy gap and
-writes a run card and a picture, to notebooks/results in a checkout and to runs otherwise."""
+writes its run card and picture, in a checkout to notebooks/results, otherwise to runs."""
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from nala_min import plots, runcard
 from nala_min.data import all_windows, normalise
-from nala_min.flags import flag, parse_flags, run_script
+from nala_min.flags import run_script
 from nala_min.model import (
     GatedAttention,
     NaLaLM,
@@ -55,29 +53,19 @@ def entropy_against_norm(
 
 
 class Recorder(TorchDispatchMode):
-    """Counts, inside `with Recorder() as recorder:`, PyTorch's operations and the bytes that they
-    read and write. names: of the operations. peak: bytes of tensors created inside that were alive
-    at once, without what a kernel uses internally."""
+    """Counts PyTorch's operations inside `with Recorder() as recorder:`. peak: the most bytes of
+    tensors created inside that were alive at once, without what a kernel uses internally."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.bytes = self.allocated = self.peak = 0
-        self.names: set[str] = set()
+        self.operations = self.allocated = self.peak = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = func._schema.name
+        out = func(*args, **(kwargs or {}))
         self.operations += 1
-        self.names.add(name)
-        inputs = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
-        outputs = {x.untyped_storage()._cdata for x in _tensors(out)}
-        is_view = outputs <= inputs and not func._schema.is_mutable
-        if not is_view and "empty" not in name:
-            read = args, {k: v for k, v in kwargs.items() if k != "out"}
-            self.bytes += sum(x.nbytes for x in _tensors((read, out)))
-        for storage in (x.untyped_storage() for x in _tensors(out)):
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
             key, size = storage._cdata, storage.nbytes()
             if key not in inputs and key not in self._alive:  # not a view of an earlier tensor
                 self._alive.add(key)
@@ -91,8 +79,8 @@ class Recorder(TorchDispatchMode):
         self.allocated -= size
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 # --- Losses and scores of a model -----------------------------------------------------------------
@@ -161,20 +149,17 @@ class AttentionInputs(NamedTuple):
         attention = feature_map or self.layer.attend
         return attention_weights(self.q, self.k, causal=self.layer.causal, feature_map=attention)
 
-    def queries(self) -> range:
-        """A sample: the last token of a text, or at most MAX_QUERIES evenly spaced patches."""
+    def entropies(self) -> Tensor:
+        """Entropy (B, H, n) in nats of the last token of a text, or of at most MAX_QUERIES evenly
+        spaced patches, in memory linear in N. The output is linear in the values, so its derivative
+        with respect to them gives the weights."""
         count = self.q.shape[2]
         first, step = (count - 1, 1) if self.layer.causal else (0, -(-count // MAX_QUERIES))
-        return range(first, count, step)
-
-    def entropies(self) -> Tensor:
-        """Entropy (B, H, n) of the sampled queries' weights, in memory linear in N. The output is
-        linear in the values, so its derivative with respect to them gives the weights."""
         with torch.inference_mode(False), torch.enable_grad():
             q, k = self.q.clone(), self.k.clone()
             v = torch.zeros_like(q, requires_grad=True)
             out = self.layer.attend(q, k, v, causal=self.layer.causal)
-            firsts = (out[:, :, query, 0].sum() for query in self.queries())
+            firsts = (out[:, :, query, 0].sum() for query in range(first, count, step))
             rows = [torch.autograd.grad(x, v, retain_graph=True)[0][..., 0] for x in firsts]
         return entropy(torch.stack(rows, dim=2))
 
@@ -210,9 +195,9 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
     """Statistics of each block's attention, first to last, when model reads the first
     eval_batch_size(model, inputs) of inputs. Arguments as for attention_inputs.
 
-    Each dict has the name of the attention, and QUANTILES over all heads and examples: of
-    query_norm and, for NaLa, of power, Eq. (7), over all tokens; of entropy, in nats, over the
-    sampled queries. A module's weights may depend on the channel, so it has no entropy.
+    Each dict has the name of the attention, and QUANTILES of query_norm and, for NaLa, of power,
+    Eq. (7), over all tokens, and of AttentionInputs.entropies. A module's weights may depend on the
+    channel, so it has no entropy.
     """
     blocks, inputs = [], inputs[: eval_batch_size(model, inputs)]
     for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):
@@ -230,76 +215,37 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
     return blocks
 
 
-def norms_and_entropies(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Tensor]]:
-    """For each block, query_norm, key_norm and entropy, in nats, each (H, n), of all heads and
-    sampled queries. Arguments as for attention_inputs, but in batches."""
-    parts = [attention_inputs(model, x) for x in inputs.split(eval_batch_size(model, inputs))]
-    found = []
-    for blocks in zip(*parts, strict=True):
-        numbers = {
-            "query_norm": [decompose(x.q[:, :, x.queries()])[0][..., 0] for x in blocks],
-            "key_norm": [decompose(x.k[:, :, x.queries()])[0][..., 0] for x in blocks],
-            "entropy": [block.entropies() for block in blocks],
-        }  # each (B, H, n)
-        found.append({name: torch.cat(x).transpose(0, 1).flatten(1) for name, x in numbers.items()})
-    return found
-
-
-def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's rank correlation of x and y, each (..., n): 1 if both grow together, -1 if one
-    falls as the other grows. Ties are ranked in order of appearance."""
-    ranks = torch.stack([x, y]).argsort(dim=-1, stable=True).argsort(dim=-1).double()
-    ranks = ranks - ranks.mean(dim=-1, keepdim=True)
-    return F.cosine_similarity(*ranks, dim=-1)
-
-
-def attention_maps(
-    model: NaLaViT,
-    images: Tensor,
-    block: int = -1,
-    feature_maps: Sequence[str | None] = ("cosine", "softmax", "relu"),
-) -> dict[str, Tensor]:
-    """The weights (B, R, S, R, S), on the CPU, of a query at (r, s) over the grid under each of
-    feature_maps, averaged over the heads. Queries and keys are those of one block, which was
-    trained with one kernel. images: (B, 3, height, width) uint8."""
-    inputs = attention_inputs(model, images)[block]
+def attention_maps(model: NaLaViT, images: Tensor) -> dict[str, Tensor]:
+    """The weights (B, R, S, R, S), on the CPU, of a query at (r, s) over the grid under three
+    kernels, averaged over the heads. Queries and keys are those of the last block, which was
+    trained with one of them. images: (B, 3, height, width) uint8."""
+    inputs = attention_inputs(model, images)[-1]
     grid = inputs.x.shape[1:3]
     return {
         name: inputs.weights(name).mean(dim=1).cpu().unflatten(2, grid).unflatten(1, grid)
-        for name in feature_maps
+        for name in ("cosine", "softmax", "relu")
     }
 
 
-# --- The program ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Settings:
-    """Measure the entropy of attention weights against the norm of the query."""
-
-    out: Path = flag(
-        runcard.RESULTS if runcard.RESULTS.is_dir() else Path("runs"),  # not next to a wheel
-        "folder for the run card and the picture",
-    )
-
-
 def main() -> None:
-    start, settings = time.perf_counter(), parse_flags(Settings)
-    card_file, picture = (settings.out / f"entropy_gap.{kind}" for kind in ("json", "png"))
+    """Measure the entropy gap: write its run card and picture."""
+    start = time.perf_counter()
+    folder = runcard.RESULTS if runcard.RESULTS.is_dir() else Path("runs")  # not next to a wheel
+    card_file, picture = folder / "entropy_gap.json", folder / "entropy_gap.png"
     runcard.check_writable(card_file, picture)
-    sizes = {"num_keys": 64, "dim": 32, "draws": 200}
-    norms = torch.logspace(-2, 1.5, 40, dtype=torch.float32, device="cpu")
+    config = {"seed": 1, "num_keys": 64, "dim": 32, "draws": 200}
+    norms = torch.logspace(-2, 1.5, 40)
     entropies = {}
     for name in ("softmax", "cosine", "elu", "relu"):
-        torch.manual_seed(1)  # the same queries and keys for every feature map
+        sizes = dict(config)
+        torch.manual_seed(sizes.pop("seed"))  # the same queries and keys for every feature map
         entropies[name] = entropy_against_norm(name, norms, **sizes).tolist()
     results = {"norms": norms.tolist(), "entropies": entropies}
     data_info, seconds = {"name": "standard normal queries and keys"}, time.perf_counter() - start
-    config = {"seed": 1} | sizes
-    card = runcard.run_card(config, data_info, torch.device("cpu"), seconds, results)
+    card = runcard.run_card(config, data_info, norms.device, seconds, results)
     card["command"] = "python -m nala_min.measure"
     runcard.write_json(card_file, card)
-    plots.write(plots.entropy_gap(norms.tolist(), entropies), picture)
+    plots.write(plots.entropy_gap(**results), picture)
     print(f"Written: {card_file} and .png")
 
 

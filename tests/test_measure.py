@@ -1,9 +1,7 @@
 """Measurements of an attention, a computation and a trained model, in nala_min/measure.py."""
 
 import math
-import runpy
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,17 +45,6 @@ def test_nala_reacts_to_small_norms_only():
     fall = -curve("cosine").diff()
     assert fall[0] > 0.2
     assert fall[2].abs() < 1e-3
-
-
-def test_the_committed_card_agrees_with_the_code():
-    """Remeasures one point per feature map."""
-    card = runcard.read_json(runcard.RESULTS / "entropy_gap.json")
-    norms, config = torch.tensor(card["results"]["norms"]), dict(card["config"])
-    seed = config.pop("seed")
-    for name, values in card["results"]["entropies"].items():
-        torch.manual_seed(seed)
-        (actual,) = measure.entropy_against_norm(name, norms[[20]], **config).tolist()
-        assert actual == pytest.approx(values[20], abs=1e-4)
 
 
 # --- The cost of a computation --------------------------------------------------------------------
@@ -138,15 +125,14 @@ def weights_by_hand(layer, x, name):
     return sum(maps) / 2
 
 
-@pytest.mark.parametrize("block", [0, -1])
 @pytest.mark.parametrize("attention", ["nala", ("softmax", "elu")])
-def test_attention_maps_are_the_weights_of_the_block_s_own_queries_and_keys(
-    attention, block, in_float64
+def test_attention_maps_are_the_weights_of_the_last_block_s_own_queries_and_keys(
+    attention, in_float64
 ):
     model, images, seen = small_vit(attention=attention), noise(), {}
-    layer = model.blocks[block].attention
+    layer = model.blocks[-1].attention
     spy(layer, seen, "block")
-    maps = measure.attention_maps(model, images, block)
+    maps = measure.attention_maps(model, images)
     assert tuple(maps) == ("cosine", "softmax", "relu")
     for name, actual in maps.items():
         expected = weights_by_hand(layer, seen["block"][0], name)
@@ -158,17 +144,16 @@ def test_attention_maps_are_the_weights_of_the_block_s_own_queries_and_keys(
 
 
 @pytest.mark.parametrize("attention", FIVE)
-def test_the_map_of_the_block_s_own_kernel_gives_its_attention_s_output(attention, in_float64):
-    """o is the input of the normalisation minus the convolution. With one head, the map is not
-    averaged."""
+def test_the_weights_of_a_block_give_its_attention_s_output(attention, in_float64):
+    """o is the input of the normalisation minus the convolution."""
     model, seen = small_vit(num_heads=1, attention=attention), {}
     layer = model.blocks[-1].attention
     for name in ("project", "local", "norm"):
         spy(getattr(layer, name), seen, name)
-    (weights,) = measure.attention_maps(model, noise(), feature_maps=[None]).values()
+    weights = measure.attention_inputs(model, noise())[-1].weights()[:, 0]  # its only head
     v = seen["project"][1].chunk(4, dim=-1)[2]
     o = seen["norm"][0] - seen["local"][1][0]  # the norm's input is o + local(v)
-    assert_close(torch.einsum("bhwrs,brse->bhwe", weights, v), o)
+    assert_close((weights @ v.flatten(1, 2)).view_as(o), o)
 
 
 @pytest.mark.parametrize("attention", FIVE)
@@ -273,14 +258,6 @@ def test_stats_of_a_language_model_are_of_its_last_token(attention):
         assert math.log(2) < block["entropy"][0] <= block["entropy"][-1] <= math.log(12) + 1e-6
     for block in measure.attention_stats(model, tokens[:, :2]):
         assert 0 <= block["entropy"][0] <= block["entropy"][-1] <= math.log(2) + 1e-6
-
-
-def test_rank_correlation_by_hand():
-    """Rising: 1, falling: -1; ranks 0 1 2 3 against 1 0 2 3: 0.8."""
-    x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 2.0, 3.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
-    y = torch.tensor([[0.1, 1.0, 7.0, 900.0], [-4.0, 0.0, -1.0, 9.0], [2.0, 1.0, 3.0, 4.0]])
-    expected = torch.tensor([1.0, -1.0, 0.8], dtype=torch.float64)
-    assert_close(measure.rank_correlation(x, y), expected)
 
 
 @pytest.mark.parametrize("attention", ["nala", "softmax"])
@@ -396,30 +373,6 @@ def test_measurements_do_not_depend_on_torch_s_defaults(reader):
             assert read() == expected
 
 
-@pytest.mark.parametrize("make", [small_vit, small_lm])
-def test_norms_and_entropies_are_those_of_each_head_and_token(make, in_float64, monkeypatch):
-    """The same in batches as at once: a text's last token, every fifth patch of an image."""
-    monkeypatch.setattr(measure, "MAX_QUERIES", 3)
-    monkeypatch.setattr(measure, "eval_batch_size", lambda model, inputs: 2)
-    text = make is small_lm
-    model = make().double()
-    inputs = torch.randint(model.config.vocab_size, (5, 7)) if text else noise(5)
-    blocks = measure.norms_and_entropies(model, inputs)
-    for actual, block in zip(blocks, measure.attention_inputs(model, inputs), strict=True):
-        count = block.q.shape[2]
-        tokens = slice(count - 1, None) if text else slice(None, None, -(-count // 3))
-        weights = block.weights()[:, :, tokens]
-        expected = {
-            "query_norm": block.q[:, :, tokens].norm(dim=-1),
-            "key_norm": block.k[:, :, tokens].norm(dim=-1),
-            "entropy": -(weights * weights.clamp_min(1e-300).log()).sum(dim=-1),
-        }
-        assert actual.keys() == expected.keys()
-        for name, x in expected.items():
-            by_head = torch.stack([x[:, head].flatten() for head in range(x.shape[1])])
-            assert_close(actual[name], by_head)
-
-
 @pytest.mark.parametrize("attention", [*FIVE, "focused", "magnitude-aware"])
 def test_entropies_are_those_of_all_weights(attention, monkeypatch):
     monkeypatch.setattr(measure, "MAX_QUERIES", 7)
@@ -479,30 +432,32 @@ def test_sampled_queries_represent_all(monkeypatch):
 # --- The program ----------------------------------------------------------------------------------
 
 
-def test_the_card_is_written_to_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["measure.py", "--out", str(tmp_path / "new")])
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_program_writes_the_committed_card(installed, tmp_path, monkeypatch, capsys):
+    """An installed wheel writes to runs, not beside itself."""
+    committed, folder = runcard.RESULTS / "entropy_gap.json", tmp_path / "results"
+    card = runcard.read_json(committed)
+    (folder if not installed else tmp_path).mkdir(exist_ok=True)
+    monkeypatch.setattr(runcard, "RESULTS", folder)
+    monkeypatch.chdir(tmp_path)
     run_script(measure.main)
-    written, card = (
-        runcard.read_json(p / "entropy_gap.json") for p in (tmp_path / "new", runcard.RESULTS)
-    )
-    assert written.keys() == card.keys() and written["config"] == card["config"]
-    assert (tmp_path / "new" / "entropy_gap.png").exists()
+    written = (tmp_path / "runs" if installed else folder) / "entropy_gap.json"
+    assert runcard.read_json(written).keys() == card.keys()
+    for key in ("command", "config", "data"):
+        assert runcard.read_json(written)[key] == card[key]
+    for name, entropies in runcard.read_json(written)["results"]["entropies"].items():
+        assert entropies == pytest.approx(card["results"]["entropies"][name], abs=1e-4)
+    assert written.with_suffix(".png").exists()
     assert "entropy_gap.json" in capsys.readouterr().out
 
 
 def test_an_unwritable_output_is_an_error_before_the_work(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr("sys.argv", ["measure.py", "--out", str(tmp_path / "file" / "x")])
+    (tmp_path / "entropy_gap.png").mkdir()
+    monkeypatch.setattr(runcard, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "entropy_against_norm", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(SystemExit, match="2"):
         run_script(measure.main)
     assert "cannot be written" in capsys.readouterr().err
-
-
-def test_an_installed_wheel_writes_to_runs_and_not_beside_itself(tmp_path, monkeypatch):
-    assert measure.Settings().out == runcard.RESULTS
-    monkeypatch.setattr(runcard, "RESULTS", tmp_path / "notebooks" / "results")  # missing
-    assert runpy.run_path(measure.__file__)["Settings"]().out == Path("runs")
 
 
 def test_attention_maps_are_moved_to_the_cpu():

@@ -162,7 +162,7 @@ def test_attention_maps_frames_the_query_and_shows_its_weights():
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 11), (32, 32)])
 def test_attention_maps_of_any_grid(height, width):
     images = noise(1, height, width)
-    maps = measure.attention_maps(small_vit(num_layers=1), images, feature_maps=[*plots.STYLES])
+    maps = measure.attention_maps(small_vit(num_layers=1), images)
     plots.attention_maps(images, maps, "hybrid").savefig(io.BytesIO())
 
 
