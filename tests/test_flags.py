@@ -20,14 +20,13 @@ import train_cifar
 import train_shakespeare
 from nala_min import flags
 from nala_min.flags import UsageError, flag, parse_flags, run_script
-from nala_min.lab import bench, compare, gpu
+from nala_min.lab import bench, compare
 
 COMMANDS = {
     "train_shakespeare.py": train_shakespeare.Settings,
     "train_cifar.py": train_cifar.Settings,
     "bench.py": bench.Settings,
     "compare.py": compare.Settings,
-    "gpu.py": gpu.Settings,
 }
 ROOT = Path(__file__).parent.parent
 TEXT = ["Der Rabe flog im Mai.\n" * 40, "text.txt"]

@@ -1,21 +1,14 @@
-"""This machine's accelerator gives the same results as its CPU. Also tests lab/gpu.py, which
-measures a GPU."""
+"""This machine's accelerator gives the same results as its CPU."""
 
-import os
 from copy import deepcopy
 
 import pytest
 import torch
-from scripts import run_here
 from test_train import batch, small_model, small_vit, train_small
 from torch.testing import assert_close
 
-import train_cifar
-import train_shakespeare
 from nala_min import nala_attention, softmax_attention
 from nala_min.checkpoint import load_checkpoint
-from nala_min.flags import parse_flags
-from nala_min.lab import bench, compare, gpu
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 MAPS = ("cosine", "split", "elu", "relu")
@@ -123,78 +116,3 @@ def test_a_resumed_run_is_the_same_run_and_its_checkpoint_loads_anywhere(device,
         assert_close(tensor.cpu(), weights[name].cpu(), **exact)
     assert [point["step"] for point in resumed] == [point["step"] for point in history]
     small_model().load_state_dict(weights)  # on the CPU
-
-
-# --- The program that measures a GPU --------------------------------------------------------------
-
-PROGRAMS = {
-    "train_shakespeare.py": train_shakespeare,
-    "train_cifar.py": train_cifar,
-    "nala_min.lab.bench": bench,
-    "nala_min.lab.compare": compare,
-}
-
-
-@pytest.mark.parametrize(("device", "quick"), [("cpu", True), ("cpu", False), ("cuda", False)])
-def test_every_program_accepts_its_flags(device, quick):
-    programs = gpu.programs(gpu.Settings(quick=quick, device=device))
-    assert len(programs) == {"cpu": 10, "cuda": 11}[device]
-    for card, command in programs.items():
-        name, *flags = command[1:] if command[0] == "-m" else command
-        settings = parse_flags(PROGRAMS[name].Settings, flags)
-        assert settings.device == device and settings.out in (card.parent, card.with_suffix(""))
-        if name == "nala_min.lab.bench":
-            assert bench.card_name(settings, torch.device(device)) == card.stem
-
-
-WRITE = """
-import pathlib, sys
-name, *flags = sys.argv[1:]
-with pathlib.Path("log").open("a") as log:
-    log.write(" ".join([name, *flags]) + "\\n")
-if name == "wrong":
-    sys.exit(3)
-pathlib.Path(name, "card.json").touch()
-"""
-
-
-def test_a_program_with_a_card_is_not_run_again(tmp_path, monkeypatch):
-    """Interrupted training resumes. A failure is reported and does not stop the other programs."""
-    names = ("new", "wrong", "interrupted")
-    for name in names:
-        (tmp_path / name).mkdir()
-    (tmp_path / "train_shakespeare.py").touch()
-    (tmp_path / "interrupted" / "checkpoint.pt").touch()
-    cards = {tmp_path / name / "card.json": ["-c", WRITE, name] for name in names}
-    monkeypatch.setattr(gpu, "programs", lambda settings: cards)
-    for expected in (["new", "wrong", "interrupted --resume"], ["wrong"]):
-        (tmp_path / "log").unlink(missing_ok=True)
-        result = run_here(gpu, tmp_path, "--device", "cpu")
-        assert result.returncode == 2 and "gpu.py: error: these programs failed" in result.stderr
-        assert "wrong" in result.stderr
-        assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == expected
-    del cards[tmp_path / "wrong" / "card.json"]
-    result = run_here(gpu, tmp_path, "--device", "cpu")
-    assert result.returncode == 0 and "Every run card is in" in result.stdout
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
-def test_an_interrupted_program_may_save_before_it_ends(tmp_path, monkeypatch):
-    saving = f"""
-import os, pathlib, signal, time
-def save(*_):
-    pathlib.Path(r"{tmp_path}", "saved").touch()
-    raise SystemExit
-signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-os.kill(os.getppid(), signal.SIGINT)
-time.sleep(60)
-"""
-    with pytest.raises(KeyboardInterrupt, match="run the same command to continue"):
-        gpu.run(["-c", saving], resume=False)
-    assert (tmp_path / "saved").exists()
-
-
-def test_a_checkout_is_required(tmp_path):
-    result = run_here(gpu, tmp_path, "--device", "cpu")
-    assert result.returncode == 2 and "run this in a checkout" in result.stderr

@@ -1,2 +1,2 @@
-"""Programs that measure the rest of the package: speed (bench), fair comparisons (compare) of the
-attentions in studies, norms in trained models (premise), and everything on a GPU (gpu)."""
+"""Programs that measure the rest of the package: speed (bench.py), and fair comparisons of the
+attentions (compare.py) in studies (studies.py)."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,64 +14,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from nala_min import ATTENTIONS, LMConfig, NaLaLM, NaLaViT, ViTConfig, data, measure, plots
-from nala_min.model import (
-    Config,
-    GatedAttention,
-    decompose,
-    key_features,
-    linear_attention,
-    nala_attention,
-    query_features,
-    softmax_attention,
-)
+from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, data, measure, plots
+from nala_min import model as method
+from nala_min.model import ATTENTIONS, Config
 
 TEST_SEED = 10**6  # seed for test data: no run trains with it
 
 # --- Attentions -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Variant:
-    """An attention, and a change to its block or learning rates."""
-
-    attention: str = "nala"  # as in BlockConfig
-    norm_scale: float | None = 1.0  # as in BlockConfig
-    heads: float = 1.0  # times the task's; with 0.5, D features have NaLa's state size
-    change: Callable[[GatedAttention], None] = lambda layer: None
-    lr_factor: float = 1.0  # times the task's learning rates
-
-
-class _OpenGate(nn.Module):
-    """The projection of a block whose gate is always open: SiLU(1.2784645) = 1."""
-
-    def __init__(self, project: nn.Linear):
-        super().__init__()
-        self.project = project
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkvg = self.project(x)
-        q_k_v, gate = qkvg.split([3 * x.shape[-1], x.shape[-1]], dim=-1)
-        return torch.cat([q_k_v, torch.full_like(gate, 1.2784645)], dim=-1)
-
-
-class _NoConv(nn.Module):
-    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return torch.zeros_like(x), before
-
-
-def _no_gate(layer: GatedAttention) -> None:
-    layer.project = _OpenGate(layer.project)
-
-
-def _no_convolution(layer: GatedAttention) -> None:
-    layer.local = _NoConv()
-
-
-@torch.no_grad()
-def _enlarge_q_and_k(layer: GatedAttention) -> None:
-    q_k, v_gate = layer.project.weight.chunk(2)
-    layer.project.weight.copy_(torch.cat([5 * q_k, v_gate]))
 
 
 class OneNorm(nn.Module):
@@ -86,107 +33,53 @@ class OneNorm(nn.Module):
         self.norm = nn.Parameter(torch.full((config.num_heads,), root))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options):
-        _, direction = decompose(q)  # (B, H, N, D)
-        return softmax_attention(self.norm[:, None, None] * direction, k, v, **options)
+        _, direction = method.decompose(q)  # (B, H, N, D)
+        return method.softmax_attention(self.norm[:, None, None] * direction, k, v, **options)
 
 
-def separate_lambdas(
-    q: Tensor, k: Tensor, v: Tensor, *, queries=3.0, keys=3.0, **options
-) -> Tensor | tuple[Tensor, Tensor | None]:
-    """NaLa with separate λ for queries and keys."""
-    maps = partial(query_features, lam=queries), partial(key_features, lam=keys)
-    return linear_attention(q, k, v, *maps, **options)
+def no_query_norm(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    """NaLa that takes every query for a very long one: its power is always lam (tau + 1)."""
+    return method.nala_attention(2.0**30 * q, k, v, **options)  # a power of 2 changes no direction
 
 
-class LearnedLambdas(nn.Module):
-    """NaLa with two learned λ per head, one for queries and one for keys, both initially 3."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.queries, self.keys = (
-            nn.Parameter(torch.full((config.num_heads,), 3.0)) for _ in range(2)
-        )
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options):
-        queries, keys = self.queries[:, None, None], self.keys[:, None, None]  # (H, 1, 1)
-        return separate_lambdas(q, k, v, queries=queries, keys=keys, **options)
+for name in ("lam 1", "lam 2", "lam 4", "tau 0", "tau 1", "alpha 2"):
+    option, value = name.split()
+    ATTENTIONS[name] = partial(method.nala_attention, **{option: float(value)})
+maps = {"query_features": method.query_features, "key_features": method.key_features}
+for which, name in (("query_features", "lam 1 of queries"), ("key_features", "lam 1 of keys")):
+    changed = maps | {which: partial(maps[which], lam=1.0)}
+    ATTENTIONS[name] = partial(method.linear_attention, **changed)
+ATTENTIONS["no query norm"] = no_query_norm
+ATTENTIONS["no cosine map"] = ATTENTIONS["clipped"]
+ATTENTIONS["softmax, one norm"] = OneNorm
 
 
-# NaLa with one number changed. tanh(norm / 1e-9) is 1 for any norm in practice.
-CHANGED_OPTIONS = {
-    **{f"lam {lam:g}": {"lam": lam} for lam in (1.0, 2.0, 4.0)},
-    **{f"tau {tau:g}": {"tau": tau} for tau in (0.0, 1.0)},
-    "alpha 2": {"alpha": 2.0},
-    "no query norm": {"norm_scale": 1e-9},
-}
-ATTENTIONS.update(
-    {name: partial(nala_attention, **options) for name, options in CHANGED_OPTIONS.items()}
-)
-ATTENTIONS["lam 1 of queries"] = partial(separate_lambdas, queries=1.0)
-ATTENTIONS["lam 1 of keys"] = partial(separate_lambdas, keys=1.0)
-ATTENTIONS["lam learned"] = LearnedLambdas
-ATTENTIONS["one norm"] = OneNorm
-
-# The attentions in the scripts' tables of results.
-MAIN_ATTENTIONS = ("nala", "softmax", "elu", "relu")
-
-VARIANTS: dict[str, Variant] = {
-    "nala": Variant(),
-    "split": Variant("split"),
-    "softmax": Variant("softmax"),
-    "softmax, one norm": Variant("one norm"),
-    "elu": Variant("elu"),
-    "elu, same state": Variant("elu", heads=0.5),
-    "relu": Variant("relu"),
-    "relu, same state": Variant("relu", heads=0.5),
-    # NaLa's closest relatives.
-    "focused": Variant("focused"),
-    "focused, same state": Variant("focused", heads=0.5),
-    "polar": Variant("polar"),
-    "magnitude-aware": Variant("magnitude-aware"),
-    "magnitude-aware, same state": Variant("magnitude-aware", heads=0.5),
-    "hedgehog": Variant("hedgehog"),
-    "injective": Variant("injective"),
-    "injective, same state": Variant("injective", heads=0.5),
-    "delta": Variant("delta"),
-    "delta, same state": Variant("delta", heads=0.5),
-    # NaLa with one thing changed.
-    **{name: Variant(name) for name in CHANGED_OPTIONS},
-    **{name: Variant(name) for name in ("lam 1 of queries", "lam 1 of keys", "lam learned")},
-    "no cosine map": Variant("clipped"),
-    "no cosine map, same state": Variant("clipped", heads=0.5),
-    "tanh(norm/s)": Variant(norm_scale=None),
-    "q and k 5 times as large": Variant(change=_enlarge_q_and_k),  # at initialisation
-    "no gate": Variant(change=_no_gate),
-    "softmax, no gate": Variant("softmax", change=_no_gate),
-    "no convolution": Variant(change=_no_convolution),
-    **{
-        f"{name}, no convolution": Variant(name, change=_no_convolution)
-        for name in ("softmax", "elu", "relu", "split", "lam 1", "no query norm")
-    },
-    # Recall with heads of D channels instead of its two of 16.
-    **{
-        f"{name}, D = {channels}": Variant(name, heads=16 / channels)
-        for name in ("nala", "no query norm", "softmax")
-        for channels in (4, 8, 32)
-    },
-    # Other learning rates.
-    **{f"{name}, half rates": Variant(name, lr_factor=0.5) for name in MAIN_ATTENTIONS},
-    **{f"{name}, double rates": Variant(name, lr_factor=2.0) for name in MAIN_ATTENTIONS},
-}
-
-
-def variant_of(name: str) -> Variant:
-    """The variant called name, or one with the attention called name, such as your FILE.py."""
-    return VARIANTS.get(name) or Variant(name)
+def build_model(task: Task, name: str, seed: int) -> nn.Module:
+    """The initial model of a variant: an attention such as "elu" or your FILE.py; "elu, same
+    state", with half as many heads, so D features have NaLa's state size; or "elu, no convolution"
+    ("no convolution" for NaLa), whose local(v), Eq. (16), is 0."""
+    torch.manual_seed(seed)
+    attention, _, change = (name, "", "") if name in ATTENTIONS else name.rpartition(", ")
+    heads = {"same state": 0.5, "no convolution": 1.0, "": 1.0}[change]
+    model = task.build(attention or "nala", heads)
+    if change == "no convolution":
+        for block in model.blocks:
+            for parameter in block.attention.local.parameters():
+                nn.init.zeros_(parameter).requires_grad_(False)
+    return model
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Task(ABC):
-    """How a model is trained and tested. A batch depends only on the seed and the step."""
+class Task:
+    """How a model is trained and tested.
+
+    Each task defines build(attention, heads), a new model with this factor of the task's heads;
+    batch(seed, step), inputs and targets that depend on nothing else; loss(model, inputs, targets);
+    and evaluate(model), results by name.
+    """
 
     steps: int
     learning_rate: float
@@ -194,53 +87,23 @@ class Task(ABC):
     weight_decay: float = 0.1
     schedule: str = "cosine"
     result: ClassVar[str]  # name of the result that the table shows
+    drawn: ClassVar[tuple[str, ...]] = ()  # names of those in the picture, if others
     CAUSAL: ClassVar[bool] = True  # whether tokens see only the past
     sizes: ClassVar[tuple[int, int, int]]  # layers, heads, dim
 
-    @property
-    def channels(self) -> int:
-        """D, channels per head."""
-        return self.sizes[2] // self.sizes[1]
+    def options(self, attention: str, heads: float) -> dict[str, Any]:
+        """For LMConfig or ViTConfig."""
+        layers, count, dim = self.sizes
+        sizes = {"num_layers": layers, "num_heads": int(heads * count), "dim": dim}
+        return sizes | {"attention": attention}
 
-    @abstractmethod
-    def build(self, variant: Variant) -> nn.Module:
-        """A new model, initialised from PyTorch's global generator."""
-
-    def layers(self, model: nn.Module) -> list[GatedAttention]:
-        return [block.attention for block in model.blocks]
-
-    @abstractmethod
-    def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """A scalar."""
-
-    @abstractmethod
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Results by name, including self.result."""
-
-    def attention_stats(self, model: nn.Module) -> list[dict[str, Any]] | None:
-        return None
-
-    def data_info(self) -> dict[str, Any]:
-        """Description of the data for the card."""
+    def data_info(self) -> dict[str, str]:
+        """Name and checksum of the data, for the card."""
         return {"name": "generated"}
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
         """Plot a study's rows."""
-        return plots.study({self.result: rows})
-
-
-def _blocks(variant: Variant, layers: int, heads: int, dim: int) -> dict[str, Any]:
-    return {
-        "num_layers": layers,
-        "num_heads": int(heads * variant.heads),
-        "dim": dim,
-        "norm_scale": variant.norm_scale,
-        "attention": variant.attention,
-    }
+        return plots.study({name: rows for name in self.drawn or (self.result,)})
 
 
 class PairEmbedding(nn.Module):
@@ -262,21 +125,19 @@ class PairEmbedding(nn.Module):
 class Recall(Task):
     """Multi-query associative recall (Arora and others 2023, arXiv 2312.04927). The model reads
     key-value pairs, one token each, then every key again in another order, and must answer with its
-    value. Easy for softmax, which looks keys up; hard for a state of fixed size, which must hold
-    all pairs."""
+    value. Softmax looks keys up; a state of fixed size must hold all pairs."""
 
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)  # one of them is drawn for each step
     symbols: int = 64  # number of keys, and of values
     tokens: int = 2048  # per batch, approximately
-    sizes: tuple[int, int, int] = (1, 2, 32)  # layers, heads, dim
+    sizes: tuple[int, int, int] = (1, 2, 32)
     result = "accuracy at 64 pairs"
-    TESTED: ClassVar[int] = 2048  # values, for each number of pairs
 
-    def build(self, variant: Variant) -> NaLaLM:
-        vocabulary, dim = self.symbols * (self.symbols + 1), self.sizes[2]
-        model = NaLaLM(LMConfig(vocab_size=vocabulary, **_blocks(variant, *self.sizes)))
-        model.embed = PairEmbedding(self.symbols, dim)
-        model.head = nn.Linear(dim, self.symbols, bias=False)
+    def build(self, attention: str, heads: float) -> NaLaLM:
+        vocab_size = self.symbols * (self.symbols + 1)
+        model = NaLaLM(LMConfig(vocab_size=vocab_size, **self.options(attention, heads)))
+        model.embed = PairEmbedding(self.symbols, self.sizes[2])
+        model.head = nn.Linear(self.sizes[2], self.symbols, bias=False)
         nn.init.normal_(model.head.weight, std=0.02)
         return model
 
@@ -292,56 +153,43 @@ class Recall(Task):
         values = random.integers(self.symbols, size=(count, pairs))
         order = random.random((count, pairs)).argsort(axis=1)
         queries = np.take_along_axis(keys, order, axis=1)
-        pair_tokens, query_tokens = (
-            keys * (self.symbols + 1) + values,
-            queries * (self.symbols + 1) + self.symbols,
-        )
+        pair_tokens = keys * (self.symbols + 1) + values
+        query_tokens = queries * (self.symbols + 1) + self.symbols
         tokens = torch.from_numpy(np.concatenate([pair_tokens, query_tokens], axis=1))
         return tokens, torch.from_numpy(np.take_along_axis(values, order, axis=1))
 
-    def answers(self, model: nn.Module, tokens: Tensor, pairs: int) -> Tensor:
-        """Logits (B, pairs, symbols)."""
-        return model(tokens)[0][:, -pairs:]
-
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        answers = self.answers(model, inputs, targets.shape[1])
-        return F.cross_entropy(answers.flatten(0, 1), targets.flatten())
+        logits = model(inputs)[0][:, -targets.shape[1] :]  # (B, pairs, symbols)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        model.eval()
         found, device = {}, next(model.parameters()).device
         for pairs in self.pairs:
-            examples = self.examples(pairs, self.TESTED // pairs, TEST_SEED, 0)
-            tokens, values = (x.to(device) for x in examples)
-            right = self.answers(model, tokens, pairs).argmax(dim=-1) == values
+            tokens, values = self.examples(pairs, 2048 // pairs, TEST_SEED, 0)
+            guesses = model(tokens.to(device))[0][:, -pairs:].argmax(dim=-1)
+            right = guesses == values.to(device)
             found[f"accuracy at {pairs} pairs"] = right.float().mean().item()
         return found
-
-    def attention_stats(self, model: nn.Module) -> list[dict[str, Any]]:
-        return measure.attention_stats(model, self.examples(self.pairs[-1], 32, TEST_SEED, 0)[0])
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
         return plots.recall(rows, self.pairs)
 
 
-class SingleLayer(GatedAttention):
+class SingleLayer(nn.Module):
     """A single attention layer: one head, one matrix each for queries and keys, no gate, no
     convolution, no normalisation. So scaling an input scales its query."""
 
-    def __init__(self, size: int, dim: int, variant: Variant):
-        nn.Module.__init__(self)
-        self.num_heads, self.causal, self.rope = 1, False, None
-        self.attend = ATTENTIONS[variant.attention]
-        self.norm_aware, self.norm_scale = variant.norm_scale is None, None
-        if self.norm_aware:
-            self.norm_scale = nn.Parameter(torch.full((1,), math.sqrt(dim)))
+    def __init__(self, size: int, dim: int, attention: str):
+        super().__init__()
+        attend = ATTENTIONS[attention]
+        self.attend = attend(Config(num_heads=1, dim=dim)) if isinstance(attend, type) else attend
         self.query = nn.Linear(size, dim, bias=False)
         self.key = nn.Linear(size, dim, bias=False)
 
     def forward(self, queries: Tensor, codes: Tensor, values: Tensor) -> Tensor:
         q, k = self.query(queries)[:, None], self.key(codes)[:, None]  # (B, 1, N, D)
-        return self.attend(q, k, values[:, None], causal=False, **self.options(codes, 0))[:, 0]
+        return self.attend(q, k, values[:, None], causal=False)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -349,25 +197,23 @@ class Sharpness(Task):
     """A test of the claim: a long query asks for one item, a short one in the same direction for
     the mean of many.
 
-    There are 16 items in 4 groups of 4. Each has a random value and a code that identifies the item
-    and its group. A query is an item's code times 4, which asks for its value, or times 1/4, which
-    asks for the mean of its group or of all items. A kernel that ignores the norm answers both
-    alike. The error is the squared error divided by the target's variance: answering 0 gives 1.
+    There are 16 items in 4 groups of 4. Each has a random value and a code for the item and its
+    group. A query is an item's code times 4, which asks for its value, or times 1/4, which asks for
+    the mean of its group or of all items. A kernel that ignores the norm answers both alike. Errors
+    are divided by the target's variance: answering 0 gives 1.
     """
 
     of: int = 4  # number of items that a short query averages: its group, or all 16
     result = "error"
+    drawn = ("error of one", "error of many")
     GROUPS: ClassVar[int] = 4
     ITEMS: ClassVar[int] = 16
     CHANNELS: ClassVar[int] = 8  # per value
     CAUSAL: ClassVar[bool] = False
     sizes: ClassVar[tuple[int, int, int]] = (1, 1, 16)
 
-    def build(self, variant: Variant) -> SingleLayer:
-        return SingleLayer(self.GROUPS + self.ITEMS, int(self.channels / variant.heads), variant)
-
-    def layers(self, model: nn.Module) -> list[GatedAttention]:
-        return [model]
+    def build(self, attention: str, heads: float) -> SingleLayer:
+        return SingleLayer(self.GROUPS + self.ITEMS, int(self.sizes[2] / heads), attention)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         return self.examples(64, seed, step)
@@ -405,23 +251,13 @@ class Sharpness(Task):
         device = next(model.parameters()).device
         inputs, targets = (x.to(device) for x in self.examples(512, TEST_SEED, 0))
         errors, long = self.errors(model, inputs, targets), targets[..., -1] == 1
-        one, many = errors[long].mean().item(), errors[~long].mean().item()
-        norms = torch.linalg.vector_norm(
-            model.query(inputs[..., : self.GROUPS + self.ITEMS]), dim=-1
-        )
-        return {
-            "error": (one + many) / 2,
-            "error of one": one,
-            "error of many": many,
-            "norm of one": norms[long].mean().item(),
-            "norm of many": norms[~long].mean().item(),
-        }
-
-    def draw(self, rows: list[dict[str, Any]]) -> Figure:
-        title = "Long queries ask for one item, short queries for the mean of many"
-        labels = {"error of one": "squared error, one item", "error of many": "squared error, mean"}
-        panels = {label: [row | {label: row[x]} for row in rows] for x, label in labels.items()}
-        return plots.study(panels, title)
+        asks = inputs[..., : self.GROUPS + self.ITEMS]
+        norms = torch.linalg.vector_norm(model.query(asks), dim=-1)
+        found = {}
+        for kind, chosen in (("one", long), ("many", ~long)):
+            found[f"error of {kind}"] = errors[chosen].mean().item()
+            found[f"norm of {kind}"] = norms[chosen].mean().item()
+        return {"error": (found["error of one"] + found["error of many"]) / 2} | found
 
 
 @cache
@@ -434,46 +270,29 @@ def _text(file: Path | None, block: int) -> tuple[data.Text, data.Vocabulary, Te
 class Text(Task):
     """Tiny Shakespeare, with models and batches like those of train_shakespeare.py."""
 
-    sizes: tuple[int, int, int] = (4, 4, 96)  # layers, heads, dim
+    sizes: tuple[int, int, int] = (4, 4, 96)
     block: int = 128
     windows: int = 8  # per batch
-    dropout: float = 0.0
-    every: int = 1  # validate on every n-th window of the last tenth
-    held_out: bool = False  # validate on the last tenth of the training text
-    file: Path | None = None  # None: Tiny Shakespeare
+    file: Path | None = field(default=None, repr=False)  # None: Tiny Shakespeare
     result = "validation loss"
+    loss = staticmethod(measure.next_token_loss)
 
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """The training and the validation tokens."""
-        *_, training, validation = _text(self.file, self.block)
-        cut = len(training) * 9 // 10
-        return (training[:cut], training[cut:]) if self.held_out else (training, validation)
-
-    def build(self, variant: Variant) -> NaLaLM:
-        vocabulary = _text(self.file, self.block)[1]
-        sizes = _blocks(variant, *self.sizes) | {"dropout": self.dropout}
-        return NaLaLM(LMConfig(vocab_size=len(vocabulary.characters), **sizes))
-
-    def data_info(self) -> dict[str, Any]:
-        text = _text(self.file, self.block)[0]
+    def data_info(self) -> dict[str, str]:
+        text, *_ = _text(self.file, self.block)
         return {"name": text.name, "sha256": text.sha256}
 
-    def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        return data.random_windows(self.parts()[0], self.block, self.windows, seed, step)
+    def build(self, attention: str, heads: float) -> NaLaLM:
+        _, vocabulary, *_ = _text(self.file, self.block)
+        vocab_size = len(vocabulary.characters)
+        return NaLaLM(LMConfig(vocab_size=vocab_size, **self.options(attention, heads)))
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return measure.next_token_loss(model, inputs, targets)
+    def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        *_, training, _ = _text(self.file, self.block)
+        return data.random_windows(training, self.block, self.windows, seed, step)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        loss = measure.validation_loss(model, self.parts()[1], self.block, self.every)
-        return {"validation loss": loss}
-
-    def inputs(self, count: int) -> Tensor:
-        """The first windows of the validation text, at most count."""
-        return next(data.all_windows(self.parts()[1], self.block, count))[0]
-
-    def attention_stats(self, model: nn.Module) -> list[dict[str, Any]]:
-        return measure.attention_stats(model, self.inputs(64))
+        *_, validation = _text(self.file, self.block)
+        return {"validation loss": measure.validation_loss(model, validation, self.block)}
 
 
 _images = cache(data.load_images)
@@ -483,156 +302,80 @@ _images = cache(data.load_images)
 class Pictures(Task):
     """CIFAR-10, with models and batches like those of train_cifar.py."""
 
-    sizes: tuple[int, int, int] = (3, 4, 64)  # layers, heads, dim
-    patch: int = 4
+    sizes: tuple[int, int, int] = (3, 4, 64)
     images: int = 32  # per batch
-    shift: int = 0
-    tested: int | None = None  # number of test images; None: all
-    held_out: int = 0  # test on this many of the training images, the last ones
-    folder: Path | None = None  # None: download
+    folder: Path | None = field(default=None, repr=False)  # None: download
     result = "test accuracy"
-    CAUSAL: ClassVar[bool] = False
+    CAUSAL = False
+    loss = staticmethod(measure.smoothed_loss)
 
-    def load(self) -> data.Images:
-        images = _images("cifar10", self.folder)
-        if not self.held_out:
-            return images
-        (pictures, labels), cut = images.train, len(images.train[0]) - self.held_out
-        training, held_out = (pictures[:cut], labels[:cut]), (pictures[cut:], labels[cut:])
-        return replace(images, train=training, test=held_out)
-
-    def build(self, variant: Variant) -> NaLaViT:
-        model = NaLaViT(ViTConfig(patch_size=self.patch, **_blocks(variant, *self.sizes)))
-        return model.to(memory_format=torch.channels_last)
-
-    def data_info(self) -> dict[str, Any]:
+    def data_info(self) -> dict[str, str]:
         images = _images("cifar10", self.folder)
         return {"name": images.name, "sha256": images.sha256}
 
-    def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        images, labels = data.shuffled_batch(*self.load().train, self.images, seed, step)
-        images = data.augment(images, seed, step, shift=self.shift, mirror=self.load().mirror)
-        return data.normalise(images), labels
+    def build(self, attention: str, heads: float) -> NaLaViT:
+        model = NaLaViT(ViTConfig(**self.options(attention, heads)))
+        return model.to(memory_format=torch.channels_last)
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return measure.smoothed_loss(model, inputs, targets)
+    def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        images = _images("cifar10", self.folder)
+        inputs, labels = data.shuffled_batch(*images.train, self.images, seed, step)
+        inputs = data.augment(inputs, seed, step, shift=0, mirror=images.mirror)
+        return data.normalise(inputs), labels
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        images, labels = (x[: self.tested] for x in self.load().test)
+        images, labels = _images("cifar10", self.folder).test
         found = measure.score(measure.classify(model, images), labels)
         return {name.replace("_", " "): value for name, value in found.items()}
-
-    def inputs(self, count: int) -> Tensor:
-        """The first test images, at most count."""
-        return self.load().test[0][:count]
-
-    def attention_stats(self, model: nn.Module) -> list[dict[str, Any]]:
-        return measure.attention_stats(model, self.inputs(100))
 
 
 # --- Studies --------------------------------------------------------------------------------------
 
-KERNELS = ("nala", "lam 1", "split", "softmax", "elu", "relu")
-LEARNED = ("polar", "delta", "delta, same state", "lam learned")  # classes: not for SingleLayer
-SAME_STATE = tuple(x for x in VARIANTS if x.endswith(", same state") and x not in LEARNED)
-RELATIVES = ("focused", "magnitude-aware", "hedgehog", "injective")
-SEPARATE_LAMBDAS = ("lam 1 of queries", "lam 1 of keys")
-HYPERPARAMETERS = (*SEPARATE_LAMBDAS, "lam 2", "lam 4", "tau 0", "tau 1", "alpha 2", "tanh(norm/s)")
-ABLATIONS = ("no query norm", "no cosine map")  # NaLa without a part that the paper claims to help
-LEARNING_RATES = tuple(
-    f"{name}{suffix}"
-    for name in MAIN_ATTENTIONS
-    for suffix in ("", ", half rates", ", double rates")
-)
-BLOCK = ("no gate", "softmax, no gate", "no convolution", "softmax, no convolution")
-HEADS = tuple(name for name in VARIANTS if ", D = " in name)
-# Pairs of attentions to compare on text and on images, chosen before the runs.
-QUESTIONS = (
-    ("softmax", "nala"),
-    ("elu", "nala"),
-    ("elu, same state", "nala"),
-    ("relu", "nala"),
-    ("relu, same state", "nala"),
-    ("split", "nala"),
-    ("no query norm", "nala"),
-    ("no cosine map, same state", "nala"),
-    ("softmax, one norm", "softmax"),
-)
-COMPARED = ("nala", *(name for name, _ in QUESTIONS))
-# Added later: is it the power that holds NaLa back on text?
-POWERS = ("lam 1", "lam 2", *SEPARATE_LAMBDAS)
-LONG = ("softmax", "elu", "lam 1")
-NO_CONVOLUTION = tuple(name for name in VARIANTS if name.endswith(", no convolution"))
-
 
 @dataclass(frozen=True)
 class Study:
-    """A task, the variants compared on it, and the number of seeds."""
+    """A task, the variants to compare on it, and the number of seeds."""
 
     task: Task
-    quick: dict[str, Any]  # changes to the task for --quick
+    quick: int  # steps with --quick
+    seeds: int
     variants: tuple[str, ...]
-    seeds: int = 3
     questions: tuple[tuple[str, str], ...] = ()  # pairs of variants: one family of tests
 
 
-def _study_against(
-    first: str, others: tuple[str, ...], task: Task, quick: dict[str, Any], seeds: int
-) -> Study:
-    """A study that compares each of others with first."""
-    return Study(task, quick, (first, *others), seeds, tuple((name, first) for name in others))
-
+VARIANTS = (  # for the small tasks
+    *("nala", "split", "softmax", "elu", "elu, same state", "relu", "relu, same state"),
+    *("no query norm", "no cosine map", "no cosine map, same state"),
+    *("lam 1", "lam 2", "lam 4", "lam 1 of queries", "lam 1 of keys", "tau 0", "tau 1", "alpha 2"),
+    *("focused", "focused, same state", "magnitude-aware", "magnitude-aware, same state"),
+    *("hedgehog", "injective", "injective, same state"),
+)
+# Pairs of attentions to compare on text and on images, chosen before the runs.
+OTHERS = ("softmax", "elu", "elu, same state", "relu", "relu, same state", "split")
+OTHERS += ("no query norm", "no cosine map, same state")
+QUESTIONS = (*((name, "nala") for name in OTHERS), ("softmax, one norm", "softmax"))
+COMPARED = ("nala", *OTHERS, "softmax, one norm")
+# Added later: is it the power that holds NaLa back on text?
+POWERS = ("lam 1", "lam 2", "lam 1 of queries", "lam 1 of keys")
+# Does the convolution, which shows each token its neighbours, hide a difference? All pairs but
+# softmax's were added after its result was known.
+KERNELS = ("softmax", "elu", "relu", "split", "lam 1", "no query norm")
+BARE = tuple(f"{name}, no convolution" for name in KERNELS)
 
 RECALL = Recall(steps=500, learning_rate=5e-3, muon=0.02)
+SHARPNESS = Sharpness(steps=1500, learning_rate=1e-2)
 # The scripts' recipes with fewer steps.
 TEXT = Text(1000, 4e-3, 0.02, 0.02, "linear")
 PICTURES = Pictures(500, 2e-3, 0.02, 0.02, "linear")
-QUICK_TEXT, QUICK_PICTURES = {"steps": 40, "every": 16}, {"steps": 40, "tested": 1000}
 
 STUDIES: dict[str, Study] = {
-    "recall": Study(
-        RECALL,
-        {"steps": 60},
-        (
-            *(*KERNELS, *SAME_STATE, *ABLATIONS, *RELATIVES, *LEARNED, *HYPERPARAMETERS),
-            *("q and k 5 times as large", *BLOCK, *HEADS),
-        ),
-        seeds=5,
-    ),
-    "sharpness": Study(
-        Sharpness(steps=1500, learning_rate=1e-2),
-        {"steps": 300},
-        (*KERNELS, *SAME_STATE, *ABLATIONS, *RELATIVES, *HYPERPARAMETERS),
-        seeds=5,
-    ),
-    "sharpness-all": Study(
-        Sharpness(steps=1500, learning_rate=1e-2, of=16),
-        {"steps": 300},
-        (*KERNELS, *SAME_STATE, *ABLATIONS, *RELATIVES, *HYPERPARAMETERS),
-        seeds=5,
-    ),
-    "text": Study(TEXT, QUICK_TEXT, COMPARED, seeds=8, questions=QUESTIONS),
-    "images": Study(PICTURES, QUICK_PICTURES, COMPARED, seeds=5, questions=QUESTIONS),
-    "text-powers": _study_against("nala", POWERS, TEXT, QUICK_TEXT, seeds=8),
-    "recall-powers": _study_against("nala", ("lam 2",), RECALL, {"steps": 60}, seeds=20),
-    "images-powers": _study_against("nala", ("lam 1", "lam 2"), PICTURES, QUICK_PICTURES, seeds=5),
-    # The same number of tokens per step, but in one window: sharpness should matter more.
-    "text-long": _study_against(
-        "nala", LONG, replace(TEXT, block=1024, windows=1), QUICK_TEXT, seeds=8
-    ),
-    # Does the convolution, which shows each token its neighbours, hide a difference? All pairs
-    # but softmax's were added after its result was known.
-    "text-convolution": _study_against("no convolution", NO_CONVOLUTION, TEXT, QUICK_TEXT, seeds=8),
-    "text-gate": _study_against("no gate", ("softmax, no gate",), TEXT, QUICK_TEXT, seeds=8),
-    # Is one learning rate fair to all? Tested on held-out training data.
-    "text-rates": Study(replace(TEXT, steps=1200, held_out=True), QUICK_TEXT, LEARNING_RATES),
-    "images-rates": Study(
-        replace(PICTURES, steps=900, held_out=5000), QUICK_PICTURES, LEARNING_RATES
-    ),
-    # nanoGPT's recipe, for a CUDA card.
-    "text-gpu": Study(
-        Text(5000, 1e-3, sizes=(6, 6, 384), block=256, windows=64, dropout=0.2),
-        {"steps": 100},
-        KERNELS,
+    "recall": Study(RECALL, 60, 5, (*VARIANTS, "polar", "delta", "delta, same state")),
+    "sharpness": Study(SHARPNESS, 300, 5, VARIANTS),
+    "sharpness-all": Study(replace(SHARPNESS, of=16), 300, 5, VARIANTS),
+    "text": Study(TEXT, 40, 8, COMPARED, QUESTIONS),
+    "images": Study(PICTURES, 40, 5, COMPARED, QUESTIONS),
+    "text-powers": Study(TEXT, 40, 8, ("nala", *POWERS), tuple((x, "nala") for x in POWERS)),
+    "text-convolution": Study(
+        TEXT, 40, 8, ("no convolution", *BARE), tuple((x, "no convolution") for x in BARE)
     ),
 }

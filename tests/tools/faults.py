@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -421,8 +422,8 @@ def end_study(folder, name, end, rng):
     training, what was lost, and whether it left a process behind, 0 or 1."""
     job = Job("compare", folder, "--out", name, output=subprocess.PIPE)
     job.log.close()
-    runs = [folder / name / "sharpness" / f"{v}_seed1" / "checkpoint.pt" for v in COMPARED]
-    job.until(lambda: all(path.exists() for path in runs))
+    runs = partial((folder / name / "sharpness").glob, "*/checkpoint.pt")
+    job.until(lambda: len(list(runs())) == len(COMPARED))
     time.sleep(rng.uniform(0.2, 0.5))
     if job.process.poll() is not None:
         job.process.communicate()
@@ -444,7 +445,7 @@ def end_study(folder, name, end, rng):
     code = {"SIGKILL": -9, "a worker": 1}.get(end, 130)
     if job.process.returncode != code or words not in text or "Traceback" in text:
         lost.append(f"no hint on how to continue: {text[-300:]}")
-    steps = [checkpoint.load_checkpoint(path)["step"] for path in runs]
+    steps = [checkpoint.load_checkpoint(path)["step"] for path in runs()]
     if steps.count(0) > (end == "a worker"):  # the killed worker saved nothing
         lost.append(f"steps: saved {steps}")
     return True, lost, left
