@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nala_min import NaLaViT, ViTConfig, data, distributed, measure, plots, runcard, train
-from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import smoothed_loss
 
@@ -34,6 +33,7 @@ class Settings(train.Settings):
     NAME = "cifar"
     PRESETS = PRESETS
     CAUSAL = False
+    MODEL_FLAGS = train.Settings.MODEL_FLAGS + ", --patch"
 
     data: str = flag(
         "cifar10", "training images", choices=["cifar10", "synthetic"], affects_result=False
@@ -53,12 +53,11 @@ class Settings(train.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            ViTConfig(patch_size=self.patch, **train.block_options(self.config()))
-        except ValueError as error:
-            raise UsageError(f"--patch: {error}") from error
         if (self.data == "synthetic") + (self.data_dir is not None) + (self.url is not None) > 1:
             raise UsageError("--data synthetic, --data-dir and --url are mutually exclusive")
+
+    def model_config(self) -> ViTConfig:
+        return ViTConfig(patch_size=self.patch, **train.block_options(self.config()))
 
 
 def build_model(config: dict[str, Any]) -> NaLaViT:
@@ -68,8 +67,7 @@ def build_model(config: dict[str, Any]) -> NaLaViT:
 
 def load_model(settings: Settings, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
     """The model of an earlier run, and the run's description."""
-    saved = load_checkpoint(settings.out / "checkpoint.pt", "patch", "classes")
-    train.load_attentions(saved["extra"], settings)
+    saved = train.load_run(settings, "patch", "classes")
     model = build_model(saved["extra"]).to(device)
     model.load_state_dict(saved["model"])
     return model, saved["extra"]

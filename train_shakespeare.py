@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nala_min import LMConfig, NaLaLM, data, distributed, measure, plots, runcard, train
-from nala_min.checkpoint import load_checkpoint
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import next_token_loss, validation_loss
 
@@ -45,11 +44,6 @@ class Settings(train.Settings):
     block: int | None = flag(
         None, "characters per training window; longer ones shrink the batch, then the steps"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sample is not None and not 0 < self.sample < 2**31:
-            raise UsageError(f"--sample must be positive and below 2^31, got {self.sample}")
 
     def defaults(self) -> dict[str, Any]:
         """The preset's values. Longer windows shrink the batch and, once it is a single window, the
@@ -87,8 +81,7 @@ def encode_prompt(vocabulary: data.Vocabulary, prompt: str) -> Tensor:
 
 def sample(settings: Settings, device: torch.device) -> None:
     """Print a sample from the checkpoint of an earlier run."""
-    saved = load_checkpoint(settings.out / "checkpoint.pt", "characters")
-    train.load_attentions(saved["extra"], settings)
+    saved = train.load_run(settings, "characters")
     vocabulary = data.Vocabulary(saved["extra"]["characters"])
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy
 import torch
 
 from nala_min import distributed
@@ -22,28 +23,24 @@ RESULTS = Path(__file__).parent.parent / "notebooks" / "results"  # the committe
 
 
 def run_card(
-    config: dict[str, Any],
-    data: dict[str, Any],
-    device: torch.device,
-    seconds: float,
-    results: dict[str, Any],
+    config: dict[str, Any], data: dict[str, Any], device: torch.device, seconds: float, results: Any
 ) -> dict[str, Any]:
     """Everything needed to repeat a result, ready for JSON.
 
     config: what determines the result; data: name and checksum of the data; seconds: run time.
     """
+    processes = distributed.world_size()
+    launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return {
-        "command": shlex.join([*_launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": config,
         "data": data,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy")},
-        },
+        "versions": versions | {"numpy": numpy.__version__},
         "hardware": {
             "device": _device_name(device),
             "threads": torch.get_num_threads(),  # per process
-            "processes": distributed.world_size(),
+            "processes": processes,
         },
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds, 1),
@@ -51,27 +48,13 @@ def run_card(
     }
 
 
-def _launcher() -> list[str]:
-    if distributed.world_size() == 1:
-        return ["python"]
-    per_node = distributed.local_size()
-    nodes = distributed.world_size() // per_node
-    return ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={per_node}"]
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
-            if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return f"{device.type}, {platform.processor() or platform.machine()}"
+    cpus = Path("/proc/cpuinfo")  # of Linux
+    text = cpus.read_text(encoding="utf-8") if device.type == "cpu" and cpus.exists() else ""
+    name = re.search(r"^model name\s*: (.+)", text, re.MULTILINE)
+    return name[1] if name else f"{device.type}, {platform.processor() or platform.machine()}"
 
 
 def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> str:
@@ -79,11 +62,9 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
 
     pattern: file names in RESULTS; sha256: of the data; result: a key of the cards' results.
     """
-    reached = [
-        card["results"][result]
-        for card in map(read_json, RESULTS.glob(pattern))
-        if card["config"] | {"seed": 0} == config | {"seed": 0} and card["data"]["sha256"] == sha256
-    ]
+    cards = [read_json(path) for path in RESULTS.glob(pattern)]
+    cards = [card for card in cards if card["config"] | {"seed": 0} == config | {"seed": 0}]
+    reached = [card["results"][result] for card in cards if card["data"]["sha256"] == sha256]
     if not reached:
         return "No committed run used these flags and this data: nothing to compare with."
     return (
@@ -93,14 +74,14 @@ def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> 
 
 
 def check_writable(*paths: Path | str) -> None:
-    """Create the folders of paths and check that files can be written there, before any work
-    begins. Leaves no file behind. Raises UsageError, which names --out."""
+    """Create the folders of paths and write there once, before any work. Leaves no file behind.
+    Raises UsageError, which names --out."""
     for path in map(Path, paths if distributed.rank() == 0 else ()):  # only rank 0 writes
-        trial = path.with_name(path.name + ".trial")
         try:
             if path.is_dir():
                 raise IsADirectoryError("a folder is in the way")
             path.parent.mkdir(parents=True, exist_ok=True)
+            trial = path.with_name(path.name + ".trial")
             write_atomically(trial, lambda file: file.write(b"?"))
             trial.unlink()
         except OSError as error:
@@ -114,15 +95,9 @@ def to_plain(value: Any) -> Any:
 
     Raises TypeError for values that JSON cannot hold.
     """
-
-    def convert(x: Any) -> Any:
-        if hasattr(x, "tolist"):
-            return x.tolist()
-        if isinstance(x, os.PathLike):
-            return os.fspath(x)
-        raise TypeError(f"values must be numbers or strings, got {x!r} ({type(x).__name__})")
-
-    return json.loads(json.dumps(value, default=convert))
+    return json.loads(
+        json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else os.fspath(x))
+    )
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -136,10 +111,9 @@ def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def write_atomically(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file completely or not at all, through a temporary file and a rename."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     try:
         with part.open("wb") as file:
             write(file)

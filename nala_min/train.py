@@ -1,11 +1,13 @@
-"""The training loop that both scripts share, with settings, recipe and optimisers."""
+"""Training, the same for both scripts: settings, recipe, optimisers and the loop."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,12 +19,14 @@ from tqdm import tqdm
 
 from nala_min import distributed, relatives
 from nala_min.arguments import BlockConfig
-from nala_min.checkpoint import Run, Stop
-from nala_min.flags import UsageError, flag
-from nala_min.model import ATTENTIONS, in_mode
+from nala_min.checkpoint import Run, load_checkpoint
+from nala_min.flags import UsageError, flag, interrupts
+from nala_min.model import ATTENTIONS, Config, in_mode
+from nala_min.runcard import to_plain
 
 # --- Settings of every script ---------------------------------------------------------------------
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES: dict[str, Callable[[float], float]] = {  # rate / peak, after a fraction of the run
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done),  # decays to a tenth
@@ -40,35 +44,22 @@ class Settings:
     NAME: ClassVar[str] = ""  # starts the name of the run's folder
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     CAUSAL: ClassVar[bool] = True  # whether a token sees only the past
+    MODEL_FLAGS: ClassVar[str] = "--attention, --layers, --heads, --dim"  # of model_config
 
-    preset: str | None = flag(
-        None, "model size and recipe (default: gpu on CUDA, else cpu)", choices=["cpu", "gpu"]
-    )
-    attention: str = flag(
-        "nala", "a name or your own FILE.py, or one per block: nala,nala,softmax,softmax"
-    )
-    seed: int = flag(1, "seed for the weights, the data order and dropout")
-    out: Path | None = flag(
-        None, "folder for this run (default: in runs/, named after the flags)", affects_result=False
-    )
-    device: str = flag(
-        "auto", "device to train on", choices=["auto", "cpu", "cuda", "mps"], affects_result=False
-    )
+    preset: str | None = flag(None, "sizes and recipe (default: by device)", ("cpu", "gpu"))
+    attention: str = flag("nala", "a name or your own FILE.py, or one per block: nala,softmax")
+    seed: int = flag(1, "seed for weights, data order and dropout", allow_zero=True, below=2**63)
+    out: Path | None = flag(None, "folder (default: runs/ and the flags)", affects_result=False)
+    device: str = flag("auto", "device to train on", DEVICES, affects_result=False)
     resume: bool = flag(False, "continue from the checkpoint in --out", affects_result=False)
-    compile: bool = flag(
-        False, "train with torch.compile, if there is a compiler", affects_result=False
-    )
+    compile: bool = flag(False, "use torch.compile, if there is a compiler", affects_result=False)
     steps: int | None = flag(None, "number of training steps")
     batch: int | None = flag(None, "examples per batch")
     lr: float | None = flag(None, "peak learning rate of AdamW")
-    muon: float | None = flag(
-        None, "peak learning rate of Muon, for matrices; 0: AdamW for everything", allow_zero=True
-    )
+    muon: float | None = flag(None, "peak learning rate of Muon; 0: only AdamW", allow_zero=True)
     weight_decay: float | None = flag(None, "decoupled weight decay of matrices", allow_zero=True)
-    schedule: str = flag(
-        "linear", "learning-rate decay: linear to 0, or cosine to a tenth", choices=list(SCHEDULES)
-    )
-    dropout: float | None = flag(None, "dropout probability", allow_zero=True)
+    schedule: str = flag("linear", "decay: linear to 0, or cosine to a tenth", tuple(SCHEDULES))
+    dropout: float | None = flag(None, "dropout probability", allow_zero=True, below=1)
     layers: int | None = flag(None, "number of blocks")
     heads: int | None = flag(None, "attention heads per block")
     dim: int | None = flag(None, "width of the model")
@@ -76,134 +67,113 @@ class Settings:
     def __post_init__(self) -> None:
         on_cuda = self.device in ("auto", "cuda") and torch.cuda.is_available()
         self.preset = self.preset or ("gpu" if on_cuda else "cpu")
-        may_be_zero = {item.name for item in fields(self) if item.metadata["allow_zero"]}
         for name, default in self.defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-            value = getattr(self, name)
-            if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
-                allowed = "at least 0" if name in may_be_zero else "positive"
-                flag_name = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag_name} must be {allowed} and below 2^31, got {value}")
-        if self.batch % distributed.world_size():
-            processes = distributed.world_size()
+        for item in fields(self):
+            value, zero = getattr(self, item.name), item.metadata["allow_zero"]
+            below = item.metadata["below"]
+            if type(value) in (int, float) and not (0 < value < below or (zero and value == 0)):
+                limits = f"{'at least 0' if zero else 'positive'} and below {below}"
+                raise UsageError(f"--{item.name.replace('_', '-')} must be {limits}, got {value}")
+        if self.batch % (processes := distributed.world_size()):
             raise UsageError(
-                "--batch must be divisible by the number of processes,"
-                f" got {self.batch} and {processes}"
+                f"--batch must be divisible by {processes} processes, got {self.batch}"
             )
-        if self.dropout >= 1:
-            raise UsageError(f"--dropout must be a probability in [0, 1), got {self.dropout}")
-        self.attention_sha256: dict[str, str] = {}  # SHA-256 of each file in --attention
-        for name in filter(relatives.is_file, self.attention.split(",")):
-            dim = max(1, self.dim // self.heads)
-            try:
-                self.attention_sha256[name] = relatives.register(name, dim, causal=self.CAUSAL)
-            except ValueError as error:
-                raise UsageError(f"--attention {error}") from error
-        try:
-            BlockConfig(**block_options(self.config()), conv_size=1)
-        except ValueError as error:
-            raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         names = self.attention.split(",")  # one, or one per block
-        attention = "-".join(Path(n).stem if relatives.is_file(n) else n for n in names)
-        run_name = f"{self.NAME}_{self.preset}_{attention}_seed{self.seed}"
-        for name, default in self.defaults().items():  # add values that differ from the preset's
+        self.attention_sha256: dict[str, str] = {}  # SHA-256 of each file in --attention
+        try:
+            for name in filter(relatives.is_file, names):
+                dim = max(1, self.dim // self.heads)
+                self.attention_sha256[name] = relatives.register(name, dim, causal=self.CAUSAL)
+        except ValueError as error:
+            raise UsageError(f"--attention {error}") from error
+        try:
+            self.model_config()
+        except ValueError as error:
+            raise UsageError(f"{self.MODEL_FLAGS}: {error}") from error
+        parts = [Path(name).stem if relatives.is_file(name) else name for name in names]
+        parts = [self.NAME, self.preset, "-".join(parts), f"seed{self.seed}"]
+        for name, default in self.defaults().items():  # values that differ from the preset's
             if getattr(self, name) != default:
-                run_name += f"_{name}{getattr(self, name):g}"
-        run_name += f"_{self.schedule}" if self.schedule != "linear" else ""
-        run_name += "_compiled" if self.compile else ""
-        self.out = Path(self.out or Path("runs") / run_name)
+                parts.append(f"{name}{getattr(self, name):g}")
+        parts += [self.schedule] * (self.schedule != "linear") + ["compiled"] * self.compile
+        self.out = Path(self.out or Path("runs") / "_".join(parts))
 
     def defaults(self) -> dict[str, Any]:
         """The values of the chosen preset."""
         return self.PRESETS[self.preset]
 
+    def model_config(self) -> Config:
+        """Sizes and options of the model. Raises ValueError if they do not fit together."""
+        return BlockConfig(**block_options(self.config()), conv_size=1)
+
     def config(self) -> dict[str, Any]:
         """Everything that determines the result, ready for JSON."""
-        flags = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.metadata["affects_result"]
-        }
-        flags |= {"compile": True} if self.compile else {}  # compilation changes rounding
-        digests = self.attention_sha256
-        return flags | ({"attention_sha256": digests} if digests else {})
+        names = [item.name for item in fields(self) if item.metadata["affects_result"]]
+        config = {name: getattr(self, name) for name in names}
+        if self.compile:  # compilation changes rounding
+            config["compile"] = True
+        if self.attention_sha256:
+            config["attention_sha256"] = self.attention_sha256
+        return config
 
     def recipe(self, device: torch.device) -> Recipe:
         """The recipe, with ten points on the curve, and bfloat16 on CUDA cards that support it."""
-        every = max(1, self.steps // 10)
-        return Recipe(
-            self.steps,
-            self.lr,
-            muon=self.muon,
-            weight_decay=self.weight_decay,
-            schedule=self.schedule,
-            eval_every=every,
-            bfloat16=has_bfloat16(device),
-            seed=self.seed,
-        )
+        shared = ("muon", "weight_decay", "schedule", "seed")
+        options = {name: getattr(self, name) for name in shared}
+        options |= {"eval_every": max(1, self.steps // 10), "bfloat16": has_bfloat16(device)}
+        return Recipe(self.steps, self.lr, **options)
 
 
-def load_attentions(config: dict[str, Any], settings: Settings) -> None:
-    """Register the files that define a saved run's attention. If --attention now names a file with
-    the same content at another path, uses that one.
+def load_run(settings: Settings, *names: str) -> dict[str, Any]:
+    """The checkpoint in --out, whose extra must contain names, with its attention registered. If
+    --attention names a file with the same content as the run's, uses that one.
 
     Raises UsageError if a file is missing or has changed.
     """
+    saved = load_checkpoint(settings.out / "checkpoint.pt", *names)
     paths_by_sha256 = {digest: name for name, digest in settings.attention_sha256.items()}
-    for name, digest in config.get("attention_sha256", {}).items():
-        path, dim = paths_by_sha256.get(digest, name), config["dim"] // config["heads"]
+    dim = saved["extra"]["dim"] // saved["extra"]["heads"]
+    for name, digest in saved["extra"].get("attention_sha256", {}).items():
+        path = paths_by_sha256.get(digest, name)
         try:
-            found = relatives.register(path, dim, causal=settings.CAUSAL)
+            if relatives.register(path, dim, causal=settings.CAUSAL) != digest:
+                raise ValueError(f"{name} has changed since the run was trained")
         except ValueError as error:
-            raise UsageError(
-                f"the run's attention: {error}: give its file with --attention"
-            ) from error
-        if found != digest:
-            raise UsageError(
-                f"{name} has changed since the run was trained: give the original with --attention"
-            )
+            raise UsageError(f"{error}: give the run's own file with --attention") from error
         ATTENTIONS[name] = ATTENTIONS[path]
+    return saved
 
 
 def block_options(config: dict[str, Any]) -> dict[str, Any]:
     """Options for LMConfig or ViTConfig, from a run's config."""
     names = config["attention"].split(",")
-    return {
-        "num_layers": config["layers"],
-        "num_heads": config["heads"],
-        "dim": config["dim"],
-        "dropout": config["dropout"],
-        "attention": names if len(names) > 1 else names[0],
-    }
+    sizes = {"num_layers": config["layers"], "num_heads": config["heads"], "dim": config["dim"]}
+    attention = names if len(names) > 1 else names[0]
+    return sizes | {"dropout": config["dropout"], "attention": attention}
 
 
 def choose_device(name: str) -> torch.device:
     """The device called name; "auto" is the first available of cuda, mps, cpu. With several
     processes on a machine, each gets its own CUDA card.
 
-    Raises UsageError if the device is not available, or if there are fewer cards than processes.
+    Raises UsageError if the device is not available, or if there is no card for this process.
     """
-    distributed_run = distributed.world_size() > 1
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available() and not distributed_run,
-        "cpu": True,
-    }
+    processes = distributed.world_size()
+    mps = torch.backends.mps.is_available() and processes == 1
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available)
     if not available[name]:
         raise UsageError(f"--device {name} is not available here: use --device auto")
-    if name == "cuda" and distributed_run:
-        gpus, processes = torch.cuda.device_count(), distributed.local_size()
-        if gpus < processes:
-            raise UsageError(
-                f"{processes} processes on a machine with {gpus} CUDA cards: start one process"
-                " per card, or use --device cpu"
-            )
-        torch.cuda.set_device(distributed.local_rank())
-        return torch.device(name, distributed.local_rank())
-    return torch.device(name)
+    if name != "cuda" or processes == 1:
+        return torch.device(name)
+    card, cards = distributed.local_rank(), torch.cuda.device_count()
+    if card >= cards:
+        raise UsageError(f"{processes} processes need as many CUDA cards, not {cards}")
+    torch.cuda.set_device(card)
+    return torch.device(name, card)
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -216,7 +186,11 @@ def has_bfloat16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, alone or with Muon, with linear warm-up and a decay schedule."""
+    """How to train: AdamW, alone or with Muon, with linear warm-up and a decay schedule. Where 0
+    makes sense, it means off.
+
+    Raises ValueError for invalid values.
+    """
 
     steps: int
     learning_rate: float
@@ -225,14 +199,22 @@ class Recipe:
     weight_decay: float = 0.1
     schedule: str = "linear"  # a name in SCHEDULES
     beta2: float = 0.99
-    clip: float = 1.0
+    clip: float = 1.0  # largest norm of the gradient
     eval_every: int = 500  # steps between points of the curve, and between checkpoints
     bfloat16: bool = False
     seed: int = 1  # for dropout
 
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, got {self.schedule!r}")
+        lowest = {"steps": 1, "learning_rate": 0, "muon": 0, "warmup": 0, "weight_decay": 0}
+        for name, least in (lowest | {"clip": 0, "eval_every": 1}).items():
+            if not least <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
     def learning_rate_at(self, step: int, peak: float) -> float:
         """Learning rate at step 0, 1, ..., steps - 1, with this peak."""
-        warm = min(1.0, (step + 1) / self.warmup)
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return peak * warm * SCHEDULES[self.schedule](step / self.steps)
 
 
@@ -248,7 +230,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
@@ -260,13 +243,12 @@ class Muon(torch.optim.Optimizer):
                 for weight, step in zip(weights, steps, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.sub_(rate * step.view_as(weight))
+        return loss
 
     def _nesterov(self, weight: nn.Parameter) -> Tensor:
         """Nesterov momentum, as a matrix with one row per output."""
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        momentum = state["momentum"].lerp_(weight.grad, 0.05)
+        momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        momentum.lerp_(weight.grad, 0.05)
         return weight.grad.lerp(momentum, 0.95).flatten(1)
 
 
@@ -291,31 +273,23 @@ def orthogonal(x: Tensor) -> Tensor:
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW, with weight decay on matrices but not on biases and normalisation gains. With
     recipe.muon, Muon trains all matrices except the embedding and the head."""
-    embed_and_head = [
-        getattr(model, name).weight for name in ("embed", "head") if hasattr(model, name)
-    ]
-    muon_params = []
-    if recipe.muon:
-        muon_params = [
-            p for p in model.parameters() if p.ndim >= 2 and all(p is not x for x in embed_and_head)
-        ]
-    adam_params = [p for p in model.parameters() if all(p is not x for x in muon_params)]
+    ends = [getattr(model, name).weight for name in ("embed", "head") if hasattr(model, name)]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    hidden = [p for p in matrices if recipe.muon and all(p is not end for end in ends)]
+    others = [p for p in matrices if all(p is not x for x in hidden)]
     groups = [
-        {"params": [p for p in adam_params if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in adam_params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": others, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    adam = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
-    optimizers = (
-        [adam, Muon(muon_params, recipe.muon, recipe.weight_decay)] if muon_params else [adam]
-    )
-    for group in _groups(optimizers):
-        group["initial_lr"] = group["lr"]  # the peak; PyTorch's schedulers use this name
+    betas = (0.9, recipe.beta2)
+    optimizers = [torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)]
+    if hidden:
+        optimizers.append(Muon(hidden, recipe.muon, recipe.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # the peak; PyTorch's schedulers use this name
     return optimizers
-
-
-def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """All parameter groups, each with its own learning rate."""
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 # --- The loop -------------------------------------------------------------------------------------
@@ -327,7 +301,8 @@ def update(
     """One training step: backpropagate loss, clip gradients to norm clip, step each optimiser."""
     model.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     for optimizer in optimizers:
         optimizer.step()
 
@@ -344,101 +319,93 @@ def fit(
     resume: bool = False,
     compile: bool = False,
 ) -> tuple[list[dict[str, float]], float]:
-    """Train model in place, on its device.
+    """Train model. Returns its curve, a dict per point (step, train_loss and the numbers from
+    evaluate), and the seconds spent.
 
-    batch(step) returns inputs and targets and must depend on step alone. loss(model, inputs,
-    targets) returns a scalar. evaluate(model) returns numbers by name, such as validation_loss.
+    batch(step) returns inputs and targets. loss(model, inputs, targets) returns a scalar.
+    evaluate(model) returns numbers by name. All randomness depends on recipe.seed and the step
+    alone, so a resumed run gives the same results; PyTorch's own random state stays as it was.
     checkpoint is written at the start, before and after evaluate (every recipe.eval_every steps and
-    at the end) and on Ctrl-C. It holds the model, the optimisers, the history and extra, a dict of
-    plain values that must be the same when the run is resumed. All randomness depends on
-    recipe.seed and the step alone, so a resumed run gives the same results. Afterwards each module
-    is back in its earlier mode, training or evaluation. compile: train with torch.compile if there
-    is a compiler; evaluation and checkpoints use the uncompiled model.
+    at the end) and on Ctrl-C. extra is saved in it: a dict of plain values that must be the same
+    when the run is resumed. compile: train with torch.compile if there is a compiler. With several
+    processes, each computes the gradient of its share of a batch; the first evaluates and writes.
 
-    With several processes, each computes the gradient of its share of a batch. The first evaluates
-    and writes.
-
-    Returns the history and the seconds spent. The history has a dict per point, with step,
-    train_loss and the numbers from evaluate. Raises UsageError if checkpoint cannot be written or
-    belongs to another run, or to an unfinished one and resume is not set. Raises TypeError if extra
-    or the numbers from evaluate are not plain values. KeyboardInterrupt says how to continue.
+    Raises UsageError if checkpoint cannot be written or belongs to another run, or to an unfinished
+    one and resume is not set; TypeError if extra or the numbers from evaluate are not plain values.
+    KeyboardInterrupt says how to continue.
     """
-    device = next(model.parameters()).device
+    device, rank = next(model.parameters()).device, distributed.rank()
     is_cuda = device.type == "cuda"  # elsewhere, an asynchronous copy may outlive its source
-    run = Run(model, make_optimizers(model, recipe), recipe.steps, checkpoint, extra)
-    with Stop() as stop:  # first, so a run with a checkpoint can always be stopped
-        if resume:
-            run.load()
-        elif distributed.rank() == 0:
-            run.save_first()
-        if not distributed.is_same([run.extra, recipe, run.step]):
+    optimizers = make_optimizers(model, recipe)
+    run = Run(model, optimizers, Path(checkpoint), to_plain(extra))
+    stops: list[int] = []  # signals that asked the run to stop after the current step
+
+    def stop(number: int, frame: Any) -> None:
+        if stops and number == signal.SIGINT and distributed.world_size() == 1:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait; torchrun always sends two
+        stops.append(number)
+
+    with ExitStack() as stack:
+        stack.enter_context(interrupts(stop))
+        run.begin(recipe.steps, resume)
+        if len(set(distributed.gather(repr([run.extra, recipe, run.step])))) > 1:
             raise UsageError("the processes of this job differ in flags, data or checkpoint")
         wrapped = torch.compile(model) if compile and can_compile(device) else model
         if distributed.world_size() > 1:
             wrapped = DistributedDataParallel(wrapped)
-        bar = _progress_bar(run.step, recipe.steps)
-        precision = _tf32_matmul(recipe.bfloat16)
-        with in_mode(model, training=True), precision, bar, run.explain_resume():
+        cards = [] if device.type == "cpu" else [device]
+        stack.enter_context(torch.random.fork_rng(cards, device_type=device.type))
+        stack.enter_context(in_mode(model, training=True))
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if recipe.bfloat16:  # TF32 is much faster, and more precise than bfloat16
+            torch.set_float32_matmul_precision("high")
+        bar = stack.enter_context(
+            tqdm(total=recipe.steps, initial=run.step, desc="training", disable=rank > 0)
+        )
+        try:
             while True:
                 if run.losses and (run.step % recipe.eval_every == 0 or run.step == recipe.steps):
+                    _seed(device, recipe.seed, run.step, rank)
                     run.add_point(evaluate, bar)
-                if distributed.any_of(stop.requested):
+                if any(distributed.gather(bool(stops))):
                     run.save()
-                    distributed.barrier()
                     raise KeyboardInterrupt
                 if run.step == recipe.steps:
                     break
-                torch.manual_seed(_mix_seeds(recipe.seed, run.step, distributed.rank()))
-                for group in _groups(run.optimizers):
+                _seed(device, recipe.seed, run.step, rank)
+                for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                     group["lr"] = recipe.learning_rate_at(run.step, group["initial_lr"])
-                part = (distributed.shard(x) for x in batch(run.step))
-                inputs, targets = (x.to(device, non_blocking=is_cuda) for x in part)
+                parts = (x.chunk(distributed.world_size())[rank] for x in batch(run.step))
+                inputs, targets = (x.to(device, non_blocking=is_cuda) for x in parts)
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
                     loss_value = loss(wrapped, inputs, targets)
-                update(wrapped, run.optimizers, loss_value, recipe.clip)
+                update(wrapped, optimizers, loss_value, recipe.clip)
                 run.losses.append(loss_value.detach())
                 run.step += 1
                 bar.update()
                 if run.step % 20 == 1:  # reading a loss synchronises the GPU
                     bar.set_postfix(loss=f"{loss_value.item():.3f}")
-    return run.history, run.seconds()
+        except KeyboardInterrupt as error:
+            how = f"interrupted at step {run.step}: --resume continues from step {run.saved}"
+            raise KeyboardInterrupt(how) from error
+    return run.history, time.perf_counter() - run.start
 
 
-@contextmanager
-def _tf32_matmul(enabled: bool) -> Iterator[None]:
-    """If enabled, compute float32 matrix products in TF32 inside the block. It is much faster, and
-    more precise than bfloat16, which the run's other products use."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if enabled else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _seed(device: torch.device, *numbers: int) -> None:
+    """Seed the generators that training on device draws from, and no others."""
+    seed = random.Random(repr(numbers)).getrandbits(63)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works on device: it needs a C++ compiler, or Triton on a GPU. Prints a
-    notice if it does not."""
+    """Whether torch.compile works on device. Prints a notice if it does not."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # many causes: no C++ compiler, no Triton, no Python headers
         print(f"torch.compile does not work here ({type(error).__name__}): training without it.")
         return False
     return True
-
-
-def _progress_bar(first: int, steps: int) -> tqdm:
-    """One progress bar for all processes."""
-    return tqdm(
-        total=steps,
-        initial=first,
-        desc="training",
-        unit="step",
-        dynamic_ncols=True,
-        disable=distributed.rank() > 0,
-    )
-
-
-def _mix_seeds(*numbers: int) -> int:
-    """A seed that depends on all numbers."""
-    return random.Random(repr(numbers)).getrandbits(63)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from scripts import environment, flags_of
 
@@ -89,6 +90,62 @@ def test_every_flag_has_a_wrong_value_or_is_free():
 
 
 @dataclass
+class Flags:
+    """What this script is for."""
+
+    name: str = flag("word", "what it is called", ["word", "other"])
+    size: int = flag(3, "how large it is")
+    rate: float | None = flag(None, "how fast it is")
+    file: Path | None = flag(None, "where it is")
+    go_on: bool = flag(False, "whether it goes on")
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--name", "other"], "name", "other"),
+        (["--size", "-7"], "size", -7),
+        (["--rate", "1"], "rate", 1.0),
+        (["--file", "a b/c"], "file", Path("a b/c")),
+        (["--go-on"], "go_on", True),
+    ],
+)
+def test_a_flag_sets_its_field_with_the_field_s_type(argv, field, value):
+    flags = parse_flags(Flags, argv)
+    assert getattr(flags, field) == value
+    assert type(getattr(flags, field)) is type(value)
+    setattr(flags, field, getattr(Flags(), field))
+    assert flags == Flags()
+
+
+def test_flags_are_read_from_the_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--size", "4"])
+    assert parse_flags(Flags).size == 4
+
+
+@pytest.mark.parametrize("wrong", ["--bogus", "positional", "--name=third", "--size", "--size=1.5"])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_flags(Flags, [wrong])
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
+    assert "error" in err and wrong.partition("=")[0] in err
+
+
+def test_help_has_the_description_every_flag_and_the_defaults(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(Flags, ["--help"])
+    assert exit.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert Flags.__doc__ in out
+    for name in ("--name", "--size", "--rate", "--file", "--go-on"):
+        assert name in out
+    assert "(default: 3)" in out and "(default: word)" in out
+    assert "None" not in out and "False" not in out
+
+
+@dataclass
 class Place:
     out: Path = flag(Path("runs"), "where")
 
@@ -114,25 +171,71 @@ def test_without_docstrings_there_is_no_description(monkeypatch, capsys):
     assert exit.value.code == 0 and "Place(" not in capsys.readouterr().out
 
 
-def test_a_mistake_is_one_line_even_if_its_message_has_many(capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("one\ntwo\r\nthree"), 2, "script.py: error: one two three\n"),
+        (KeyboardInterrupt(), 130, "script.py: interrupted: --resume continues from the last"),
+        (KeyboardInterrupt("interrupted, saved"), 130, "script.py: interrupted, saved\n"),
+        (OSError(28, "No space left", "x"), 1, "error: [Errno 28] No space left: 'x'\n"),
+        (MemoryError(), 1, "script.py: error: out of memory: make the batch, the model or the"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), 1, "error: out of memory: make"),
+    ],
+)
+def test_a_script_turns_an_error_into_one_line_and_an_exit_code(
+    error, code, line, monkeypatch, capsys
+):
     def main():
-        raise UsageError("one\ntwo\r\nthree")
+        raise error
 
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr("sys.argv", ["/somewhere/script.py"])
+    with pytest.raises(SystemExit) as exit:
         run_script(main)
-    assert capsys.readouterr().err.endswith("error: one two three\n")
+    assert exit.value.code == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert line in err and err.startswith("script.py: ")
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_bug_in_a_script_keeps_its_traceback(kind):
+    def main():
+        raise kind("a bug")
+
+    with pytest.raises(kind, match="a bug"):
+        run_script(main)
+
+
+def test_a_model_too_large_for_the_machine_is_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_script(lambda: torch.empty(2**50))
+    assert "error: out of memory" in capsys.readouterr().err
+
+
+def test_a_script_runs_with_torch_s_usual_defaults_and_restores_the_user_s():
+    tensors = []
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        run_script(lambda: tensors.append(torch.ones(1)))
+        assert (torch.ones(1).dtype, torch.ones(1).device.type) == (torch.bfloat16, "meta")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert (tensors[0].dtype, tensors[0].device.type) == (torch.float32, "cpu")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
 def test_a_closed_terminal_acts_like_ctrl_c_unless_ignored(before):
     old = signal.signal(signal.SIGHUP, before)
+    seen = []
     try:
-        run_script(lambda: None)
-        expected = signal.default_int_handler if before == signal.SIG_DFL else before
-        assert signal.getsignal(signal.SIGHUP) == expected
+        run_script(lambda: seen.append(signal.getsignal(signal.SIGHUP)))
+        assert signal.getsignal(signal.SIGHUP) == before
     finally:
         signal.signal(signal.SIGHUP, old)
+    assert seen == [signal.default_int_handler if before == signal.SIG_DFL else before]
 
 
 # --- Standard streams -----------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_no_source_forks_links_or_unpickles(path):
 
 def test_every_load_is_of_weights_only():
     sources = "".join(path.read_text(encoding="utf-8") for path in MODULES.values())
-    assert sources.count("torch.load(") == sources.count("weights_only=True)") == 1
+    assert sources.count("torch.load(") == sources.count("weights_only=True)") > 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
