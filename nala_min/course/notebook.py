@@ -1,7 +1,5 @@
 """Functions for the notebooks: set one up, show figures and the project's code."""
 
-from __future__ import annotations
-
 import base64
 import inspect
 import io
@@ -28,11 +26,9 @@ def begin(seed: int = 0) -> None:
 
 def show(figure: Figure, text: str) -> None:
     """Show figure and, folded below it, text: a description for readers who cannot see it."""
-    display(
-        {"image/png": base64.b64encode(_png(figure)).decode(), "text/plain": text},
-        metadata={"image/png": {"alt": text, "width": _width(figure)}},  # some viewers ignore alt
-        raw=True,
-    )
+    png = base64.b64encode(_png(figure)).decode()
+    size = {"alt": text, "width": round(96 * figure.get_figwidth())}  # some viewers ignore alt
+    display({"image/png": png, "text/plain": text}, metadata={"image/png": size}, raw=True)
     _show_markdown(f"<details><summary>Description</summary>\n\n{text}\n\n</details>", text)
 
 
@@ -45,19 +41,13 @@ def _png(figure: Figure) -> bytes:
     return png.getvalue()
 
 
-def _width(figure: Figure) -> int:
-    """Width in pixels of the page; the picture itself has more pixels."""
-    return round(96 * figure.get_figwidth())
-
-
 def source(*objects: Any, fold: str = "") -> None:
     """Show the code of functions and classes exactly as it runs, with docstrings.
 
     fold: a line to show instead; a click on it unfolds the code.
     """
     code = "\n\n\n".join(textwrap.dedent(inspect.getsource(each)).rstrip() for each in objects)
-    fence = f"```python\n{code}\n```"
-    markdown = f'<div style="font-family: monospace">\n\n{fence}\n\n</div>'
+    markdown = f'<div style="font-family: monospace">\n\n```python\n{code}\n```\n\n</div>'
     if fold:
         markdown = f"<details><summary>{fold}</summary>\n\n{markdown}\n\n</details>"
     _show_markdown(markdown, code)
@@ -72,10 +62,8 @@ def slider(draw: Callable[[float], Figure], low: float, high: float, start: floa
     knob = ipywidgets.FloatSlider(start, min=low, max=high, step=(high - low) / 100)
     knob.description = next(iter(inspect.signature(draw).parameters))
     figure = draw(start)
-    picture = ipywidgets.Image(value=_png(figure), width=_width(figure))
+    picture = ipywidgets.Image(value=_png(figure), width=round(96 * figure.get_figwidth()))
     knob.observe(lambda change: picture.set_trait("value", _png(draw(change.new))), "value")
-    fallback = (
-        "A slider appears here while the notebook runs; the figure above is a static version."
-    )
-    live = ipywidgets.VBox([knob, picture])
-    display(live._repr_mimebundle_() | {"text/plain": fallback}, raw=True)
+    live = ipywidgets.VBox([knob, picture])._repr_mimebundle_()
+    text = "A slider appears here while the notebook runs; the figure above is a static version."
+    display(live | {"text/plain": text}, raw=True)

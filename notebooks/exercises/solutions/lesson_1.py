@@ -33,7 +33,7 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
     """
     total = weights.sum(dim=-1, keepdim=True)  # (..., 1)
     share = weights / torch.where(total > 0, total, 1.0)  # (..., N), 0 for a row of zeros
-    log = share.clamp_min(1e-300).log()  # finite at 0, and so is its slope
+    log = share.masked_fill(share == 0, 1.0).log()  # finite where a share is 0, and so is its slope
     return -(share * log).sum(dim=-1)
 
 

@@ -1,0 +1,269 @@
+"""What the checkers have in common: they call a student's function, compare its result and say in
+one sentence what is wrong.
+
+Many mistakes are recognised by the value that they produce:
+assert_close(got, expected, what, {"What is wrong.": the value that this mistake produces}).
+"""
+
+import inspect
+import math
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nala_min import model
+from nala_min.measure import Recorder
+
+TOLERANCE = 1e-9  # relative and absolute; all numbers that are compared are float64
+
+
+class Wrong(AssertionError):
+    """What is wrong with a student's function, in one sentence."""
+
+
+class NotDone(Wrong):
+    """The function still raises NotImplementedError."""
+
+
+def random_normal(*shape: int) -> Tensor:
+    """Standard normal numbers; not contiguous, like heads after a transposition."""
+    return torch.randn(*shape[:-2], shape[-1], shape[-2], dtype=torch.float64).mT
+
+
+def features(*shape: int) -> Tensor:
+    """Positive numbers, which ReLU leaves unchanged: phi(x) = x for feature_map="relu"."""
+    return random_normal(*shape).abs() + 0.1
+
+
+def describe(error: BaseException, file: str) -> str:
+    """The error's type and message, and the line of the student's file that raised it."""
+    lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file and error.lineno:
+        lines = [error.lineno]
+    message = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}{f' in line {lines[-1]}' if lines else ''}: {message}"
+
+
+def call(student: Callable, *arguments: Any) -> Any:
+    """Call the student's function and return its result. Its errors become sentences."""
+    before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    try:
+        result = student(*arguments)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, NotImplementedError) and not error.args:  # PyTorch's have a message
+            raise NotDone("not done yet") from None
+        file = getattr(getattr(inspect.unwrap(student), "__code__", None), "co_filename", "")
+        raise Wrong(f"It raises {describe(error, file)}") from error
+    for name, x, y in zip(_names(student, arguments), arguments, before, strict=True):
+        if isinstance(x, Tensor) and not torch.equal(x, y):
+            raise Wrong(f"It changes {name} in place: the caller still needs it.")
+    return result
+
+
+def _names(function, arguments):
+    """The names of the arguments, or their numbers: a wrapper may take *args or be compiled."""
+    names = []
+    with suppress(TypeError, ValueError):
+        parameters = inspect.signature(function).parameters.values()
+        names = [x.name for x in parameters if x.kind == x.POSITIONAL_OR_KEYWORD]
+    if len(names) < len(arguments):
+        names = [f"argument {i}" for i in range(1, len(arguments) + 1)]
+    return names[: len(arguments)]
+
+
+def valid_tensor(x: Any, shape: tuple[int, ...], what: str, case="", why=None) -> Tensor:
+    """Return x if it is a finite float64 tensor of that shape, otherwise raise Wrong. why(bad)
+    returns a sentence with the reason; bad is True where x is not finite."""
+    if not isinstance(x, Tensor):
+        end = ": is a return missing?" if x is None else "."
+        raise Wrong(f"{what} has type {type(x).__name__}, expected a tensor{end}")
+    if x.shape != shape:
+        raise Wrong(f"{what} has shape {tuple(x.shape)}, expected {tuple(shape)}{case}.")
+    if x.dtype != torch.float64:
+        raise Wrong(f"{what} has dtype {x.dtype}, expected the arguments' dtype, torch.float64.")
+    if (bad := ~x.isfinite()).any():
+        kind, reason = "NaN" if x.isnan().any() else "infinite", why(bad) if why else ""
+        raise Wrong(f"{what} is {kind} at index {where_largest(bad)}{case}. {reason}".rstrip())
+    return x
+
+
+def output(student: Callable, *arguments: Any, shape: tuple[int, ...], case="", why=None) -> Tensor:
+    """The student's result, if it is a finite float64 tensor of that shape. In float32, which the
+    lessons use, it must be finite as well."""
+    out = valid_tensor(call(student, *arguments), shape, "The result", case, why)
+    is_double = [isinstance(x, Tensor) and x.dtype == torch.float64 for x in arguments]
+    single = [x.float() if double else x for x, double in zip(arguments, is_double, strict=True)]
+    if not call(student, *single).isfinite().all():
+        end = "a constant such as 1e-300 is 0 there, torch.finfo(x.dtype).tiny is not."
+        raise Wrong(f"In float32, the result is not finite{case}: {end}")
+    return out
+
+
+def where_largest(x: Tensor) -> tuple[int, ...]:
+    """Index of the largest entry of x."""
+    return tuple(int(i) for i in torch.unravel_index(x.double().argmax(), x.shape))
+
+
+def close(x: Tensor, y: Tensor, tolerance: float = TOLERANCE) -> bool:
+    return torch.allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def assert_close(got: Tensor, expected: Tensor, what: str, mistakes=None) -> None:
+    """Raise Wrong if got differs from expected. mistakes: {sentence: wrong value}. If got equals a
+    wrong value, the error is its sentence; otherwise it describes the difference."""
+    if close(got, expected):
+        return
+    for sentence, value in (mistakes or {}).items():
+        if close(got, value):
+            raise Wrong(sentence)
+    factor = ((got * expected).sum() / expected.square().sum()).item()
+    proportional = factor and got.ndim and close(got, factor * expected)
+    if proportional and math.isclose(factor, -1):
+        raise Wrong(f"{what} has the wrong sign everywhere.")
+    tolerance = 1e-3 if proportional else 1e-4
+    at, end = where_largest((got - expected).abs()), "."
+    where = f" at index {at}" if at else ""
+    if (got - expected).abs().max() < tolerance * expected.abs().max():
+        end = ", nearly right: is it a difference quotient, is an eps added, is it float32?"
+    elif proportional:
+        raise Wrong(f"{what} is {factor:.4g} times the expected value everywhere.")
+    raise Wrong(f"{what}{where} is {got[at]:.10g}, expected {expected[at]:.10g}{end}")
+
+
+def gradients(function: Callable, *arguments: Any, case: str = "") -> dict[str, Tensor]:
+    """{argument: gradient of the sum of squared outputs} for all tensors, if all are finite."""
+    arguments = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in arguments]
+    named = zip(_names(function, arguments), arguments, strict=True)
+    named = {name: x for name, x in named if isinstance(x, Tensor)}
+    out = call(function, *arguments)
+    total = sum(x.square().sum() for x in (out if isinstance(out, (tuple, list)) else [out]))
+    found = [None] * len(named)
+    if total.requires_grad:
+        found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    found = dict(zip(named, found, strict=True))
+    for name, gradient in found.items():
+        if gradient is None:
+            raise Wrong(f"No gradient reaches {name}: is something detached?")
+        if not gradient.isfinite().all():
+            raise Wrong(f"The gradient with respect to {name} is NaN or infinite{case}.")
+    return found
+
+
+def assert_gradients_close(
+    student: Callable, reference: Callable, *arguments: Any, case=""
+) -> None:
+    """Raise Wrong if the gradients of the two functions differ."""
+    expected = gradients(reference, *arguments).values()
+    found = gradients(student, *arguments, case=case)
+    for (name, got), right in zip(found.items(), expected, strict=True):
+        what = f"The output is right, but the gradient with respect to {name}{case}"
+        assert_close(got, right, what)
+
+
+def check_weights(weights: Tensor, visible: Tensor, case: str = "") -> None:
+    """Weights (B, H, N, N) must be positive where visible, 0 elsewhere, and each row must sum to 1.
+    visible: bool, broadcasts to the shape of weights."""
+    visible = visible.expand_as(weights)
+    if (weights < -TOLERANCE).any():
+        at = where_largest(-weights)
+        what = f"a negative weight, {weights[at]:.3g}"
+        raise Wrong(f"Token {at[2]} gives token {at[3]} {what}{case}.")
+    if (weights[~visible] > TOLERANCE).any():
+        at = where_largest(weights * ~visible)
+        why = "lies in its future" if at[3] > at[2] else "is padding"
+        raise Wrong(f"Token {at[2]} gives weight to token {at[3]}, which {why}{case}.")
+    if (weights[visible] < TOLERANCE).any():
+        at = where_largest(visible & (weights < TOLERANCE))
+        whom = "itself" if at[2] == at[3] else f"token {at[3]}, which it should see"
+        raise Wrong(f"Token {at[2]} gives no weight to {whom}{case}.")
+    sums = weights.sum(dim=-1)
+    if not close(sums, torch.ones_like(sums)):
+        at = where_largest((sums - 1).abs())
+        end = ": is an eps added to the denominator?" if abs(sums[at] - 1) < 1e-3 else "."
+        raise Wrong(f"The weights of token {at[2]} sum to {sums[at]:.9g}, not to 1{case}{end}")
+
+
+def check_independence(student: Callable, out: Tensor, *tensors: Tensor) -> None:
+    """In out = student(*tensors), neither examples of a batch nor heads may see one another."""
+    for cut, what in ((slice(1), "Examples of a batch"), ((slice(None), slice(1)), "Heads")):
+        alone = output(student, *(x[cut] for x in tensors), shape=out[cut].shape)
+        if not close(alone, out[cut]):
+            raise Wrong(f"{what} are mixed: the first gives a different output on its own.")
+
+
+def check_attention(student, reference, q, k, v, visible, case="", mistakes=None) -> Tensor:
+    """Return student(q, k, v) if it is the weighted mean of values that reference(q, k, v) is.
+    visible: as in check_weights. mistakes: {sentence: wrong weights}."""
+    out = output(student, q, k, v, shape=v.shape, case=case)
+    check_independence(student, out, q, k, v)
+    one_hot = torch.eye(v.shape[2], dtype=v.dtype).expand(*v.shape[:2], -1, -1)
+    weights = output(student, q, k, one_hot, shape=one_hot.shape, case=case)
+    for sentence, wrong in (mistakes or {}).items():
+        if close(weights, wrong):
+            raise Wrong(f"{sentence}{case}.")
+    check_weights(weights, visible, case)
+    assert_close(weights, reference(q, k, one_hot), f"The weight{case}")
+    assert_close(out, reference(q, k, v), f"The output{case}")
+    return out
+
+
+def check_linear(student: Callable, *chunk_size: int) -> None:
+    """Check that student(phi_q, phi_k, v) computes Eq. (5), in any form. With a chunk_size, which
+    is its last argument then, it is causal and computes Eq. (15)."""
+
+    @wraps(student)
+    def attend(phi_q, phi_k, v):
+        return student(phi_q, phi_k, v, *chunk_size)
+
+    def reference(phi_q, phi_k, v):
+        options = {"causal": bool(chunk_size), "mode": "parallel", "feature_map": "relu"}
+        return model.nala_attention(phi_q, phi_k, v, **options)
+
+    def run(phi_q, phi_k, case=""):
+        return output(attend, phi_q, phi_k, v, shape=v.shape, case=case)
+
+    (phi_q, phi_k), v = features(2, 2, 3, 7, 4), random_normal(2, 3, 7, 5)
+    visible, mistakes, case = torch.ones(7, 7).bool(), {}, ""
+    if chunk_size:
+        visible, case = visible.tril(), f" (7 tokens, chunk_size={chunk_size[0]})"
+        chunk = torch.arange(7) // chunk_size[0]  # of each token
+        late = (chunk[:, None] >= chunk).double() + (chunk[:, None] == chunk).tril()
+        sentence = "The state already holds the current chunk: read it first, then add"
+        mistakes = {sentence: F.normalize(phi_q @ phi_k.mT * late, p=1, dim=-1)}
+    out = check_attention(attend, reference, phi_q, phi_k, v, visible, case, mistakes)
+    if not close(run(phi_q / 1e6, phi_k / 1e6), out):
+        raise Wrong("Features a million times smaller change the output: an eps is too large.")
+    case = " (all keys zero)"
+    if run(phi_q, 0 * phi_k, case).any():
+        raise Wrong(f"The output is not 0{case}.")
+    gradients(attend, phi_q, 0 * phi_k, v, case=case)
+    phi_q[:, :, 3], case = 0.0, " (the query of token 3 is zero)"
+    assert_close(run(phi_q, phi_k, case), reference(phi_q, phi_k, v), f"The output{case}")
+    assert_gradients_close(attend, reference, phi_q, phi_k, v, case=case)
+
+
+def check_cost(student: Callable, *rest: int) -> None:
+    """Check that student(phi_q, phi_k, v, *rest) has linear cost and no loop over single tokens."""
+    size, tokens, costs, flops = 32, 512, [], []
+    for n in (tokens, 2 * tokens):
+        phi_q, phi_k, v = features(3, 1, 1, n, size)
+        with FlopCounterMode(display=False) as counter, Recorder() as recorder:
+            call(student, phi_q, phi_k, v, *rest)
+        costs.append(recorder)
+        flops.append(counter.get_total_flops())  # counts matrix products only
+    if costs[1].operations - costs[0].operations >= tokens:
+        raise Wrong("It loops over single tokens in Python: its number of operations grows with N.")
+    if costs[1].peak > 2.4 * costs[0].peak:
+        raise Wrong("Its memory is quadratic: twice the tokens need far more than twice as much.")
+    if costs[0].peak >= tokens * size * (size + 1) * 8:  # bytes
+        raise Wrong("It holds F x M numbers for every token at once: sum with a matrix product.")
+    if flops[1] > 2.4 * flops[0]:
+        end = "Add each key to the sum of phi_k^T [v 1] only once."
+        raise Wrong(f"Its work is quadratic: twice the tokens take far more multiplications. {end}")
