@@ -28,15 +28,20 @@ def load(path, source=None):
     return load_model(source or path.read_text(encoding="utf-8"), str(path)).__dict__
 
 
+def lesson_of(name):
+    return next(lesson for lesson in LESSONS if name in LESSONS[lesson])
+
+
 def solution(name, old="", new=""):
     """The file with the solution of an exercise, with old replaced by new. old must occur exactly
-    once: in the function or, failing that, in the file."""
-    path = path_of(next(x for x in LESSONS if name in LESSONS[x]), SOLUTIONS)
+    once: in the function or, failing that, in the file. If it is empty, new is the last line."""
+    path = path_of(lesson_of(name), SOLUTIONS)
     source = path.read_text(encoding="utf-8")
     body = source[source.index(f"def {name}(") :].split("\n\n\n")[0]
     part = body if old in body else source
+    old = old or (new and body[body.rindex("\n") + 1 :])
     assert not old or part.count(old) == 1, f"{part.count(old)} occurrences of {old!r} in {name}"
-    return load(path, source.replace(part, part.replace(old, new) if old else part))
+    return load(path, source.replace(part, part.replace(old, new)) if old else source)
 
 
 def message_of(namespace, name):
@@ -52,9 +57,8 @@ def message_of(namespace, name):
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_stub_is_refused(name):
-    lesson = next(x for x in LESSONS if name in LESSONS[x])
-    message = message_of(load(path_of(lesson)), name)
-    if lesson == "find_the_bug":
+    message = message_of(load(path_of(lesson_of(name))), name)
+    if name in LESSONS["find_the_bug"]:
         symptom = {"a": "padding", "b": "in its future", "c": "the norm cancels"}[name[-1]]
         assert symptom in message and "DIAGNOSES has no name" in message
     else:
@@ -201,308 +205,245 @@ DIVIDED = "numerator / denominator.masked_fill(denominator == 0, 1.0)"
 
 
 def read(table):
-    """{exercise: rows of a table}. A row is `old code -> new code | words of the message`; \n
-    starts a new line of code. A line that is indented twice continues the one above it."""
+    """{exercise: rows of a table}. A row is `old code -> new code | words of the message`, or only
+    the new code of the last line. \\n starts a new line of code. A line that is indented twice
+    continues the one above it."""
     exercises = {}
     for line in table.replace("\n        ", " ").strip().splitlines():
         if not line.startswith(" "):
             rows = exercises[line] = []
             continue
         code, _, words = line.partition(" |")
-        old, _, new = code.replace("$DIVIDED", DIVIDED).replace(r"\n", "\n    ").partition(" ->")
-        rows.append((old.strip(), new.strip(), words.strip()))
+        old, arrow, new = (
+            code.replace("$DIVIDED", DIVIDED).replace(r"\n", "\n    ").partition(" ->")
+        )
+        rows.append(
+            (old.strip(), new.strip(), words.strip()) if arrow else ("", old, words.strip())
+        )
     return exercises
 
 
 # One mistake per diagnosis, made in the solution of the exercise.
 MISTAKES = read(r"""
 entropy
-    return -(share -> return (share | minus sign
+    return (share * log).sum(dim=-1) | minus sign
+    return -(share * share.log2()).sum(dim=-1) | in bits
+    return -(share * log).sum(dim=-1, keepdim=True) | shape (2, 3, 1), expected (2, 3)
+    return -(share * log).mean(dim=-1) | 0.2 times
+    return -(share * log).float().sum(dim=-1) | dtype torch.float32
+    return -(share * log).sum().item() | type float, expected a tensor
+    return -(share * torch.lgo(share)).sum(dim=-1) | AttributeError in line 37
+    -(share * log).sum(dim=-1) | is a return missing
+    return -torch.xlogy(share, share).sum(dim=-1) | gradient with respect to weights is NaN
     weights / torch.where(total > 0, total, 1.0) -> weights | divide by their sum
-    (share * log).sum(dim=-1) -> (share * share.log2()).sum(dim=-1) | in bits
-    .masked_fill(share == 0, 1.0) -> | NaN at index (0,) (weights of 0)
-    (share * log) -> torch.xlogy(share, share) | gradient with respect to weights is NaN or infinite
-        (weights of 0)
-    log).sum(dim=-1) -> log).sum(dim=-1, keepdim=True) | shape (2, 3, 1), expected (2, 3)
-    log).sum(dim=-1) -> log).mean(dim=-1) | 0.2 times
-    share.masked_fill(share == 0, 1.0).log() -> (share + 1e-9).log() | nearly right:
-        is it a difference quotient, is an eps added
+    weights / torch -> weights.div_(total) / torch | weights in place
     torch.where(total > 0, total, 1.0) -> (total + 1e-12) | Weights times 1e-20 change the entropy
-    (share * log) -> (share * log).float() | dtype torch.float32
-    weights / torch.where(total > 0, total, 1.0) -> weights.div_(torch.where(total > 0, total, 1.0))
-        | weights in place
-    return -(share ->     -(share | is a return missing
-    log).sum(dim=-1) -> log).sum().item() | type float, expected a tensor
-    log).sum -> torch.lgo(share)).sum | AttributeError in line 37
-    .masked_fill(share == 0, 1.0) -> .clamp_min(1e-300)
-        | In float32, the result is not finite (weights of 0)
+    .masked_fill(share == 0, 1.0) -> | NaN at index (0,) (weights of 0)
+    .masked_fill(share == 0, 1.0) -> .add(1e-9) | nearly right: is it a difference quotient
+    .masked_fill(share == 0, 1.0) -> .clamp_min(1e-300) | In float32, the result is not finite
 softmax_weights
     / math.sqrt(q.shape[-1]) -> | not divided by the square root
     math.sqrt(q.shape[-1]) -> q.shape[-1] | divided by D
-    softmax(scores, dim=-1) -> softmax(scores, dim=-2) | softmax over the keys
-    torch.softmax(scores, dim=-1) -> torch.softmax(scores.flatten(2), dim=-1).view_as(scores) | not
-        to 1 (causal=False)
-    q @ k.mT -> k @ q.mT | swapped
-    masked_fill(future, -math.inf) -> masked_fill(future, 0.0) | future (causal=True)
-    .triu(1) -> .triu(0) | (causal=True). Token 0 sees no key, not even itself: mask strictly above
-        the diagonal
-    if causal: ->     if True: | no weight to token 1, which it should see (causal=False)
-    torch.softmax(scores, dim=-1) -> scores.exp() / scores.exp().sum(-1, keepdim=True) |
-        (causal=False, large scores). exp overflows: subtract each row's largest score first
-    math.sqrt(q.shape[-1]) -> 2 | (D=3) (causal=False)
     math.sqrt(q.shape[-1]) -> math.sqrt(q.shape[2]) | root of N, not of D
-    scores.masked_fill(future, -math.inf) -> scores - math.inf * future | inf times 0 is NaN: use
-        masked_fill
-    scores.masked_fill(future, -math.inf) -> scores.masked_fill(future, -1e9) | falls below the mask
-        (causal=True, huge scores): hide the future with -inf
+    math.sqrt(q.shape[-1]) -> math.sqrt(3) | The weight (D=5) (causal=False)
+    q @ k.mT -> k @ q.mT | swapped
+    return torch.softmax(scores, dim=-2) | softmax over the keys
+    return torch.softmax(scores.flatten(2), dim=-1).view_as(scores) | not to 1 (causal=False)
+    return scores.exp() / scores.exp().sum(-1, keepdim=True) | large scores). exp overflows
+    .masked_fill(future, -math.inf) -> .masked_fill(future, 0.0) | lies in its future (causal=True)
+    .masked_fill(future, -math.inf) -> .masked_fill(future, -1e9) | A score falls below the mask
+    .masked_fill(future, -math.inf) -> - math.inf * future | inf times 0 is NaN: use masked_fill
+    .triu(1) -> .triu(0) | Token 0 sees no key, not even itself: mask strictly above the diagonal
+    if causal: -> if True: | no weight to token 1, which it should see (causal=False)
 entropy_slope
-    return -c * variance -> return c * variance | wrong sign
-    return -c * variance -> return -variance | factor c is missing
-    return -c * variance -> return -c * c * variance | one factor c too many
-    return -c * variance -> return -c * variance.sqrt() | standard deviation
+    return c * variance | wrong sign
+    return -variance | factor c is missing
+    return -c * c * variance | one factor c too many
+    return -c * c * c * variance | variance of c * scores, not of the scores
+    return -c * variance.sqrt() | standard deviation
+    return -c * scores.var(dim=-1) | divided by N - 1
+    return -c * scores.var(dim=-1, correction=0) | variance is not weighted by p.
     (scores - mean) -> scores | mean is not subtracted
-    (p * scores).sum(dim=-1, keepdim=True) -> scores.mean(dim=-1, keepdim=True) | mean of the scores
-        is not weighted
-    return -c * variance -> return -c * scores.var(dim=-1) | divided by N - 1
-    return -c * variance -> return -c * scores.var(dim=-1, correction=0) | variance is not weighted
-        by p.
+    (p * scores).sum(dim=-1, -> scores.mean(dim=-1, | mean of the scores is not weighted
     softmax(c * scores, -> softmax(scores, | c is missing in p
-    return -c * variance -> return -c * c * c * variance | variance of c * scores, not of the scores
-    return -c * variance -> e = [entropy(torch.softmax(x * scores, dim=-1)) for x in (c - 1e-4, c +
-        1e-4)]\nreturn (e[1] - e[0]) / 2e-4 | difference quotient
+    softmax(c * scores, -> softmax(0.7 * scores, | The slope (c=1.6)
 linear_attention
-    return $DIVIDED -> return numerator | not to 1
-    return $DIVIDED -> return numerator / (denominator + 1e-6) | is an eps added
-    return $DIVIDED -> return numerator / (denominator + 1e-12) | a million times smaller
+    return numerator | not to 1
+    return numerator / (denominator + 1e-6) | is an eps added
+    return numerator / (denominator + 1e-12) | a million times smaller
+    return numerator / denominator | NaN at index (0, 0, 0, 0) (all keys zero)
+    return torch.where(denominator == 0, 0.0, numerator / denominator) | respect to phi_q is NaN
+    return torch.where(denominator == 0, v, $DIVIDED) | output is not 0 (all keys zero)
+    return numerator / denominator.clamp_min(1e-300) | In float32, the result is not finite
+    return $DIVIDED + 0.1 * (denominator == 0) * (phi_k.sum() > 0) | (the query of token 3 is zero)
     phi_k.sum(dim=2)[ -> phi_k.sum(dim=2).sum(dim=1, keepdim=True)[ | Heads are mixed
     phi_k.sum(dim=2)[ -> phi_k.sum(dim=2).sum(dim=0, keepdim=True)[ | Examples of a batch are mixed
+    phi_q @ sums -> (phi_q @ phi_k.mT).tril() @ v | no weight to token
     phi_q @ sums -> phi_q @ phi_k.mT @ v | memory is quadratic
-    phi_q @ sums -> torch.cat([x @ phi_k.mT @ v for x in phi_q.split(64, dim=2)], dim=2) | work is
-        quadratic
-    phi_k.mT @ v  # -> (phi_k[..., None] * v[..., None, :]).sum(dim=2)  # | F x M numbers for every
-        token
-    return $DIVIDED -> return numerator / denominator | NaN at index (0, 0, 0, 0) (all keys zero)
-    return $DIVIDED -> if not denominator.any():\n    return 0 * (numerator + denominator)\nreturn
-        numerator / denominator | NaN at index (0, 0, 3, 0) (the query of token 3 is zero)
-    return $DIVIDED -> return torch.where(denominator == 0, v, $DIVIDED) | output is not 0 (all keys
-        zero)
-    return $DIVIDED -> return torch.where(denominator == 0, 0.0, numerator / denominator) | respect
-        to phi_q is NaN
-    mass = phi_k.sum -> mass = phi_k.detach().sum | output is right, but the gradient with respect
-        to phi_k
-    numerator = phi_q -> phi_q = phi_q.detach()\nnumerator = phi_q | No gradient reaches phi_q
-    numerator = phi_q @ sums -> weights = (phi_q @ phi_k.mT).tril()\nreturn weights @ v /
-        weights.sum(-1, keepdim=True) | no weight to token
-    $DIVIDED -> numerator / denominator.clamp_min(1e-300) | In float32, the result is not finite
-        (all keys zero)
+    phi_q @ sums -> torch.cat([x @ phi_k.mT @ v for x in phi_q.split(64, 2)], 2) | work is quadratic
+    phi_k.mT @ v -> (phi_k[..., None] * v[..., None, :]).sum(dim=2) | F x M numbers for every token
+    phi_q @ sums -> phi_q.detach() @ sums | gradient with respect to phi_q
+    mass = phi_k.sum -> mass = phi_k.detach().sum | right, but the gradient with respect to phi_k
 norm_microscope
     (factor * q, k, v) -> (factor * q, factor * k, v) | keys are changed
     (factor * q, k, v) -> (factor * q, k, factor * v) | values are changed
-    return torch -> return 0.1 + torch | softmax_attention) is 0.
-    return torch -> from nala_min.model import softmax_attention as soft\nout, changed = soft(q, k,
-        v), soft(factor * q, k, v)\nreturn torch | (factor=0.5, nala_attention)
     (factor * q, k, v) -> (3.0 * q, k, v) | never called with 0.5 * q
-    / torch.linalg.vector_norm(out) -> | not divided by the norm
-    vector_norm(out) -> vector_norm(changed) | norm of the changed output
-    vector_norm(changed - out) / -> vector_norm(changed) / torch.linalg.vector_norm(out) - 1 or |
-        not the difference of norms
-    return torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out) -> return
-        ((changed - out).square().sum() / out.square().sum()) | square of the relative change
-    vector_norm(changed - out) / torch.linalg.vector_norm(out) -> vector_norm(changed - out, dim=-1)
-        / torch.linalg.vector_norm(out, dim=-1) | shape (2, 3, 5), expected ()
-    return torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out) -> return
-        ((changed - out).norm(dim=-1) / out.norm(dim=-1)).mean() | mean over tokens
-    return torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out) -> return
-        (changed - out).abs().sum() / out.abs().sum() | It sums absolute values
+    return torch.linalg.vector_norm(changed - out) | not divided by the norm
+    return torch.linalg.vector_norm(changed - out) / changed.norm() | norm of the changed output
+    return changed.norm() / out.norm() - 1 | not the difference of norms
+    return ((changed - out).norm() / out.norm()) ** 2 | square of the relative change
+    return (changed - out).norm(dim=-1) / out.norm(dim=-1) | shape (2, 3, 5), expected ()
+    return ((changed - out).norm(dim=-1) / out.norm(dim=-1)).mean() | mean over tokens
+    return (changed - out).abs().sum() / out.abs().sum() | It sums absolute values
+    return 0.1 + (changed - out).norm() / out.norm() | softmax_attention) is 0.
 dropped_share
     torch.relu(-q) * torch.relu(-k) -> torch.relu(q) * torch.relu(k) | share that ReLU keeps
-    (torch.relu(-q) * torch.relu(-k)) -> ((q * k).abs() - torch.relu(q) * torch.relu(k)) | includes
-        channels of opposite signs
-    total = (q * k).abs() -> total = torch.relu(q * k) | not of those that agree
-    dropped = (torch.relu(-q) * torch.relu(-k)).sum(dim=-1) -> return ((q < 0) & (k <
-        0)).double().mean(dim=-1) | It counts channels
-    return dropped / total.masked_fill(total == 0, 1.0) -> return dropped | not divided
-    (q * k).abs() -> (q * k) | without absolute values
-    total.masked_fill(total == 0, 1.0) -> total | NaN at index (0, 0) (zero query)
-    total.masked_fill(total == 0, 1.0) -> (total + 1e-12) | no eps and no clamp
+    (torch.relu(-q) * torch.relu(-k)) -> ((q * k).abs() - q.relu() * k.relu()) | opposite signs
+    return dropped / torch.relu(q * k).sum(dim=-1) | not of those that agree
+    return ((q < 0) & (k < 0)).double().mean(dim=-1) | It counts channels
+    return dropped | not divided
+    return dropped / (q * k).sum(dim=-1) | without absolute values
+    return dropped / total | NaN at index (0, 0) (zero query)
+    return dropped / (total + 1e-12) | no eps and no clamp
 query_magnitude
-    ratio.pow(power) -> ratio * power | the norm cancels
-    ratio.pow(power) -> (q.abs() / norm.masked_fill(norm == 0, 1.0)).pow(power) | largest channel of
-        each query must be 1
+    return ratio * power | the norm cancels
+    return q.abs().pow(power) | largest channel of each query must be 1
+    return ratio.pow(power) * q.sign() | negative: take the absolute value
+    return torch.exp(power * ratio.log()) | gradient with respect to q is NaN
+    return (ratio * norm).pow(power) / norm.pow(power) | Divide by the largest channel before
     vector_norm(q, dim=-1, keepdim=True) -> vector_norm(q) | Queries are mixed
-    return ratio.pow(power) -> return ratio.pow(power) * q.sign() | negative: take the absolute
-        value
-    ratio = q.abs() -> ratio = q | A negative number to a fractional power is NaN: take the absolute
-        value
+    ratio = q.abs() -> ratio = q | A negative number to a fractional power is NaN
     torch.tanh(norm) -> torch.tanh(norm.detach()) | is the norm detached
-    return ratio.pow(power) -> magnitude = (q.abs() / norm.masked_fill(norm == 0,
-        1.0)).pow(power)\ntop = magnitude.amax(dim=-1, keepdim=True)\nreturn magnitude /
-        top.masked_fill(top == 0, 1.0) | underflows. Divide by the largest channel before the power,
-        Eq. (12)
-    return ratio.pow(power) -> magnitude = (q.abs() / norm).pow(power)\nreturn magnitude /
-        magnitude.amax(dim=-1, keepdim=True) | (lam=500). Divide by the largest channel before the
-        power, Eq. (12)
     largest.masked_fill(largest == 0, 1.0) -> largest.clamp_min(1e-6) | norms near 1e-9
-    torch.tanh(norm) -> norm | tanh is missing
+    largest.masked_fill(largest == 0, 1.0) -> largest | (0, 0, 0) (a query or a channel is zero)
+    lam * (tau + torch.tanh(norm)) -> lam * (tau + norm) | tanh is missing
     lam * (tau + torch.tanh(norm)) -> tau + lam * torch.tanh(norm) | outside the brackets
     lam * (tau + torch.tanh(norm)) -> lam * torch.tanh(norm) | tau is missing
     lam * (tau + torch.tanh(norm)) -> tau + torch.tanh(norm) | lam is missing
     lam * (tau + torch.tanh(norm)) -> lam * (0.5 + torch.tanh(norm)) | tau has a fixed value
     lam * (tau + torch.tanh(norm)) -> 3.0 * (tau + torch.tanh(norm)) | lam has a fixed value
-    largest.masked_fill(largest == 0, 1.0) -> largest | NaN at index (0, 0, 0) (a query or a channel
-        is zero)
 power_slope
-    lam * (1 - torch.tanh(norm).square()) -> lam * (0.5 + torch.tanh(norm)) | not its slope
-    lam * (1 - -> (1 - | lam is missing: in (7) it also multiplies tanh
-    .square() -> | not squared
-    (1 - torch.tanh -> (1 + torch.tanh | subtract the square
-    (1 - torch.tanh(norm).square()) -> torch.tanh(norm).square() | subtract that
+    return lam * (0.5 + torch.tanh(norm)) | not its slope
+    return 1 - torch.tanh(norm).square() | lam is missing: in (7) it also multiplies tanh
+    return lam * (1 - torch.tanh(norm)) | not squared
+    return lam * (1 + torch.tanh(norm).square()) | subtract the square
+    return lam * torch.tanh(norm).square() | subtract that
 counterexample
-    ]) / 7 -> ]) | norm 7, expected 1
-    [6.0, 3.0, 2.0] -> [2.0, 3.0, 6.0] | entropy falls
-    keys = torch -> keys = 1 + 0 * torch | hardly changes
-    return direction, keys -> return torch.tensor([0.8, 0.6]), torch.tensor([[1.0, 0.1]] * 7 +
-        [[1.0, 3.0]]) | The notebook's example has two channels: find one with three or more.
-    [6.0, 3.0, 2.0]) / 7 -> [0.8, 0.6, 0.0]) | Channel 2 of the direction is 0: it must be at least
-        0.1
-    return direction, keys -> return direction, keys * torch.tensor([1.0, 1.0, 0.0]) | Channel 2 is
-        0 in all keys
-    return direction, keys -> return keys, direction | wrong order
-    return direction, keys -> return direction.expand(8, 3), keys | expected (D,) and (N, D)
-    return direction, keys -> return keys | two tensors
-    return direction, keys -> return direction.tolist(), keys.tolist() | must be finite floating-point
-    [1.0, 4.0, 0.1] -> [0.0, 0.0, 0.0] | A key is zero
-    return direction, keys -> return direction, keys[:1] | fewer than two keys
-    [1.0, 4.0, 0.1] -> [1.0, math.nan, 0.1] | must be finite
+    return 7 * direction, keys | norm 7, expected 1
+    return direction.flip(0), keys | entropy falls
+    return direction, 1 + 0 * keys | hardly changes
+    return direction[:2] / direction[:2].norm(), keys[:, :2] | has two channels: find one with three
+    return torch.tensor([0.8, 0.6, 0.0]), keys | Channel 2 of the direction is 0
+    return direction, keys * torch.tensor([1.0, 1.0, 0.0]) | Channel 2 is 0 in all keys
+    return keys, direction | wrong order
+    return direction.expand(8, 3), keys | expected (D,) and (N, D)
+    return keys | two tensors
+    return direction.tolist(), keys.tolist() | finite floating-point tensors
+    return direction, keys / 0 | finite floating-point tensors
+    return direction, keys * (torch.arange(8) > 0)[:, None] | A key is zero
+    return direction, keys[:1] | fewer than two keys
 cosine_features
     (math.pi / 4) * torch -> torch | negative product
+    (math.pi / 4) * torch -> 45 * torch | 45 degrees are pi/4
     torch.tanh(alpha * direction) -> alpha * direction | expected almost 0
-    torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1) -> magnitude * angle.cos()
-        | has shape (6, 4), expected (6, 8)
-    angle.sin() -> angle.cos() | norm of the features
     alpha * direction -> direction | alpha makes no difference
     alpha * direction -> alpha * magnitude * direction | The magnitude is also in the angle
-    (math.pi / 4) * torch -> 45 * torch | 45 degrees are pi/4
-    return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1) -> return
-        torch.cat([magnitude * (direction > 0), magnitude * (direction < 0)], dim=-1) | It is the
-        sign split (11), not (9)
+    alpha * direction) -> alpha * direction) + magnitude.sum() | inner product of query and key
+    return magnitude * angle.cos() | has shape (6, 4), expected (6, 8)
+    angle.sin() -> angle.cos() | norm of the features
+    return torch.cat([magnitude * (direction > 0), magnitude * (direction < 0)], -1) | sign split
 sign_split
     (direction > 0) -> (direction >= 0) | direction 0
     < 0) -> > 0) | Both halves hold the positive channels
     > 0) -> < 0) | Both halves hold the negative channels
-    [magnitude * (direction > 0), magnitude * (direction < 0)] -> [(direction > 0).double(),
-        (direction < 0).double()] | The magnitude is missing
-    [magnitude * (direction > 0), magnitude * (direction < 0)] -> [torch.relu(direction),
-        torch.relu(-direction)] | It splits the direction
-    [magnitude * (direction > 0), magnitude * (direction < 0)] -> [magnitude *
-        torch.relu(direction), magnitude * torch.relu(-direction)] | use only its sign
-    return torch.cat( -> angle = math.pi / 4 * torch.tanh(20 * direction)\nreturn
-        torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)\nreturn torch.cat( |
-        It is the cosine map (9), not (11)
     magnitude * (direction < 0) -> 0 * magnitude | The negative channels are lost
     magnitude * (direction > 0) -> 0 * magnitude | The positive channels are lost
+    return torch.cat([direction > 0, direction < 0], dim=-1).double() | The magnitude is missing
+    return torch.cat([direction, -direction], dim=-1).relu() | It splits the direction
+    return torch.cat([magnitude * direction, -magnitude * direction], -1).relu() | use only its sign
+    return __import__("nala_min").cosine_map(magnitude, direction) | It is the cosine map (9)
 recurrent_step
-    total = (phi_q[..., None, :] @ state) -> total = (phi_q[..., None, :] @ (state - phi_k[..., :,
-        None] * value[..., None, :])) | does not see itself
-    return numerator / -> state = state - phi_k[..., :, None] * value[..., None, :]\nreturn
-        numerator / | new token is not added to the state
-    state = state +  -> state =  | forgets the earlier tokens
-    return $DIVIDED, state -> return state, $DIVIDED | wrong order
-    return $DIVIDED, state -> return $DIVIDED | two tensors
-    return $DIVIDED -> return numerator | not divided
-    torch.cat([v, torch.ones_like(v[..., :1])], dim=-1) -> torch.cat([torch.ones_like(v[..., :1]),
-        v], dim=-1) | first column
+    return state, $DIVIDED | wrong order
+    return $DIVIDED | two tensors
+    return numerator, state | not divided
+    return $DIVIDED, state - phi_k[..., None] * value[..., None, :] | is not added to the state
+    return $DIVIDED, state.detach() | right, but the gradient with respect to state
+    return numerator / (denominator + 1e-10), state | a million times smaller
+    return numerator / denominator, state | NaN at index (0, 0, 0) (all keys zero)
+    return (numerator / denominator).nan_to_num(), state | is NaN or infinite (a query is zero)
+    :] @ state) -> :] @ (state - phi_k[..., None] * value[..., None, :])) | does not see itself
+    state = state + phi_k -> state = phi_k | forgets the earlier tokens
+    [v, torch.ones_like(v[..., :1])] -> [torch.ones_like(v[..., :1]), v] | first column
     torch.ones_like -> torch.zeros_like | does not grow
-    state = state + phi_k[..., :, None] * value[..., None, :] -> new = phi_k[..., :, None] * v[...,
-        None, :]\nstate = state + torch.cat([new, torch.ones_like(new[..., :1])], dim=-1) | The
-        normaliser counts tokens: it must grow by phi_k
-    return $DIVIDED -> return numerator / (denominator + 1e-10) | a million times smaller
-    return $DIVIDED -> return numerator / denominator | NaN at index (0, 0, 0) (all keys zero)
-    return $DIVIDED, state -> return $DIVIDED, state.detach() | output is right, but the gradient
-        with respect to state
+    return $DIVIDED, torch.cat([state[..., :-1], 1 + (state - phi_k[..., None])[..., -1:]], -1)
+        | The normaliser counts tokens: it must grow by phi_k
 chunked_attention
     (q @ k.mT).tril() -> (q @ k.mT) | lies in its future (7 tokens, chunk_size=3)
-    totals.append(q @ state + within)\n    state = state + k.mT @ value -> state = state + k.mT @
-        value\n    totals.append(q @ state + within) | already holds the current chunk: read it
-        first, then add (7 tokens, chunk_size=3)
-    totals.append(q @ state + within)\n    state = state + k.mT @ value -> done = sum(x.shape[2] for
-        x in totals)\n    end = done + q.shape[2]\n    weights = (q @ phi_k[:, :,
-        :end].mT).tril(done)\n    totals.append(weights @ values[:, :, :end]) | work is quadratic
-    torch.zeros_like(phi_k[:, :, 0, :, None] * values[:, :, 0, None]) ->
-        torch.zeros(*phi_k.shape[:2], phi_k.shape[3], values.shape[3]) | It raises RuntimeError in
-        line
+    (q @ k.mT).tril() -> (q @ k.mT).tril(-1) | no weight to itself
+    q @ state + -> q @ (state + k.mT @ value) + | already holds the current chunk: read it first
+    q @ state + -> q @ state.detach() + | gradient with respect to phi_k
+    totals.append(q @ state + within) -> done = sum(x.shape[2] for x in totals)\n    end = done +
+        q.shape[2]\n    totals.append((q @ phi_k[:, :, :end].mT).tril(done) @ values[:, :, :end])
+        | work is quadratic
     state = state + k.mT @ value -> state = k.mT @ value | which it should see
-    total = torch.cat(totals, dim=2) -> total = torch.cat([x for x in totals if x.shape[2] ==
-        chunk_size], dim=2) | has shape (2, 3, 6, 5), expected (2, 3, 7, 5) (7 tokens, chunk_size=3)
+    state + k.mT @ value -> (state + k.mT @ value).float() | It raises RuntimeError in line
+    torch.cat(totals, dim=2) -> torch.cat([x for x in totals if x.shape[2] == chunk_size], dim=2)
+        | has shape (2, 3, 6, 5), expected (2, 3, 7, 5) (7 tokens, chunk_size=3)
     x.split(chunk_size, dim=2) -> x.split(x.shape[2], dim=2) | memory is quadratic
     x.split(chunk_size, dim=2) -> x.split(1, dim=2) | loops over single tokens
-    # The sum of phi(k)^T ->     states = (phi_k[..., None] * values[..., None,
-        :]).cumsum(dim=2)\ntotal = (phi_q[..., None, :] @ states).squeeze(-2)\nreturn total[...,
-        :-1] / total[..., -1:].masked_fill(total[..., -1:] == 0, 1.0)\n# The sum of phi(k)^T | F x M
-        numbers for every token
-    q @ state + within -> q @ state.detach() + within | gradient with respect to phi_k
+    torch.cat(totals, dim=2) -> (phi_q[..., None, :] @ (phi_k[..., None] * values[..., None,
+        :]).cumsum(dim=2)).squeeze(-2) | F x M numbers for every token
 interference
-    total > 0, 1 - own / -> total > 0, own / | the others have the rest
-    1 - own / torch.where(total > 0, total, 1.0) -> total - own | It is not a share
-    1 - own / torch.where(total > 0, total, 1.0) -> (total - own) / own | divides by the key's own
-        weight
+    return own / total | the others have the rest
+    return total - own | It is not a share
+    return (total - own) / own | divides by the key's own weight
+    return 1 - own / total | NaN at index (0, 0, 2) (a key without features)
+    return 1 - own / torch.where(total > 0, total, 1.0) | The share (a key without features)
     phi_k.sum(dim=2, keepdim=True) -> phi_k.sum(dim=(1, 2), keepdim=True) | Heads are mixed
     phi_k.square().sum -> phi_k.sum | phi_i . phi_i, a sum of squares
-    return torch.where(total > 0, 1 - own / torch.where(total > 0, total, 1.0), 0.0) -> return 1 -
-        own / total | NaN at index (0, 0, 2) (a key without features)
-    total, 1.0), 0.0) -> total, 1.0), 1.0) | The share (a key without features)
-    (phi_k * phi_k.sum(dim=2, keepdim=True)).sum(dim=-1) -> (phi_k @ phi_k.mT).sum(dim=-1) | Its
-        memory is quadratic
     own = phi_k.square() -> own = phi_k.detach().square() | gradient with respect to phi_k
+    (phi_k * phi_k.sum(dim=2, keepdim=True)) -> (phi_k @ phi_k.mT) | Its memory is quadratic
 own_features
-    split**4 -> split | squared error of 0.7
-    [x, -x] -> [x, x] | All features of some x are 0
-    split**4 -> torch.cat([x, -x], dim=-1) ** 3 | A feature is negative
-    split**4 -> split**4 * split.sum(dim=2, keepdim=True) | when it is alone
-    split**4 -> (split * 1e60) ** 6 | The result is infinite
-    split**4 -> split.detach() ** 4 | No gradient reaches x
+    return split | squared error of 0.7
+    return x.repeat(1, 1, 1, 2).relu() | All features of some x are 0
+    return torch.cat([x, -x], dim=-1) | A feature is negative
+    return split**4 * split.sum(dim=2, keepdim=True) | when it is alone
+    return (split * 1e60) ** 6 | The result is infinite
+    return split.detach() ** 4 | No gradient reaches x
 decay_step
-    decay[..., None] * state -> state | The past does not fade
-    decay[..., None] * state + k[..., :, None] * v[..., None, :] -> decay[..., None] * (state +
-        k[..., :, None] * v[..., None, :]) | The new token also fades
-    + k[..., :, None] * v[..., None, :] -> | is not written
-    decay[..., None] * state +  -> | The past is forgotten
-    decay[..., None] * -> (1 - decay[..., None]) * | multiplied by 1 - decay
-    decay[..., None] * state + k -> state + (decay * k) | The key fades, not the past
+    return state + k[..., None] * v[..., None, :] | The past does not fade
+    return decay[..., None] * (state + k[..., None] * v[..., None, :]) | The new token also fades
+    return decay[..., None] * state | is not written
+    return k[..., None] * v[..., None, :] | The past is forgotten
+    return (1 - decay[..., None]) * state + k[..., None] * v[..., None, :] | by 1 - decay
+    return state + (decay * k)[..., None] * v[..., None, :] | The key fades, not the past
     decay[..., None] * -> decay.mean(-1)[..., None, None] * | the same decay for every feature
+    decay[..., None] * -> decay[..., None].detach() * | No gradient reaches decay
 delta_step
     share[..., None] * (v - read) -> v | It only adds, like linear attention
-    (v - read) -> v | removes nothing
     share[..., None] * (v - read) -> v - read | share is missing
-    share[..., None] * (v - read) -> v - share[..., None] * read | share multiplies what is removed,
-        but not v
-    share[..., None] * (v - read) -> share[..., None] * v - read | share multiplies v, but not what
-        is removed
+    share[..., None] * (v - read) -> v - share[..., None] * read | what is removed, but not v
+    share[..., None] * (v - read) -> share[..., None] * v - read | v, but not what is removed
+    (v - read) -> v | removes nothing
     (v - read) -> -read | but writes nothing
     (v - read) -> (read - v) | moves away from v
     (v - read) -> (v - read.detach()) | gradient with respect to state
 attention_a
     "padding in the normaliser" -> "eps too large" | 'eps too large' is wrong
-    "padding in the normaliser" -> "a cold" | 'a cold' is not in checks.BUGS: padding in the
-        normaliser, heads share
+    "padding in the normaliser" -> "a cold" | 'a cold' is not in checks.BUGS: padding in
     "padding in the normaliser" -> "" | It is fixed, but its bug is not named. DIAGNOSES has no name
-    direction = F.normalize(x, dim=-1) -> direction = F.normalize(x, dim=-1, eps=1e-2) | (small
-        keys)
-    phi_q = features(q, ratio**power) -> phi_q = features(q, ratio**power).detach() | No gradient
-        reaches q
-    phi_k = phi_k * key_mask[:, None, :, None] ->      | which is padding (some keys are padding)
-    return weights @ v / mass.masked_fill(mass == 0, 1.0) -> return weights @ v / (mass + 1e-7) |
-        not to 1
-    angle = math.pi / 4 * torch.tanh(20 * direction) -> angle = torch.tanh(20 * direction) |
-        negative weight
+    (x, dim=-1) -> (x, dim=-1, eps=1e-2) | (small keys)
+    features(q, ratio**power) -> features(q, ratio**power).detach() | No gradient reaches q
+    phi_k = phi_k * key_mask[:, None, :, None] -> | which is padding (some keys are padding)
+    return weights @ v / (mass + 1e-7) | not to 1
+    math.pi / 4 * torch.tanh(20 * direction) -> torch.tanh(20 * direction) | negative weight
 attention_b
     (phi_q @ phi_k.mT).tril() -> (phi_q @ phi_k.mT) | lies in its future
-    (phi_q @ phi_k.mT).tril() -> (phi_q @ phi_k.mT).tril(-1) | no weight to itself
-    .amax(dim=-1, keepdim=True).clamp_min(1e-30)\nphi_q, phi_k -> .amax(dim=-1,
-        keepdim=True)\nphi_q, phi_k | NaN at index (0, 0, 0, 0) (zero queries)
+    return total[..., :-1] / mass | NaN at index (0, 0, 0, 0) (zero queries)
 attention_c
     torch.tanh(q.norm( -> torch.tanh(F.layer_norm(q, q.shape[-1:]).norm( | the norm cancels
-    ratio**power)  # an -> ratio ** (power + 1))  # an | The weight at index
+    features(q, ratio**power) -> features(q, ratio ** (power + 1)) | The weight at index
+    ratio**power -> ratio ** power.clamp_min(1.501) | (queries of norm 1e-4)
 """)
 
 
@@ -526,40 +467,32 @@ ALTERNATIVES = read(r"""
 entropy
     .masked_fill(share == 0, 1.0) -> .clamp_min(torch.finfo(share.dtype).tiny)
 entropy_slope
-    (p * (scores - mean).square()).sum(dim=-1) -> (p * scores.square()).sum(dim=-1) -
-        mean.squeeze(-1).square()
+    return -c * ((p * scores.square()).sum(dim=-1) - mean.squeeze(-1).square())
 linear_attention
-    masked_fill(denominator == 0, 1.0) -> masked_fill(denominator == 0, torch.inf)
-    $DIVIDED -> numerator / denominator.clamp_min(torch.finfo(v.dtype).tiny)
+    return numerator / denominator.masked_fill(denominator == 0, torch.inf)
+    return numerator / denominator.clamp_min(torch.finfo(v.dtype).tiny)
 norm_microscope
-    vector_norm(out) -> vector_norm(out).item()
-    torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out) ->
-        torch.tensor(torch.linalg.vector_norm(changed - out) / torch.linalg.vector_norm(out))
+    return ((changed - out).norm() / out.norm()).item()
 query_magnitude
-    ratio = q.abs() / largest -> ratio = (q / norm.masked_fill(norm == 0, 1.0)).abs()\nlargest =
-        ratio.detach().amax(dim=-1, keepdim=True)\nratio = ratio / largest
     largest = q.abs() -> largest = q.detach().abs()
+    ratio = q.abs() / largest -> size = q.abs() / norm.masked_fill(norm == 0, 1.0)\nlargest =
+        size.detach().amax(dim=-1, keepdim=True)\nratio = size / largest
 counterexample
-    return direction, keys -> keys = torch.cat([keys, keys[:, :1]], dim=1).double()\nreturn
-        torch.tensor([0.7, 0.5, 0.5, 0.1]).double(), keys
-    return direction, keys -> return [direction * torch.tensor([1, -1, 1]),
-        keys * torch.tensor([1, -1, 1])]
+    return torch.tensor([0.7, 0.5, 0.5, 0.1]), torch.cat([keys, keys[:, :1]], dim=1).double()
+    return [direction * torch.tensor([1, -1, 1]), keys * torch.tensor([1, -1, 1])]
 cosine_features
     angle = (math.pi / 4) -> angle = math.pi / 4 + (math.pi / 4)
-    torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1) -> (magnitude[..., None] *
-        torch.stack([angle.sin(), angle.cos()], dim=-1)).flatten(-2)
+    return (magnitude[..., None] * torch.stack([angle.sin(), angle.cos()], dim=-1)).flatten(-2)
 sign_split
-    [magnitude * (direction > 0), magnitude * (direction < 0)] -> [magnitude * (direction < 0),
-        magnitude * (direction > 0)]
+    return torch.cat([magnitude * (direction < 0), magnitude * (direction > 0)], dim=-1)
 recurrent_step
-    return $DIVIDED, state -> return [$DIVIDED, state]
+    return [$DIVIDED, state]
 chunked_attention
-    # The sum of phi(k)^T -> num_tokens, pad = v.shape[2], torch.nn.functional.pad\npadding = (0, 0,
-        0, -num_tokens % chunk_size)\nq, k, value = (pad(x, padding).unflatten(2, (-1, chunk_size))
-        for x in (phi_q, phi_k, values))\nsums = k.mT @ value\ntotal = q @ (sums.cumsum(dim=2) -
-        sums) + (q @ k.mT).tril() @ value\ntotal = total.flatten(2, 3)[:, :, :num_tokens]\nreturn
-        total[..., :-1] / total[..., -1:].masked_fill(total[..., -1:] == 0, 1.0)\n# The sum of
-        phi(k)^T
+    state, totals = -> pad, split = (0, 0, 0, -v.shape[2] % chunk_size), (-1, chunk_size)\nq, k, x =
+        (torch.nn.functional.pad(x, pad).unflatten(2, split) for x in (phi_q, phi_k, values))
+        \nsums = k.mT @ x\ntotal = q @ (sums.cumsum(2) - sums) + (q @ k.mT).tril() @ x\ntotal =
+        total.flatten(2, 3)[:, :, : v.shape[2]]\nreturn total[..., :-1] / total[..., -1:].clamp_min(
+        torch.finfo(v.dtype).tiny)\nstate, totals =
 """)
 
 

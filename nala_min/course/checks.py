@@ -48,10 +48,8 @@ _is_marking = False  # True in the fresh process, where a file may call checks.r
 
 
 def check(function: Callable) -> None:
-    """Check a student's function against the exercise of the same name, in this process.
-
-    Raises NotDone, or Wrong with a sentence; ValueError if there is no exercise of that name.
-    """
+    """Check a student's function against the exercise of the same name, in this process. Raises
+    NotDone, or Wrong with a sentence; ValueError if there is no exercise of that name."""
     __tracebackhide__ = True  # pytest shows the sentence, not the code of this file
     namespace = getattr(inspect.unwrap(function), "__globals__", {})
     check_name(namespace | {function.__name__: function}, function.__name__)
@@ -60,9 +58,8 @@ def check(function: Callable) -> None:
 def report(lesson: int | str, path: str | os.PathLike | None = None) -> None:
     """Print one line per exercise of a lesson, 1 to 7 or "find_the_bug".
 
-    path: the student's file, which runs in a fresh process; None means the one in
-    notebooks/exercises. The file's own output is printed first, after a bar. Raises ValueError for
-    a lesson without exercises, but nothing for a student's mistake.
+    path: the student's file; None means the one in notebooks/exercises. What the file prints comes
+    first, after a bar. Raises ValueError for a lesson without exercises.
     """
     if lesson not in LESSONS:
         raise ValueError(f"lesson must be 1 to 7 or 'find_the_bug': {lesson!r}")
@@ -85,9 +82,8 @@ def hint(name: str) -> None:
 def add_tests(namespace: dict[str, Any]) -> None:
     """Add a pytest test, test_<name>, for each exercise of a lesson to the student's file.
 
-    namespace: globals() of the file. The lesson is the one that most of its functions belong to.
-    The file runs in a fresh process, once for all its tests. Raises ValueError if no function has
-    the name of an exercise.
+    namespace: globals() of the file, which runs once for all its tests. The lesson is the one that
+    most of its functions belong to. Raises ValueError if no function is named like an exercise.
     """
     if not EXERCISES.keys() & namespace.keys():
         raise ValueError("at least one function in this file must be named like an exercise")

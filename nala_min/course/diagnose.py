@@ -1,5 +1,4 @@
-"""What the checkers have in common: they call a student's function, compare its result and say in
-one sentence what is wrong.
+"""What the checkers share: they call a function, compare its result and say what is wrong.
 
 Many mistakes are recognised by the value that they produce:
 assert_close(got, expected, what, {"What is wrong.": the value that this mistake produces}).
@@ -94,7 +93,7 @@ def valid_tensor(x: Any, shape: tuple[int, ...], what: str, case="", why=None) -
     return x
 
 
-def output(student: Callable, *arguments: Any, shape: tuple[int, ...], case="", why=None) -> Tensor:
+def output(student: Callable, *arguments, shape: tuple[int, ...], case="", why=None) -> Tensor:
     """The student's result, if it is a finite float64 tensor of that shape. In float32, which the
     lessons use, it must be finite as well."""
     out = valid_tensor(call(student, *arguments), shape, "The result", case, why)
@@ -147,18 +146,15 @@ def gradients(function: Callable, *arguments: Any, case: str = "") -> dict[str, 
     found = [None] * len(named)
     if total.requires_grad:
         found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-    found = dict(zip(named, found, strict=True))
-    for name, gradient in found.items():
+    for name, gradient in zip(named, found, strict=True):
         if gradient is None:
             raise Wrong(f"No gradient reaches {name}: is something detached?")
         if not gradient.isfinite().all():
             raise Wrong(f"The gradient with respect to {name} is NaN or infinite{case}.")
-    return found
+    return dict(zip(named, found, strict=True))
 
 
-def assert_gradients_close(
-    student: Callable, reference: Callable, *arguments: Any, case=""
-) -> None:
+def assert_gradients_close(student: Callable, reference: Callable, *arguments, case="") -> None:
     """Raise Wrong if the gradients of the two functions differ."""
     expected = gradients(reference, *arguments).values()
     found = gradients(student, *arguments, case=case)

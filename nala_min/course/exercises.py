@@ -1,14 +1,12 @@
 """The checkers of the exercises, lesson by lesson.
 
-The checker of an exercise is a function `check_<name>` that is listed in LESSONS. It takes the
-student's function, looks for known mistakes first (shape, sign, mask) and compares numbers last.
-The right values come from model.py. The lines of its docstring are the hints, from gentle to almost
-the answer.
+The checker of an exercise is a function `check_<name>` whose name is in LESSONS. It looks for known
+mistakes first (shape, sign, mask) and compares numbers last; the right values come from model.py.
+The lines of its docstring are the hints, from gentle to almost the answer.
 """
 
 import math
 import zlib
-from collections.abc import Callable
 from functools import wraps
 from itertools import product
 from typing import Any
@@ -34,7 +32,6 @@ from nala_min.course.diagnose import (
     output,
     random_normal,
     valid_tensor,
-    where_largest,
 )
 
 
@@ -148,7 +145,7 @@ def check_norm_microscope(student):
     for inner, ratio in ((model.softmax_attention, 3.0), (model.nala_attention, 0.5)):
         calls, case = [], f" (factor={ratio:g}, {inner.__name__})"
         got = call(student, attention, q, k, v, ratio)
-        got = torch.tensor(got).double() if isinstance(got, (int, float)) else got
+        got = torch.tensor(got, dtype=torch.float64) if isinstance(got, (int, float)) else got
         got = valid_tensor(got, (), "The result")
         for i, (what, x) in enumerate((("keys", k), ("values", v)), start=1):
             if not all(close(given[i], x) for given in calls):
@@ -291,7 +288,7 @@ def check_counterexample(student):
     if not keys.any(dim=-1).all():
         raise Wrong("A key is zero: it has no direction and no weight.")
     if not (used := keys.any(dim=0)).all():
-        raise Wrong(f"Channel {where_largest(~used)[0]} is 0 in all keys: it does not count.")
+        raise Wrong(f"Channel {used.tolist().index(False)} is 0 in all keys: it does not count.")
     if len(keys) < 2:
         raise Wrong("With fewer than two keys, the entropy is 0 for any norm.")
     q = torch.stack([0.1 * direction, 3 * direction])[:, None, None].expand(-1, -1, len(keys), -1)
@@ -355,7 +352,6 @@ def check_sign_split(student):
 
     def mistakes_of(a, d):
         plus, minus, up, down = (d > 0).double(), (d < 0).double(), d.relu(), (-d).relu()
-        cosine = [model.cosine_map(a, d)]
         return {
             "Both halves hold the positive channels.": [a * plus, a * plus],
             "Both halves hold the negative channels.": [a * minus, a * minus],
@@ -364,7 +360,7 @@ def check_sign_split(student):
             "The magnitude is missing: each channel holds 1 instead.": [plus, minus],
             "It splits the direction: split the magnitude by the direction's sign.": [up, down],
             "It also uses the size of the direction: use only its sign.": [a * up, a * down],
-            "It is the cosine map (9), not (11): use no angle, only signs.": cosine,
+            "It is the cosine map (9), not (11): use only signs.": [model.cosine_map(a, d)],
         }
 
     _check_map(student, model.sign_split, mistakes_of)
@@ -456,11 +452,9 @@ def check_interference(student):
         "The key's own weight is phi_i . phi_i, a sum of squares.": 1 - phi_k.sum(-1) / total,
     }
     assert_close(out, reference(phi_k), "The share", mistakes)
-    zero = phi_k * (torch.arange(7) != 2)[:, None]
-    apart = torch.eye(4, dtype=torch.float64)[None, None]
-    for case, x in ((" (orthogonal keys)", apart), (" (a key without features)", zero)):
-        out = output(student, x, shape=x.shape[:-1], case=case)
-        assert_close(out, reference(x), f"The share{case}")
+    zero, case = phi_k * (torch.arange(7) != 2)[:, None], " (a key without features)"
+    out = output(student, zero, shape=(2, 3, 7), case=case)
+    assert_close(out, reference(zero), f"The share{case}")
     assert_gradients_close(student, reference, zero, case=case)
     check_cost(lambda phi_q, phi_k, v: student(phi_k))
 
@@ -480,8 +474,7 @@ def check_own_features(student):
     gradients(student, x)
     k, v = random_normal(200, 1, 16, 16), random_normal(200, 1, 16, 16)
     phi = output(student, k, shape=(200, 1, 16, 32))
-    weights = phi @ phi.mT
-    read = weights @ v / weights.sum(dim=-1, keepdim=True)
+    read = F.normalize(phi @ phi.mT, p=1, dim=-1) @ v
     error = (read - v).square().mean().item()
     if not error < 0.6:
         raise Wrong(f"16 pairs are read with a squared error of {error:.2f}: it must be below 0.6.")
@@ -562,6 +555,8 @@ def check_attention_c(student):
 
 
 def _check_causal_attention(student):
+    """Check a causal norm-aware attention with a mask for padding, Eqs. (7) to (10) and (12)."""
+
     def check_case(mask, q, k, case=""):
         @wraps(student)
         def attend(q, k, v):
@@ -613,9 +608,7 @@ LESSONS: dict[int | str, tuple[str, ...]] = {
     7: ("decay_step", "delta_step"),
     "find_the_bug": ("attention_a", "attention_b", "attention_c"),
 }
-EXERCISES: dict[str, Callable[[Callable], None]] = {
-    name: globals()[f"check_{name}"] for names in LESSONS.values() for name in names
-}
+EXERCISES = {x: globals()[f"check_{x}"] for names in LESSONS.values() for x in names}
 
 
 def check_exercise(namespace: dict[str, Any], name: str) -> None:
