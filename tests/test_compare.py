@@ -517,7 +517,7 @@ def test_the_last_study_s_data_and_attention_file_are_checked_before_the_first(
 
 
 def test_impossible_flags_are_one_line(monkeypatch, capsys):
-    assert "--workers must be from 1 to 1000, got 0" in error_of(
+    assert "--workers must be from 1 to 10000, got 0" in error_of(
         monkeypatch, capsys, "--workers", 0
     )
     assert "FILE.py, got elu" in error_of(monkeypatch, capsys, "--attention", "elu")

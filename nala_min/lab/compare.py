@@ -92,7 +92,7 @@ def finished(study: Study, folder: Path) -> dict[tuple[str, int], Row]:
 
 
 def _work(task: Task, keys: list[tuple[str, int]], folder: Path, device: str) -> None:
-    """Do the runs of these variants and seeds, one after another, in a worker process."""
+    """Do the runs of these variants and seeds, in a worker process that ends with its parent."""
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()  # returns however the parent ends
@@ -240,7 +240,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.workers is None:
             self.workers = processors() if self.device == "cpu" else 1
-        for name, most in (("workers", 1000), ("seeds", len(T_QUANTILES) + 1)):
+        for name, most in (("workers", 10_000), ("seeds", len(T_QUANTILES) + 1)):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise UsageError(f"--{name} must be from 1 to {most}, got {value}")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, data, measure, plots
-from nala_min import model as method
+from nala_min import model as method  # a model is a network below
 from nala_min.model import ATTENTIONS, Config
 
 TEST_SEED = 10**6  # seed for test data: no run trains with it
