@@ -141,13 +141,10 @@ def decode_calls(context: int, **kind: Any) -> dict[Any, Call]:
         return out
 
     return {
-        "softmax": attend,
-        "softmax_grown": partial(carry, softmax_attention, (k, v)),
-        "nala": partial(carry, nala_attention, first_state),
+        ("softmax", context): attend,
+        ("softmax_grown", context): partial(carry, softmax_attention, (k, v)),
+        ("nala", context): partial(carry, nala_attention, first_state),
     }
-
-
-# --- Table, card, picture -------------------------------------------------------------------------
 
 
 def crossover(rows: list[Row], form: str = "nala") -> int | None:
@@ -167,10 +164,10 @@ def table(rows: list[Row]) -> str:
         case = {x: row[x] for x in ("length", "context", "causal", "pass") if x in row}
         (softmax,) = select(rows, form="softmax", **case)
         middle, low, high = (1000 * row[name] for name in ("median", "low", "high"))
+        speed = softmax["median"] / row["median"]
         lines.append(
             f"{next(iter(case.values())):7,} {row.get('pass', ''):19}{row['form']:14}"
-            f"{middle:10.3f} ms ({low:.3f} to {high:.3f})"
-            f" {softmax['median'] / row['median']:8.2f} x"
+            f"{middle:10.3f} ms ({low:.3f} to {high:.3f}) {speed:8.2f} x"
             + ("" if row["peak"] is None else f" {row['peak'] / 2**20:9.2f} MiB")
         )
     return "\n".join(lines)
@@ -200,12 +197,14 @@ def main() -> None:
             results["attention"].append({"form": form, "pass": name, **case, **row})
         rows = select(results["attention"], **case)
         print("Causal" if causal else "Bidirectional", table(rows), sep="\n")
-    for context in lengths[::2]:
-        with torch.no_grad():
-            timed = take_turns(decode_calls(context, **kind), device, budget)
-        for form, row in timed.items():
-            per_token = {name: row[name] / BURST for name in ("median", "low", "high")}
-            results["decode"].append({"form": form, "context": context, **row, **per_token})
+    with torch.no_grad():
+        calls = {}
+        for context in lengths[::2]:
+            calls |= decode_calls(context, **kind)
+        timed = take_turns(calls, device, budget)
+    for (form, context), row in timed.items():
+        per_token = {name: row[name] / BURST for name in ("median", "low", "high")}
+        results["decode"].append({"form": form, "context": context, **row, **per_token})
     print("Decoding, per token, after a context of N", table(results["decode"]), sep="\n")
     results["crossover"] = {"causal, forward + backward": crossover(results["attention"])}
     print("Number of tokens from which NaLa is never slower:", results["crossover"])
