@@ -126,19 +126,16 @@ class Run:
         if distributed.rank() == 0:
             self.check_finite(self.losses)
             self.check_finite((0 * weight.detach()).sum() for weight in self.model.parameters())
-            self._write()
+            self._write(io.BytesIO())
         self.saved = self.step
 
-    def _write(self) -> None:
+    def _write(self, content: io.BytesIO) -> None:
         weights = self.model.state_dict()
-        state = {
-            "format": FORMAT,
-            "model": {name.replace("_orig_mod.", ""): x for name, x in weights.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "seconds": time.perf_counter() - self.start,
-        }
-        state |= {name: getattr(self, name) for name in ("step", "losses", "history", "extra")}
-        torch.save(state, content := io.BytesIO())
+        state = {name: getattr(self, name) for name in ("step", "losses", "history", "extra")}
+        state |= {"format": FORMAT, "seconds": time.perf_counter() - self.start}
+        state["model"] = {name.replace("_orig_mod.", ""): x for name, x in weights.items()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        torch.save(state, content)
         content.seek(0)
         try:
             torch.load(content, weights_only=True)
@@ -148,7 +145,7 @@ class Run:
             reason = str(error).splitlines()[0]
             raise UsageError(f"the model state cannot be checkpointed: {reason}") from error
         except OSError as error:
-            remedy = f"and --resume continues from step {self.saved}"
-            remedy = remedy if self.step else "or name another folder with --out"
-            where = f"--out {self.path.parent} cannot be written"
-            raise UsageError(f"{where} ({error}): fix that, {remedy}") from error
+            resume = f"and --resume continues from step {self.saved}"
+            remedy = resume if self.step else "or name another folder with --out"
+            where = f"--out {self.path.parent} cannot be written ({error})"
+            raise UsageError(f"{where}: fix that, {remedy}") from error

@@ -16,16 +16,15 @@ import torch.distributed as dist
 @contextmanager
 def job() -> Iterator[None]:
     """Join the processes started by torchrun, if any, until the block ends."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # one downloads, the others wait
+    if started := "TORCHELASTIC_RUN_ID" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # while one downloads
     try:
         yield
         gather()  # a process that ends earlier would take the others with it
     finally:
-        dist.destroy_process_group()
+        if started:
+            dist.destroy_process_group()
 
 
 def world_size() -> int:

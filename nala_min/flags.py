@@ -77,12 +77,11 @@ def parse_flags(settings: type, argv: Sequence[str] | None = None) -> Any:
 def interrupts(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     """Inside the block, call handler on Ctrl-C, on SIGTERM (from a cluster) and on SIGHUP (from a
     closing terminal), except for those that are ignored, as under nohup."""
-    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []  # only the main thread may set handlers
-    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handler)
+    is_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if is_main else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ def run_card(
 
     config: what determines the result; data: name and checksum of the data; seconds: run time.
     """
-    processes = distributed.world_size()
+    processes, threads = distributed.world_size(), torch.get_num_threads()  # threads per process
     launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return {
@@ -37,11 +37,7 @@ def run_card(
         "config": config,
         "data": data,
         "versions": versions | {"numpy": numpy.__version__},
-        "hardware": {
-            "device": _device_name(device),
-            "threads": torch.get_num_threads(),  # per process
-            "processes": processes,
-        },
+        "hardware": {"device": _device_name(device), "threads": threads, "processes": processes},
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds, 1),
         "results": results,
@@ -91,13 +87,10 @@ def check_writable(*paths: Path | str) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """value as read back from JSON: NumPy numbers, tensors and paths become plain values.
-
-    Raises TypeError for values that JSON cannot hold.
-    """
-    return json.loads(
-        json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else os.fspath(x))
-    )
+    """value as read back from JSON: NumPy numbers, tensors and paths become plain values. Raises
+    TypeError for values that JSON cannot hold."""
+    text = json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else os.fspath(x))
+    return json.loads(text)
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -35,11 +35,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # rate / peak, after a fract
 
 @dataclass
 class Settings:
-    """Flags that all scripts share; each script's subclass adds its own. A flag that is not given
-    takes its value from the chosen preset, if PRESETS has one.
-
-    Raises UsageError for invalid values.
-    """
+    """Flags of all scripts; each script's subclass adds its own. A flag that is not given takes its
+    value from the chosen preset, if PRESETS has one. Raises UsageError for invalid values."""
 
     NAME: ClassVar[str] = ""  # starts the name of the run's folder
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -127,11 +124,8 @@ class Settings:
 
 
 def load_run(settings: Settings, *names: str) -> dict[str, Any]:
-    """The checkpoint in --out, whose extra must contain names, with its attention registered. If
-    --attention names a file with the same content as the run's, uses that one.
-
-    Raises UsageError if a file is missing or has changed.
-    """
+    """Load the checkpoint in --out, whose extra must contain names, and register its attention
+    files; one that was renamed is found with --attention. Raises UsageError if one has changed."""
     saved = load_checkpoint(settings.out / "checkpoint.pt", *names)
     paths_by_sha256 = {digest: name for name, digest in settings.attention_sha256.items()}
     dim = saved["extra"]["dim"] // saved["extra"]["heads"]
@@ -156,10 +150,7 @@ def block_options(config: dict[str, Any]) -> dict[str, Any]:
 
 def choose_device(name: str) -> torch.device:
     """The device called name; "auto" is the first available of cuda, mps, cpu. With several
-    processes on a machine, each gets its own CUDA card.
-
-    Raises UsageError if the device is not available, or if there is no card for this process.
-    """
+    processes, each gets its own CUDA card. Raises UsageError if there is none."""
     processes = distributed.world_size()
     mps = torch.backends.mps.is_available() and processes == 1
     available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
@@ -186,11 +177,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, alone or with Muon, with linear warm-up and a decay schedule. Where 0
-    makes sense, it means off.
-
-    Raises ValueError for invalid values.
-    """
+    """How to train: AdamW, alone or with Muon, with linear warm-up and a decay schedule. muon,
+    warmup and clip may be 0, which is off. Raises ValueError for invalid values."""
 
     steps: int
     learning_rate: float
@@ -209,7 +197,7 @@ class Recipe:
             raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, got {self.schedule!r}")
         lowest = {"steps": 1, "learning_rate": 0, "muon": 0, "warmup": 0, "weight_decay": 0}
         for name, least in (lowest | {"clip": 0, "eval_every": 1}).items():
-            if not least <= (getattr(self, name) or 0) < math.inf:
+            if not (getattr(self, name) or 0) >= least:  # NaN is refused
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def learning_rate_at(self, step: int, peak: float) -> float:
@@ -220,11 +208,8 @@ class Recipe:
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised update, so every direction learns at the same speed (Jordan
-    and others 2024, https://kellerjordan.github.io/posts/muon).
-
-    torch.optim.Muon does not accept convolutions, and it computes in bfloat16, which is slow on a
-    CPU without native support.
-    """
+    and others 2024, https://kellerjordan.github.io/posts/muon). PyTorch's own accepts no
+    convolutions and computes in bfloat16, which is slow on many CPUs."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})

@@ -4,7 +4,6 @@ import argparse
 import errno
 import itertools
 import math
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import tensors_of
+from faults import flipped, tensors_of
 from test_train import EXTRA, batch, evaluate, small_model, train_small
 
 from nala_min import checkpoint
@@ -30,23 +29,16 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
         checkpoint.load_checkpoint(path, "patch", "characters")
 
 
-def test_load_checkpoint_reads_what_was_saved(tmp_path):
-    saved = {"format": checkpoint.FORMAT, "model": {"weight": torch.randn(3)}, "text": "ä"}
-    torch.save(saved, tmp_path / "checkpoint.pt")
-    loaded = checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")
-    assert torch.equal(loaded["model"].pop("weight"), saved["model"].pop("weight"))
-    assert loaded == saved
-
-
-def truncated(path):
-    torch.save({"model": torch.randn(1000)}, path)
-    path.write_bytes(path.read_bytes()[:2000])
+def changed(path, change):
+    torch.save({"model": torch.ones(1000), "format": checkpoint.FORMAT, "extra": EXTRA}, path)
+    path.write_bytes(change(path.read_bytes()))
 
 
 DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"garbage\n" * 100),
-    "truncated": truncated,
+    "truncated": lambda path: changed(path, lambda content: content[:2000]),
+    "one flipped bit": lambda path: changed(path, flipped),
     "code": lambda path: torch.save({"model": argparse.Namespace()}, path),
     "folder": lambda path: path.mkdir(),
     "a file of something else": lambda path: torch.save({"model": torch.zeros(3)}, path),
@@ -237,13 +229,6 @@ def test_an_evaluation_that_is_not_finite_also_ends_the_run(broken, tmp_path):
     assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")["history"] == []
 
 
-def test_a_stop_after_a_loss_that_is_not_finite_saves_nothing(tmp_path):
-    recipe = Recipe(steps=9, learning_rate=1e30, warmup=2, eval_every=9)
-    with pytest.raises(UsageError, match="not finite at step 5: lower --lr"):
-        train_small(small_model(), tmp_path / "checkpoint.pt", recipe, batch=interrupt_at(4))
-    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
-
-
 def test_a_run_that_is_not_finished_is_not_overwritten(tmp_path):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
@@ -324,7 +309,6 @@ def test_the_checkpoint_is_written_at_every_evaluation(tmp_path):
 # --- Saved values can be read again --------------------------------------------------------------
 
 PLAIN = {  # kind: (a value, its plain form)
-    "a path": (Path("a") / "b", os.path.join("a", "b")),
     "paths below": ({"files": [Path("a"), (Path("b"),)]}, {"files": ["a", ["b"]]}),
     "numbers of NumPy": ([np.float32(0.5), np.float64(0.1), np.int64(3)], [0.5, 0.1, 3]),
     "an array": (np.eye(2), [[1.0, 0.0], [0.0, 1.0]]),
@@ -342,7 +326,7 @@ def test_values_in_extra_are_read_again_as_plain_values(kind, tmp_path):
     assert train_small(small_model(), path, extra=extra, resume=True)[0] == history
 
 
-@pytest.mark.parametrize("value", [{1}, object(), 1j, {"a": [argparse.Namespace()]}, {(1, 2): 3}])
+@pytest.mark.parametrize("value", [{1}, {"a": [argparse.Namespace()]}, {(1, 2): 3}])
 def test_values_that_cannot_be_saved_are_refused_before_any_training(value, tmp_path):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(TypeError):
@@ -365,7 +349,7 @@ def test_a_state_that_cannot_be_read_again_is_refused_before_any_training(tmp_pa
     assert "\n" not in str(error.value) and not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("number", [np.mean([1.0, 2.0]), np.float32(1.5), torch.tensor(1.5)])
+@pytest.mark.parametrize("number", [np.float32(1.5), torch.tensor(1.5)])
 def test_numbers_from_evaluate_are_saved_as_plain_numbers(number, tmp_path):
     path = tmp_path / "checkpoint.pt"
     history, _ = train_small(small_model(), path, evaluate=lambda model: {"loss": number})
@@ -373,8 +357,7 @@ def test_numbers_from_evaluate_are_saved_as_plain_numbers(number, tmp_path):
     assert train_small(small_model(), path, resume=True)[0] == history
 
 
-@pytest.mark.parametrize("failing", [3, 6, 7])
-@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize(("failing", "error"), [(3, MemoryError), (7, KeyboardInterrupt)])
 def test_a_failed_evaluation_costs_no_step_and_is_repeated(error, failing, tmp_path):
     path, points = tmp_path / "checkpoint.pt", iter([3, 6, 7])
 
@@ -405,12 +388,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(UsageError, match="not finite at step 5"):
         train_small(model, tmp_path / "checkpoint.pt", batch=breaking)
     assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
-
-
-def test_a_path_may_be_a_string(tmp_path):
-    path = str(tmp_path / "checkpoint.pt")
-    history, _ = train_small(small_model(), path)
-    assert checkpoint.load_checkpoint(path)["history"] == history
 
 
 def with_data(name, digest, **more):

@@ -15,7 +15,7 @@ def trained(tmp_path_factory):
     """A script, and a folder with one of its runs, without a fault."""
     folder = tmp_path_factory.mktemp(SCRIPT)
     faults.prepare(folder)
-    code, text = faults.run(SCRIPT, folder, "--out", "whole")
+    code, text = faults.run(SCRIPT, folder, "whole")
     assert code == 0, text
     return SCRIPT, folder
 
@@ -59,7 +59,7 @@ def test_two_processes_match_one_and_resume_after_a_kill(trained, rng):
 def test_differences_are_detected(trained):
     """Between runs with different seeds."""
     script, folder = trained
-    assert faults.run(script, folder, "--out", "seed2", "--seed", 2)[0] == 0
+    assert faults.run(script, folder, "seed2", "--seed", 2)[0] == 0
     differing = faults.differences(folder, "whole", "seed2")
     assert {"history", "extra", "card", "/model/head.weight"} <= set(differing)
     assert faults.max_difference(folder, "whole", "seed2") > 1e-3

@@ -288,7 +288,7 @@ def test_the_learning_rate_is_never_zero_negative_or_above_its_peak(steps, sched
 @pytest.mark.parametrize(
     "wrong",
     [{"clip": -1.0}, {"warmup": -1}, {"eval_every": 0}, {"steps": 0}, {"schedule": "step"},
-     {"learning_rate": math.nan}, {"muon": -0.1}, {"weight_decay": math.inf}],
+     {"learning_rate": math.nan}, {"muon": -0.1}, {"weight_decay": -1.0}],
     ids=str,
 )  # fmt: skip
 def test_a_recipe_without_sense_is_refused(wrong):

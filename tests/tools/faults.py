@@ -51,8 +51,7 @@ ENDS = ("SIGKILL", "a worker", "SIGINT", "SIGTERM", "SIGHUP")
 
 def prepare(folder):
     """Write a text and noise images for the scripts to train on."""
-    text = synthetic.python_manual()[:100_000]
-    (folder / "text.txt").write_text(text, encoding="utf-8")
+    (folder / "text.txt").write_text(synthetic.python_manual()[:100_000], encoding="utf-8")
     (folder / "images").mkdir()
     noise = np.random.default_rng(1)
     for name in data.CIFAR10_FILES:
@@ -64,15 +63,13 @@ def prepare(folder):
 def child(script, phase, flags):
     """Run script in this process. A byte in the file phase names its current phase."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if nohup started faults.py
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or a shell, in the background
+    module = importlib.import_module(f"nala_min.lab.{script}" if script == "compare" else script)
     if script == "compare":
-        module = importlib.import_module("nala_min.lab.compare")
         study = module.STUDIES["sharpness"]
         task = replace(study.task, steps=COMPARE_STEPS)
         module.STUDIES["sharpness"] = replace(study, task=task, variants=COMPARED, seeds=1)
-    else:
-        module = importlib.import_module(script)
     data.IMAGES_PER_FILE = COUNT
-    descriptor = os.open(phase, os.O_RDWR | os.O_CREAT) if phase else None
 
     def during(name, function):
         def wrapper(*args, **options):
@@ -86,31 +83,29 @@ def child(script, phase, flags):
         return wrapper
 
     if phase:
-        fit, point, write = train.fit, checkpoint.Run.add_point, checkpoint.write_atomically
-        train.fit = during("training", fit)
-        checkpoint.Run.add_point = during("evaluation", point)
-        checkpoint.write_atomically = during("writing", write)
+        descriptor = os.open(phase, os.O_RDWR | os.O_CREAT)
         os.pwrite(descriptor, b"-", 0)
+        train.fit = during("training", train.fit)
+        checkpoint.Run.add_point = during("evaluation", checkpoint.Run.add_point)
+        checkpoint.write_atomically = during("writing", checkpoint.write_atomically)
     sys.argv = [f"{script}.py", *flags]
     run_script(module.main)
 
 
 class Job:
-    """A script that trains in folder, in one process or, with torchrun, in several. output: its
-    stdout, instead of the file that wait reads."""
+    """A script that trains in folder / name, in one process or, with torchrun, in several. output:
+    its stdout, instead of the file that wait reads."""
 
-    def __init__(self, script, folder, *flags, processes=1, output=None):
-        self.folder, self.script = folder, script
+    def __init__(self, script, folder, name, *flags, processes=1, output=None):
+        self.checkpoint = folder / name / "checkpoint.pt"
         has_phases = script in SCRIPTS and processes == 1
         self.phase_file = folder / f"phase{random.getrandbits(48)}" if has_phases else None
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += [f"--nproc_per_node={processes}"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *torchrun * (processes > 1), __file__, "--child", script]
+        flags = [*FLAGS[script], "--out", name, *map(str, flags)]
         self.log = (folder / "log.txt").open("w+", encoding="utf-8")
-        command = [*launcher, __file__, "--child", script, str(self.phase_file or "")]
         self.process = subprocess.Popen(
-            [*command, *FLAGS[script], *map(str, flags)],
+            [*command, str(self.phase_file or ""), *flags],
             cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
             stdout=output or self.log,
@@ -120,8 +115,16 @@ class Job:
 
     def phase(self):
         """The current one of PHASES, or None outside of them."""
-        letter = self.phase_file.read_bytes()[:1].decode() if self.phase_file.exists() else ""
-        return next((name for name in PHASES if letter and name.startswith(letter)), None)
+        letter = self.phase_file.read_bytes()[:1].decode() if self.phase_file.exists() else "-"
+        return next((name for name in PHASES if name[:1] == letter), None)
+
+    def until(self, reached, *values):
+        """Wait until reached() is one of values. Returns whether the job is still running."""
+        while self.process.poll() is None:
+            if reached() in values:
+                return True
+            time.sleep(0.0005)
+        return False
 
     def wait(self):
         """Wait for the end of the job. Returns its exit code and its output."""
@@ -133,26 +136,19 @@ class Job:
             self.phase_file.unlink(missing_ok=True)
         return code, text
 
-    def until(self, ready):
-        """Wait until ready() is true. Returns whether the job is still running."""
-        while self.process.poll() is None:
-            if ready():
-                return True
-            time.sleep(0.0005)
-        return False
+
+def run(script, folder, name, *flags, processes=1):
+    """Run script to its end, from its checkpoint if there is one. Returns its exit code and its
+    output."""
+    has_checkpoint = (folder / name / "checkpoint.pt").exists() and script in SCRIPTS
+    resume = ["--resume"] * has_checkpoint
+    return Job(script, folder, name, *flags, *resume, processes=processes).wait()
 
 
-def run(script, folder, *flags, processes=1):
-    """Run script to its end. Returns its exit code and its output."""
-    return Job(script, folder, *flags, processes=processes).wait()
-
-
-def has_checkpoint(folder, name):
-    return (folder / name / "checkpoint.pt").exists()
-
-
-def resume_flag(folder, name):
-    return ["--resume"] if has_checkpoint(folder, name) else []
+def lost_after(script, folder, name, *flags, processes=1, whole="whole"):
+    """Run script to its end. Returns what differs from the run that was not broken."""
+    code, text = run(script, folder, name, *flags, processes=processes)
+    return differences(folder, whole, name) if code == 0 else [text[-300:]]
 
 
 # --- Losses ---------------------------------------------------------------------------------------
@@ -203,53 +199,37 @@ def kills(script, folder, times, rng):
     Returns how often each phase was hit, and what the finished runs lost.
     """
     hit, lost, chains = dict.fromkeys(PHASES, 0), [], 0
-    if not (folder / "whole").exists():
-        run(script, folder, "--out", "whole")
     while sum(hit.values()) < times:
         name, chains = f"chain{chains}", chains + 1
         for _ in range(min(4, times)):
-            fewest = min(hit.values())
-            target = rng.choice([phase for phase in PHASES if hit[phase] == fewest])
-            job = Job(script, folder, "--out", name, *resume_flag(folder, name))
-            pause = rng.uniform(0, 0.25)
-            moment = [None]
-
-            def ready(job=job, target=target, pause=pause, moment=moment):
-                if job.phase() is None and moment[0] is None:
-                    return False
-                moment[0] = moment[0] or time.perf_counter() + pause
-                return time.perf_counter() >= moment[0] and job.phase() == target
-
-            running = job.until(ready)
-            if running:
+            target = min(PHASES, key=lambda phase: (hit[phase], rng.random()))
+            resume = ["--resume"] * (folder / name / "checkpoint.pt").exists()
+            job = Job(script, folder, name, *resume)
+            job.until(job.phase, *PHASES)
+            time.sleep(rng.uniform(0, 0.25))
+            if running := job.until(job.phase, target):
                 time.sleep(rng.uniform(0, 0.003))
                 job.process.kill()
             phase = job.phase()
             job.wait()
-            if running and phase:
-                hit[phase] += 1
             if not running:  # it finished first
                 break
-        code, text = run(script, folder, "--out", name, *resume_flag(folder, name))
-        lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
-        left = sorted(path.name for path in (folder / name).iterdir())
-        lost += [name for name in left if name.endswith(".part")]
+            if phase:
+                hit[phase] += 1
+        lost += lost_after(script, folder, name)
+        lost += [path.name for path in (folder / name).glob("*.part")]
     return hit, lost
 
 
 def stops(script, folder, times, rng, signals=("SIGINT", "SIGTERM")):
     """Send signals in turn, at random moments of training. Returns how often, and what was lost."""
     lost, tried, started = [], 0, 0
-    if not (folder / "whole").exists():
-        run(script, folder, "--out", "whole")
     while tried < times:
-        name, sent = f"stop{started}", signals[tried % len(signals)]
-        name += sent
-        started += 1
-        job = Job(script, folder, "--out", name)
-        job.until(lambda name=name: has_checkpoint(folder, name))
-        moment = time.perf_counter() + rng.uniform(0, 0.5)
-        job.until(lambda moment=moment: time.perf_counter() >= moment)
+        sent = signals[tried % len(signals)]
+        name, started = f"stop{started}{sent}", started + 1
+        job = Job(script, folder, name)
+        job.until(job.checkpoint.exists, True)
+        time.sleep(rng.uniform(0, 0.5))
         if stopped := job.phase() is not None:
             job.process.send_signal(getattr(signal, sent))
         code, text = job.wait()
@@ -259,16 +239,10 @@ def stops(script, folder, times, rng, signals=("SIGINT", "SIGTERM")):
         last = text.rstrip().rsplit("\n", 1)[-1]
         if code != 130 or not last.split(": ")[-1].startswith("--resume continues from"):
             lost.append(f"no hint on how to continue: {last[-200:]}")
-        if (steps := re.findall(r" step (\d+)", last)) and len(set(steps)) > 1:
+        if len(set(re.findall(r" step (\d+)", last))) > 1:
             lost.append(f"steps: {last[-200:]}")
-        code, text = run(script, folder, "--out", name, "--resume")
-        lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
+        lost += lost_after(script, folder, name)
     return tried, lost
-
-
-def hang_ups(script, folder, times, rng):
-    """Close the terminal at random moments of training. Returns the same as stops."""
-    return stops(script, folder, times, rng, ["SIGHUP"])
 
 
 def broken_pipes(script, folder, times, rng):
@@ -276,7 +250,7 @@ def broken_pipes(script, folder, times, rng):
     lost = []
     for i in range(times):
         read, write = os.pipe()
-        job = Job(script, folder, "--out", f"pipe{i}", output=write)
+        job = Job(script, folder, f"pipe{i}", output=write)
         os.close(write)
         with open(read, "rb") as reader:
             for _ in range(rng.randrange(4)):
@@ -290,24 +264,21 @@ def full_disk(script, folder, times, rng):
     """Write the first or a later checkpoint to /dev/full, a device that is always full."""
     lost, tried = [], 0
     for i in range(times):
-        name = f"full{i}"
-        part = folder / name / "checkpoint.pt.part"
-        if i % 2:
-            job = Job(script, folder, "--out", name)
-            job.until(lambda name=name: has_checkpoint(folder, name))
-            part.unlink(missing_ok=True)
-            part.symlink_to("/dev/full")
-            code, text = job.wait()
-        else:
+        part = folder / f"full{i}" / "checkpoint.pt.part"
+        if i % 2 == 0:
             part.parent.mkdir()
             part.symlink_to("/dev/full")
-            code, text = run(script, folder, "--out", name)
+        job = Job(script, folder, f"full{i}")
+        if i % 2:
+            job.until(job.checkpoint.exists, True)
+            part.unlink(missing_ok=True)
+            part.symlink_to("/dev/full")
+        code, text = job.wait()
         if code == 0:  # the link came while a checkpoint was being written
             continue
         tried += 1
         lost += [] if one_line(code, text, "No space left on device") else [text[-300:]]
-        code, text = run(script, folder, "--out", name, *resume_flag(folder, name))
-        lost += differences(folder, "whole", name) if code == 0 else [text[-300:]]
+        lost += lost_after(script, folder, f"full{i}")
     return tried, lost
 
 
@@ -316,9 +287,10 @@ def one_line(code, text, words):
     return code == 2 and "Traceback" not in text and words in text.rstrip().rsplit("\n", 1)[-1]
 
 
-def other_format(path):
-    saved = torch.load(path, weights_only=True)
-    torch.save(saved | {"format": 1}, path)
+def flipped(content):
+    """Flip one bit in the middle of a tensor, so the archive's checksum is wrong."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 DAMAGES = {
@@ -327,14 +299,8 @@ DAMAGES = {
     "garbage": lambda path: path.write_bytes(random.Random(1).randbytes(5000)),
     "one bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
     "code in a pickle": lambda path: torch.save({"model": argparse.Namespace()}, path),
-    "another version": other_format,
+    "another version": lambda path: torch.save(torch.load(path) | {"format": 1}, path),
 }
-
-
-def flipped(content):
-    """Flip one bit in the middle of a tensor, so the archive's checksum is wrong."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def bad_checkpoints(script, folder, times, rng):
@@ -343,15 +309,14 @@ def bad_checkpoints(script, folder, times, rng):
     lost = []
     for name, damage in DAMAGES.items():
         shutil.copytree(folder / "whole", folder / name)
-        damage(folder / name / "checkpoint.pt")
-        before = (folder / name / "checkpoint.pt").read_bytes()
+        damage(path := folder / name / "checkpoint.pt")
+        before = path.read_bytes()
         for flags in ([], ["--resume"]):
-            code, text = run(script, folder, "--out", name, *flags)
+            code, text = Job(script, folder, name, *flags).wait()
             if not one_line(code, text, "cannot be read by this version"):
                 lost.append(f"{name}: {text[-200:]}")
-        if (folder / name / "checkpoint.pt").read_bytes() != before:
-            lost.append(f"{name} was overwritten")
-    code, text = run(script, folder, "--out", "whole", "--resume", "--lr", "0.5")
+        lost += [f"{name} was overwritten"] * (path.read_bytes() != before)
+    code, text = run(script, folder, "whole", "--lr", "0.5")
     if not one_line(code, text, "was trained with lr = "):
         lost.append(f"another config: {text[-200:]}")
     return len(DAMAGES) + 1, lost
@@ -359,15 +324,14 @@ def bad_checkpoints(script, folder, times, rng):
 
 def unwritable(script, folder, times, rng):
     """Write to a folder that cannot be created."""
-    code, text = run(script, folder, "--out", "/dev/null/run")
+    code, text = run(script, folder, "/dev/null/run")
     return 1, [] if one_line(code, text, "cannot be written") else [text[-300:]]
 
 
 def processes(script, folder, times, rng):
     """The largest difference between the curves of two processes and of one, without dropout."""
-    options = ["--dropout", 0]
-    run(script, folder, "--out", "one", *options)
-    code, text = run(script, folder, "--out", "two", *options, processes=2)
+    run(script, folder, "one", "--dropout", 0)
+    code, text = run(script, folder, "two", "--dropout", 0, processes=2)
     return max_difference(folder, "one", "two") if code == 0 else text[-300:]
 
 
@@ -376,32 +340,29 @@ def killed_workers(script, folder, times, rng):
 
     Returns how often one was killed, what was lost, and the largest difference between curves.
     """
-    lost, gaps, tried, started, options = [], [], 0, 0, ["--dropout", 0]
+    lost, gaps, tried, started = [], [], 0, 0
     while tried < times:
         name, count = f"worker{started}", (2, 1, 4)[tried % 3]
         started += 1
-        job = Job(script, folder, "--out", name, *options, processes=2)
-        path = folder / name / "checkpoint.pt"
-        if job.until(lambda path=path: path.exists() and checkpoint.load_checkpoint(path)["step"]):
+        job = Job(script, folder, name, "--dropout", 0, processes=2)
+        path = job.checkpoint
+        job.until(path.exists, True)
+        if job.until(lambda path=path: checkpoint.load_checkpoint(path)["step"] > 0, True):
             time.sleep(rng.uniform(0, 0.5))
-            workers = children(job.process.pid)
-            if len(workers) == 2:
-                os.kill(workers[rng.randrange(2)], signal.SIGKILL)
+            if len(workers := children(job.process.pid)) == 2:
+                os.kill(rng.choice(workers), signal.SIGKILL)
         code, text = job.wait()
         if code == 0:  # it finished first
             continue
         tried += 1
         if "SIGKILL" not in text:
             lost.append(f"no clear message: {text[-300:]}")
-        code, text = run(
-            script, folder, "--out", name, *options, *resume_flag(folder, name), processes=count
-        )
-        if code:
-            lost.append(text[-300:])
-        elif count == 2:
-            lost += differences(folder, "two", name)
-        else:
-            gaps.append(max_difference(folder, "one", name))
+        if count == 2:
+            lost += lost_after(script, folder, name, "--dropout", 0, processes=2, whole="two")
+            continue
+        code, text = run(script, folder, name, "--dropout", 0, processes=count)
+        lost += [text[-300:]] * (code != 0)
+        gaps += [max_difference(folder, "one", name)] * (code == 0)
     return tried, lost, max(gaps, default=0.0)
 
 
@@ -411,30 +372,23 @@ def children(pid):
     return [int(number) for number in listed.split()]
 
 
-def workers_of(pid):
-    """The children of pid that train a study's models."""
-    commands = {each: Path(f"/proc/{each}/cmdline").read_bytes() for each in children(pid)}
-    return [each for each, command in commands.items() if b"spawn_main" in command]
-
-
 def end_study(folder, name, end, rng):
     """Start compare and end it with one of ENDS while it trains. Returns whether it was still
     training, what was lost, and whether it left a process behind, 0 or 1."""
-    job = Job("compare", folder, "--out", name, output=subprocess.PIPE)
+    job = Job("compare", folder, name, output=subprocess.PIPE)
     job.log.close()
     runs = partial((folder / name / "sharpness").glob, "*/checkpoint.pt")
-    job.until(lambda: len(list(runs())) == len(COMPARED))
+    job.until(lambda: len(list(runs())) == len(COMPARED), True)
     time.sleep(rng.uniform(0.2, 0.5))
     if job.process.poll() is not None:
         job.process.communicate()
         return False, [], 0
-    pid, sig = job.process.pid, getattr(signal, end, signal.SIGKILL)
+    pid, sig, left = job.process.pid, getattr(signal, end, signal.SIGKILL), 0
     if end == "a worker":
-        pid = rng.choice(workers_of(pid))
+        commands = {each: Path(f"/proc/{each}/cmdline").read_bytes() for each in children(pid)}
+        pid = rng.choice([each for each, command in commands.items() if b"spawn_main" in command])
     os.kill(pid, sig)
-    left = 0
-    try:
-        # Returns once all processes that can print have ended.
+    try:  # returns once all processes that can print have ended
         text = job.process.communicate(timeout=30)[0].decode()
     except subprocess.TimeoutExpired:
         left = 1
@@ -455,8 +409,7 @@ def ended_studies(folder, times, rng):
     """Try each of ENDS in turn, at random moments of training; then run the same command again.
     Returns how often, what was lost, and how often a process was left behind."""
     lost, tried, started, left = [], 0, 0, 0
-    run("compare", folder, "--out", "whole")
-    whole = rows_of(folder, "whole")
+    run("compare", folder, "whole")
     while tried < times:
         name, end = f"study{started}", ENDS[tried % len(ENDS)]
         started += 1
@@ -464,11 +417,9 @@ def ended_studies(folder, times, rng):
         if not training:  # it finished first
             continue
         tried, lost, left = tried + 1, lost + unsaved, left + leaves
-        code, text = run("compare", folder, "--out", name)
-        if code:
-            lost.append(text[-300:])
-        elif rows_of(folder, name) != whole:
-            lost.append("rows")
+        code, text = run("compare", folder, name)
+        same = code == 0 and rows_of(folder, name) == rows_of(folder, "whole")
+        lost += [] if same else [f"rows: {text[-300:]}"]
     return tried, lost, left
 
 
@@ -547,10 +498,11 @@ def main():
                 count, lost, left = ended_studies(folder, max(few, len(ENDS)), rng)
                 record("ended study", count, lost, left=left)
                 continue
+            run(script, folder, "whole")
             hit, lost = kills(script, folder, settings.times, rng)
             record("kill -9", sum(hit.values()), lost, phases=hit)
             record("stop", *stops(script, folder, few, rng))
-            record("closed terminal", *hang_ups(script, folder, few, rng))
+            record("closed terminal", *stops(script, folder, few, rng, ["SIGHUP"]))
             record("broken pipe", *broken_pipes(script, folder, few, rng))
             record("full disk", *full_disk(script, folder, few, rng))
             record("bad checkpoint", *bad_checkpoints(script, folder, few, rng))
