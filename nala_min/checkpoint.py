@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -109,23 +109,20 @@ class Run:
             with in_mode(self.model, training=False):
                 numbers = to_plain(evaluate(self.model))
             point = {"step": self.step, "train_loss": train_loss, **numbers}
-            self.check_finite(point.values())
             self.history.append(point)
             shown = (f"{name.replace('_', ' ')} {point[name]:.3f}" for name in list(point)[1:])
             bar.write(f"step {self.step:5d}   {'   '.join(shown)}")
         self.save()
-
-    def check_finite(self, numbers: Iterable[float]) -> None:
-        if not all(map(math.isfinite, numbers)):
-            raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
 
     def save(self) -> None:
         """Write the checkpoint, if all numbers are finite and it can be read back."""
         losses = distributed.gather([float(loss) for loss in self.losses])
         self.losses = [statistics.fmean(each) for each in zip(*losses, strict=True)]
         if distributed.rank() == 0:
-            self.check_finite(self.losses)
-            self.check_finite((0 * weight.detach()).sum() for weight in self.model.parameters())
+            numbers = [*self.losses, *(x for point in self.history[-1:] for x in point.values())]
+            numbers += [(0 * weight.detach()).sum() for weight in self.model.parameters()]
+            if not all(map(math.isfinite, numbers)):
+                raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
             self._write(io.BytesIO())
         self.saved = self.step
 
