@@ -359,18 +359,22 @@ def test_numbers_from_evaluate_are_saved_as_plain_numbers(number, tmp_path):
 
 @pytest.mark.parametrize(("failing", "error"), [(3, MemoryError), (7, KeyboardInterrupt)])
 def test_a_failed_evaluation_costs_no_step_and_is_repeated(error, failing, tmp_path):
+    """With the same random numbers."""
     path, points = tmp_path / "checkpoint.pt", iter([3, 6, 7])
 
-    def evaluate_or_fail(model):
+    def drawing(model):
+        return evaluate(model) | {"drawn": torch.rand(())}
+
+    def drawing_or_failing(model):
         if next(points) == failing:
             raise error
-        return evaluate(model)
+        return drawing(model)
 
     with pytest.raises(error):
-        train_small(small_model(), path, evaluate=evaluate_or_fail)
+        train_small(small_model(), path, evaluate=drawing_or_failing)
     assert checkpoint.load_checkpoint(path)["step"] == failing
-    train_small(small_model(seed=2), path, resume=True)
-    train_small(small_model(), tmp_path / "whole.pt")
+    train_small(small_model(seed=2), path, resume=True, evaluate=drawing)
+    train_small(small_model(), tmp_path / "whole.pt", evaluate=drawing)
     assert_same_run(tmp_path / "whole.pt", path)
 
 
