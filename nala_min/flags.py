@@ -22,7 +22,7 @@ OUT_OF_MEMORY = "out of memory: make the batch, the model or the input smaller"
 LOST_PROCESS = "another process ended: --resume continues from the last checkpoint"
 ERRORS = {  # PyTorch's words: ours
     **dict.fromkeys(("MemoryError", "out of memory", "can't allocate memory"), OUT_OF_MEMORY),
-    **dict.fromkeys(("closed by peer", "reset by peer", "Broken pipe"), LOST_PROCESS),
+    **dict.fromkeys(("by peer", "Broken pipe", "DistBackendError"), LOST_PROCESS),
 }
 
 
@@ -134,12 +134,14 @@ def run_script(main: Callable[[], None]) -> None:
         except KeyboardInterrupt as error:
             how = "interrupted: --resume continues from the last checkpoint, if there is one"
             code, line = 130, str(error) or how
-        except (MemoryError, OSError, RuntimeError) as error:
+        except OSError as error:  # such as a full disk
+            code, line = 1, f"error: {error}"
+        except (MemoryError, RuntimeError) as error:
             text = f"{type(error).__name__} {error}"
             known = [ours for words, ours in ERRORS.items() if words in text]
-            if not known and not isinstance(error, OSError):  # an OSError may be a full disk
+            if not known:
                 raise
-            code, line = 1, f"error: {[*known, error][0]}"
+            code, line = 1, f"error: {known[0]}"
         line = " ".join(line.splitlines())  # a library's message may have many
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(code)

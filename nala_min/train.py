@@ -43,10 +43,10 @@ class Settings:
     CAUSAL: ClassVar[bool] = True  # whether a token sees only the past
     MODEL_FLAGS: ClassVar[str] = "--attention, --layers, --heads, --dim"  # of model_config
 
-    preset: str | None = flag(None, "sizes and recipe (default: by device)", ("cpu", "gpu"))
+    preset: str | None = flag(None, "size, recipe (default: gpu on CUDA, else cpu)", ("cpu", "gpu"))
     attention: str = flag("nala", "a name or your own FILE.py, or one per block: nala,softmax")
     seed: int = flag(1, "seed for weights, data order and dropout", allow_zero=True, below=2**63)
-    out: Path | None = flag(None, "folder (default: runs/ and the flags)", affects_result=False)
+    out: Path | None = flag(None, "folder (default: in runs/, by the flags)", affects_result=False)
     device: str = flag("auto", "device to train on", DEVICES, affects_result=False)
     resume: bool = flag(False, "continue from the checkpoint in --out", affects_result=False)
     compile: bool = flag(False, "use torch.compile, if there is a compiler", affects_result=False)
