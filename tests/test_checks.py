@@ -2,9 +2,12 @@
 accepted, and every typical mistake is refused with a message that names it."""
 
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -457,9 +460,10 @@ def test_mistake_is_named(name, row):
     assert message is not None and words in message, message
 
 
-def test_every_exercise_has_mistakes_and_hints():
-    assert MISTAKES.keys() == EXERCISES.keys()
-    assert all(len(check.__doc__.splitlines()) >= 2 for check in EXERCISES.values())
+def test_every_exercise_has_a_lesson_mistakes_and_hints():
+    names = [name for lesson in LESSONS.values() for name in lesson]
+    assert names == list(MISTAKES) == list(EXERCISES)
+    assert all(len(check.hints) >= 2 for check in EXERCISES.values())
 
 
 # Other correct answers.
@@ -572,12 +576,25 @@ def test_hints_come_one_by_one(capsys):
 
 
 @solved
-def test_check_works_under_any_settings_and_leaves_random_numbers_alone():
-    before = torch.random.get_rng_state()
-    with torch.device("meta"), torch.inference_mode():
-        assert message_of(solution("linear_attention"), "linear_attention") is None
-        assert torch.is_inference_mode_enabled()
-    assert torch.equal(torch.random.get_rng_state(), before)
+def test_check_works_under_any_defaults_and_restores_them():
+    wrong = load("mine.py", "import torch\ndef entropy(w):\n    return torch.zeros(w.shape[:-1])")
+    leak = (
+        "import torch\ndef entropy(w):\n    torch.set_default_dtype(torch.float64)\n"
+        "    torch.set_grad_enabled(False)\n    torch.set_num_threads(3)"
+    )
+    before = torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"):
+            assert message_of(solution("linear_attention"), "linear_attention") is None
+            assert "dtype torch.float32" in message_of(wrong, "entropy")
+            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(before[0])
+    assert "None" in message_of(load("mine.py", leak), "entropy")
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == before[:2]
+    assert torch.is_grad_enabled() and torch.equal(torch.random.get_rng_state(), before[2])
 
 
 # --- A fresh process for each file ----------------------------------------------------------------
@@ -592,6 +609,17 @@ def write(path, source):
 def report(path, capsys):
     checks.report(1, path)
     return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("folder", (checks.FOLDER, pytest.param(SOLUTIONS, marks=solved)))
+def test_all_ways_of_marking_agree(folder, capsys):
+    """checks.report in a fresh process, and checks.check in this one."""
+    checks.report("find_the_bug", path_of("find_the_bug", folder))
+    namespace, lines = load(path_of("find_the_bug", folder)), capsys.readouterr().out.splitlines()
+    for name, line in zip(LESSONS["find_the_bug"], lines, strict=True):
+        message = message_of(namespace, name)
+        assert line == f"{name}: " + (f"wrong - {message}" if message else "right")
+        assert (message is None) == (folder == SOLUTIONS)
 
 
 LEAKS = """
@@ -722,6 +750,38 @@ def test_a_process_that_does_not_start_is_not_the_student_s_mistake(tmp_path, mo
     monkeypatch.setattr(checks, "CODE", "raise SystemExit('no torch')")
     with pytest.raises(RuntimeError, match=r"mine\.py was not marked: .* no torch"):
         checks.mark(write(tmp_path / "mine.py", "x = 1"), ["entropy"])
+
+
+BEAT = """
+import time
+while True:
+    time.sleep(0.05)
+    with open("beat", "ab") as file:
+        file.write(b"x")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are different on Windows")
+def test_no_process_outlives_its_caller(tmp_path):
+    """Ctrl-C also ends the processes that the file started; killing the caller ends marking."""
+    child = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {BEAT!r}])\n"
+    for sig, source in ((signal.SIGINT, f"{child}while True: pass"), (signal.SIGKILL, BEAT)):
+        path = write(tmp_path / sig.name / "mine.py", source)
+        code = f"from nala_min.course import checks; checks.report(1, {str(path)!r})"
+        options = {"cwd": checks.ROOT, "stderr": subprocess.DEVNULL}
+        caller, beat = (
+            subprocess.Popen([sys.executable, "-c", code], **options),
+            path.parent / "beat",
+        )
+        deadline = time.monotonic() + 60
+        while not beat.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        caller.send_signal(sig)
+        assert caller.wait(timeout=5) == -sig
+        time.sleep(1)
+        size = beat.stat().st_size
+        time.sleep(1)
+        assert beat.stat().st_size == size
 
 
 def run(*arguments):

@@ -14,15 +14,17 @@ import importlib.util
 import inspect
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +73,7 @@ def report(lesson: int | str, path: str | os.PathLike | None = None) -> None:
 
 def hint(name: str) -> None:
     """Print the next hint of an exercise. Raises ValueError if there is no such exercise."""
-    hints, given = inspect.getdoc(_checker(name)).splitlines(), _hints_given[name]
+    hints, given = _checker(name).hints, _hints_given[name]
     if given == len(hints):
         print(f"There are no more hints for {name}.")
         return
@@ -79,7 +81,7 @@ def hint(name: str) -> None:
     _hints_given[name] += 1
 
 
-def add_tests(namespace: dict[str, Any]) -> None:
+def add_tests(namespace: dict[str, object]) -> None:
     """Add a pytest test, test_<name>, for each exercise of a lesson to the student's file.
 
     namespace: globals() of the file, which runs once for all its tests. The lesson is the one that
@@ -117,23 +119,30 @@ def _print(lines: Iterable[str]) -> None:
         print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def check_name(namespace: dict[str, Any], name: str) -> None:
-    """Check the function called name in the namespace of a student's file, as check does."""
+def check_name(namespace: dict[str, object], name: str, dtype: torch.dtype = torch.float32) -> None:
+    """Check the function called name in a student's file. It runs with PyTorch's default settings
+    and with dtype as the default dtype, whatever the caller's are; those are restored."""
     __tracebackhide__ = True
     _checker(name)  # raises ValueError
-    with (
-        torch.device("cpu"),
-        torch.inference_mode(False),  # also enables gradients
-        torch.random.fork_rng(devices=[]),
-        warnings.catch_warnings(action="ignore"),  # pytest can be configured to raise them
-    ):
-        torch.manual_seed(0)
-        try:
+    before, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(dtype)
+    try:
+        with (
+            torch.device("cpu"),
+            torch.inference_mode(False),  # also enables gradients
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(action="ignore"),  # pytest can be configured to raise them
+        ):
+            torch.manual_seed(0)
             check_exercise(namespace, name)
-        except Wrong as error:
-            raise error.with_traceback(None) from error.__cause__
-        except Exception as error:  # such as a dictionary where a number is expected
-            raise Wrong(f"Its result cannot be checked: {describe(error, '')}") from error
+    except Wrong as error:
+        raise error.with_traceback(None) from error.__cause__
+    except Exception as error:  # such as a dictionary where a number is expected
+        raise Wrong(f"Its result cannot be checked: {describe(error, '')}") from error
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_num_threads(threads)
 
 
 def mark(path: str | os.PathLike, names: Collection[str]) -> tuple[dict[str, str], str]:
@@ -163,18 +172,19 @@ def _run_process(path, steps):
     with tempfile.TemporaryDirectory(prefix="nala_min_", ignore_cleanup_errors=True) as folder:
         printed, verdicts, timeout = (Path(folder, x) for x in ("printed", "verdicts", "timeout"))
         command = [sys.executable, "-Bu", "-Xutf8", "-c", CODE, PACKAGES, folder, path]
-        options = {"cwd": ROOT, "env": ENVIRONMENT, "stdin": subprocess.DEVNULL}
-        with (
-            printed.open("wb") as stdout,
-            subprocess.Popen(
-                [*command, str(TIME_LIMIT), *steps], stdout=stdout, stderr=stdout, **options
-            ) as process,
-        ):
+        options = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True}
+        options["stdin"] = subprocess.PIPE  # closes when the caller ends
+        with printed.open("wb") as stdout:
+            arguments = [*command, str(TIME_LIMIT), *steps]
+            process = subprocess.Popen(arguments, stdout=stdout, stderr=stdout, **options)
+        with process:
             try:
                 while process.poll() is None and printed.stat().st_size < PRINT_LIMIT:
                     time.sleep(0.02)
-            finally:
-                process.kill()  # also after Ctrl-C
+            finally:  # also after Ctrl-C
+                process.kill()
+                with suppress(OSError, AttributeError):  # and what it has started, unless Windows
+                    os.killpg(process.pid, signal.SIGKILL)
         text = printed.read_bytes()[:10_000].decode(errors="replace")
         if not verdicts.exists():  # not the student's fault
             raise RuntimeError(f"{path} was not marked: its process did not start. {text[-500:]}")
@@ -195,7 +205,10 @@ def _run_process(path, steps):
 def _run_steps(folder, path, time_limit, file, *names):
     """Run in the fresh process: each step adds a line with its verdict to folder/verdicts."""
     global _is_marking
-    _is_marking = True
+    _is_marking, caller = True, os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # The read returns when the caller is gone.
+    threading.Thread(target=lambda: os.read(caller, 1) or os._exit(1), daemon=True).start()
     sys.argv, sys.path[0] = [path], os.path.dirname(path)
     sys.path.append(str(ROOT))
     os.chdir(sys.path[0])
@@ -214,7 +227,7 @@ def _run_steps(folder, path, time_limit, file, *names):
             if step == file:
                 spec.loader.exec_module(module)
             else:
-                check_name(vars(module), step)
+                check_name(vars(module), step, torch.get_default_dtype())
             verdict = "right"
         except NotDone as error:
             verdict = str(error)

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +49,7 @@ def describe(error: BaseException, file: str) -> str:
     return f"{type(error).__name__}{f' in line {lines[-1]}' if lines else ''}: {message}"
 
 
-def call(student: Callable, *arguments: Any) -> Any:
+def call(student: Callable, *arguments: object) -> object:
     """Call the student's function and return its result. Its errors become sentences."""
     before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
     try:
@@ -77,7 +76,7 @@ def _names(function, arguments):
     return names[: len(arguments)]
 
 
-def valid_tensor(x: Any, shape: tuple[int, ...], what: str, case="", why=None) -> Tensor:
+def valid_tensor(x: object, shape: tuple[int, ...], what: str, case="", why=None) -> Tensor:
     """Return x if it is a finite float64 tensor of that shape, otherwise raise Wrong. why(bad)
     returns a sentence with the reason; bad is True where x is not finite."""
     if not isinstance(x, Tensor):
@@ -136,7 +135,7 @@ def assert_close(got: Tensor, expected: Tensor, what: str, mistakes=None) -> Non
     raise Wrong(f"{what}{where} is {got[at]:.10g}, expected {expected[at]:.10g}{end}")
 
 
-def gradients(function: Callable, *arguments: Any, case: str = "") -> dict[str, Tensor]:
+def gradients(function: Callable, *arguments: object, case: str = "") -> dict[str, Tensor]:
     """{argument: gradient of the sum of squared outputs} for all tensors, if all are finite."""
     arguments = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in arguments]
     named = zip(_names(function, arguments), arguments, strict=True)
@@ -169,8 +168,7 @@ def check_weights(weights: Tensor, visible: Tensor, case: str = "") -> None:
     visible = visible.expand_as(weights)
     if (weights < -TOLERANCE).any():
         at = where_largest(-weights)
-        what = f"a negative weight, {weights[at]:.3g}"
-        raise Wrong(f"Token {at[2]} gives token {at[3]} {what}{case}.")
+        raise Wrong(f"Token {at[2]} gives token {at[3]} negative weight, {weights[at]:.3g}{case}.")
     if (weights[~visible] > TOLERANCE).any():
         at = where_largest(weights * ~visible)
         why = "lies in its future" if at[3] > at[2] else "is padding"
@@ -261,5 +259,4 @@ def check_cost(student: Callable, *rest: int) -> None:
     if costs[0].peak >= tokens * size * (size + 1) * 8:  # bytes
         raise Wrong("It holds F x M numbers for every token at once: sum with a matrix product.")
     if flops[1] > 2.4 * flops[0]:
-        end = "Add each key to the sum of phi_k^T [v 1] only once."
-        raise Wrong(f"Its work is quadratic: twice the tokens take far more multiplications. {end}")
+        raise Wrong("Its work is quadratic: add each key to the sum of phi_k^T [v 1] only once.")

@@ -1,15 +1,14 @@
 """The checkers of the exercises, lesson by lesson.
 
-The checker of an exercise is a function `check_<name>` whose name is in LESSONS. It looks for known
+The checker of an exercise is a function `check_<name>` below @exercise(hints). It looks for known
 mistakes first (shape, sign, mask) and compares numbers last; the right values come from model.py.
-The lines of its docstring are the hints, from gentle to almost the answer.
 """
 
 import math
 import zlib
+from collections.abc import Callable
 from functools import wraps
 from itertools import product
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +33,36 @@ from nala_min.course.diagnose import (
     valid_tensor,
 )
 
+LESSONS: dict[int | str, tuple[str, ...]] = {
+    1: ("entropy", "softmax_weights", "entropy_slope"),
+    2: ("linear_attention", "norm_microscope", "dropped_share"),
+    3: ("query_magnitude", "power_slope", "counterexample"),
+    4: ("cosine_features", "sign_split"),
+    5: ("recurrent_step", "chunked_attention"),
+    6: ("interference", "own_features"),
+    7: ("decay_step", "delta_step"),
+    "find_the_bug": ("attention_a", "attention_b", "attention_c"),
+}
 
-# --- Lesson 1: softmax and the query norm
+
+EXERCISES: dict[str, Callable] = {}  # {name: checker}
+
+
+def exercise(hints: str) -> Callable:
+    """Register the decorated checker. hints: one per line, from gentle to almost the answer."""
+
+    def register(check: Callable) -> Callable:
+        EXERCISES[check.__name__.removeprefix("check_")] = check
+        check.hints = hints.splitlines()
+        return check
+
+    return register
+
+
+@exercise("""What does (3) do with weights that do not sum to 1, and with a weight of 0?
+Divide by the sum over the last axis; then sum -share * log(share) over that axis.
+0 * log(0) is NaN in floating point: in the logarithm only, replace a share of 0 by 1.""")
 def check_entropy(student):
-    """What does (3) do with weights that do not sum to 1, and with a weight of 0?
-    Divide by the sum over the last axis; then sum -share * log(share) over that axis.
-    0 * log(0) is NaN in floating point: in the logarithm only, replace a share of 0 by 1."""
     weights = features(2, 3, 5)
     shares = weights / weights.sum(dim=-1, keepdim=True)
     got, expected = output(student, shares, shape=(2, 3)), model.entropy(shares)
@@ -58,12 +81,11 @@ def check_entropy(student):
     gradients(student, zeros, case=case)
 
 
+@exercise("""Scores first: one matrix product gives q_t . k_i for every pair, (B, H, N, N).
+Divide by the square root of D. Which axis of the scores runs over keys?
+If causal, set the scores above the diagonal to -inf before the softmax, not to 0 after it.
+exp overflows: mask with -inf first, then subtract each row's largest score, or call softmax.""")
 def check_softmax_weights(student):
-    """Scores first: one matrix product gives q_t . k_i for every pair, (B, H, N, N).
-    Divide by the square root of D. Which axis of the scores runs over keys?
-    If causal, set the scores above the diagonal to -inf before the softmax, not to 0 after it.
-    exp overflows: mask with -inf first, then subtract each row's largest score, or call softmax."""
-
     def reference(q, k, causal):
         return model.attention_weights(q, k, feature_map="softmax", causal=causal)
 
@@ -96,10 +118,9 @@ def check_softmax_weights(student):
             assert_close(weights, expected, f"The weight (D={size}){case}", mistakes)
 
 
+@exercise("""Eq. (4) is the closed form: what are p, and the mean and the variance of s under p?
+p = softmax(c * scores). Weight s_i in the mean by p_i, and (s_i - mean)^2 as well.""")
 def check_entropy_slope(student):
-    """Eq. (4) is the closed form: what are p, the mean of s under p, and the variance under p?
-    p = softmax(c * scores). Weight s_i in the mean by p_i, and (s_i - mean)^2 as well."""
-
     def slope(p, mean):
         return -c * (p * (s - mean).square()).sum(dim=-1)
 
@@ -124,19 +145,17 @@ def check_entropy_slope(student):
         assert_close(output(student, s, c, shape=(2, 3)), expected, f"The slope (c={c})", mistakes)
 
 
-# --- Lesson 2: the missing norm
+@exercise("""In (5), the query does not depend on i: what can be summed over the keys without it?
+Keys meet values first: phi_k^T v is (B, H, F, M). The normaliser needs the sum of phi_k.
+For a row without mass, replace the 0 in the denominator before you divide, not after.""")
 def check_linear_attention(student):
-    """In (5), the query does not depend on i: what can be summed over the keys without it?
-    Keys meet values first: phi_k^T v is (B, H, F, M). The normaliser needs the sum of phi_k.
-    For a row without mass, replace the 0 in the denominator before you divide, not after."""
     check_linear(student)
     check_cost(student)
 
 
+@exercise("""Call the attention twice. What differs between the two calls, and what must not?
+torch.linalg.vector_norm of a whole tensor is one number; divide by that of the first output.""")
 def check_norm_microscope(student):
-    """Call the attention twice. What differs between the two calls, and what must not?
-    torch.linalg.vector_norm of a whole tensor is one number; divide by that of the first output."""
-
     def attention(q, k, v):
         calls.append((q, k, v))
         return inner(q, k, v)
@@ -168,9 +187,9 @@ def check_norm_microscope(student):
         assert_close(got, expected, f"The relative change{case}", mistakes)
 
 
+@exercise("""When does relu(q_j) * relu(k_j) vanish although q_j * k_j is positive?
+relu(-q) * relu(-k) is |q_j k_j| where both are negative, and 0 elsewhere.""")
 def check_dropped_share(student):
-    """When does relu(q_j) * relu(k_j) vanish although q_j * k_j is positive?
-    relu(-q) * relu(-k) is |q_j k_j| where both are negative, and 0 elsewhere."""
     q, k = random_normal(2, 3, 5, 6)
     products, total = q * k, (q * k).abs().sum(dim=-1)
     both = (q < 0) & (k < 0)
@@ -192,12 +211,10 @@ def check_dropped_share(student):
         assert_close(got, 0 * got, f"The share{case}")
 
 
-# --- Lesson 3: putting the norm back
+@exercise("""The direction is q / |q|, but (12) divides by its largest channel: what happens to |q|?
+The exponent is one number per query, (..., 1): take the norm with keepdim=True.
+A zero query gives 0/0: replace its largest channel by 1. torch.pow does the rest.""")
 def check_query_magnitude(student):
-    """The direction is q / |q|, but (12) divides by its largest channel: what happens to |q|?
-    The exponent is one number per query, (..., 1): take the norm with keepdim=True.
-    A zero query gives 0/0: replace its largest channel by 1. torch.pow does the rest."""
-
     def run(q, lam=3.0, tau=0.5, case="", why=""):
         return output(student, q, lam, tau, shape=q.shape, case=case, why=lambda _: why)
 
@@ -245,9 +262,9 @@ def check_query_magnitude(student):
     gradients(student, zero, 3.0, 0.5, case=case)
 
 
+@exercise("""What is the derivative of tanh? And the derivative of tau?
+The derivative of tanh(x) is 1 - tanh(x)^2; tau is a constant.""")
 def check_power_slope(student):
-    """What is the derivative of tanh? And the derivative of tau?
-    The derivative of tanh(x) is 1 - tanh(x)^2; tau is a constant."""
     for lam in (2.5, 0.8):
         norm = torch.linspace(0, 30, 50).double()[:, None]
         tanh = norm.tanh()
@@ -263,10 +280,10 @@ def check_power_slope(student):
         assert_close(got, expected, f"The slope (lam={lam})", mistakes)
 
 
+@exercise("""As the norm grows, the direction's largest channel wins. What if all keys agree in it?
+Make all keys equal in one channel, and let one key stand out in each of the others.
+Make that channel the largest of the direction, but keep some of each of the others.""")
 def check_counterexample(student):
-    """As the norm grows, the direction's largest channel wins. What if all keys agree in it?
-    Make all keys equal in one channel, and let one key stand out in each of the others.
-    Make that channel the largest of the direction, but keep some of each of the others."""
     pair = call(student)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise Wrong("It must return two tensors: the direction (D,) and the keys (N, D).")
@@ -299,7 +316,6 @@ def check_counterexample(student):
         raise Wrong(f"The entropy {verb}: {low:.3f} for norm 0.1, {high:.3f} for norm 3.")
 
 
-# --- Lesson 4: cosines for non-negativity
 def _check_map(student, reference, mistakes_of, *alpha):
     """Check what both maps must do. Only norms and inner products of their features count, so the
     order of the features or a rotation does not matter. mistakes_of(a, d): {sentence: features}."""
@@ -328,10 +344,9 @@ def _check_map(student, reference, mistakes_of, *alpha):
     assert_close(phi_q @ phi_k.mT, right_q @ right_k.mT, what)
 
 
+@exercise("""cos(x - y) = cos(x) cos(y) + sin(x) sin(y): which two numbers must a channel keep?
+The angle is (pi/4) tanh(alpha * direction), and the magnitude is a factor of both halves.""")
 def check_cosine_features(student):
-    """cos(x - y) = cos(x) cos(y) + sin(x) sin(y): which two numbers must a channel keep?
-    The angle is (pi/4) tanh(alpha * direction), and the magnitude is a factor of both halves."""
-
     def mistakes_of(a, d):
         split, inside = model.sign_split(a, d), model.cosine_map(a, a * d, alpha)
         angle = 45 * torch.tanh(alpha * d)
@@ -346,10 +361,9 @@ def check_cosine_features(student):
         _check_map(student, model.cosine_map, mistakes_of, alpha)
 
 
+@exercise("""Two halves: which channels of the magnitude go into the first, which into the second?
+A comparison gives a mask, and a magnitude times a mask is the magnitude or 0.""")
 def check_sign_split(student):
-    """Two halves: which channels of the magnitude go into the first, which into the second?
-    A comparison gives a mask, and a magnitude times a mask is the magnitude or 0."""
-
     def mistakes_of(a, d):
         plus, minus, up, down = (d > 0).double(), (d < 0).double(), d.relu(), (-d).relu()
         return {
@@ -369,12 +383,10 @@ def check_sign_split(student):
         raise Wrong("A channel of direction 0 has no sign: it belongs to neither half.")
 
 
-# --- Lesson 5: from quadratic to linear
+@exercise("""Which comes first in (14): adding the new token to the state, or reading the state?
+[v 1] has M + 1 channels; the state grows by the outer product of phi_k with it.
+One product phi_q S gives M + 1 numbers: the last is the normaliser of the others.""")
 def check_recurrent_step(student):
-    """Which comes first in (14): adding the new token to the state, or reading the state?
-    [v 1] has M + 1 channels; the state grows by the outer product of phi_k with it.
-    One product phi_q S gives M + 1 numbers: the last is the normaliser of the others."""
-
     def reference(state, *token):
         options = {"causal": True, "feature_map": "relu", "state": state, "return_state": True}
         out, state = model.nala_attention(*(x[:, :, None] for x in token), **options)
@@ -422,20 +434,18 @@ def check_recurrent_step(student):
     assert_gradients_close(student, reference, *token, case=case)
 
 
+@exercise("""A chunk needs the sum of phi_k^T [v 1] over all chunks before it, and a tril within.
+Carry that sum from chunk to chunk: first read it, then add the chunk to it.
+The last chunk may be shorter: slicing takes care of it. Divide once, at the end.""")
 def check_chunked_attention(student):
-    """A chunk needs the sum of phi_k^T [v 1] over the chunks before it, and a tril within itself.
-    Carry that sum from chunk to chunk: first read it, then add the chunk to it.
-    The last chunk may be shorter: slicing takes care of it. Divide once, at the end."""
     for chunk_size in (3, 1, 7, 9):
         check_linear(student, chunk_size)
     check_cost(student, 64)
 
 
-# --- Lesson 6: what a state can hold
+@exercise("""With the query phi_i, key i gets the weight phi_i . phi_i. What do all get together?
+Together they get the sum of phi_i . phi_j over j: phi_i . z, where z is the sum of phi_j.""")
 def check_interference(student):
-    """With the query phi_i, key i gets the weight phi_i . phi_i. What do all keys get together?
-    Together they get the sum of phi_i . phi_j over j: phi_i . z, where z is the sum of phi_j."""
-
     def reference(phi_k):
         weights = phi_k @ phi_k.mT  # (B, H, N, N)
         own, total = weights.diagonal(dim1=-2, dim2=-1), weights.sum(dim=-1)
@@ -459,10 +469,10 @@ def check_interference(student):
     check_cost(lambda phi_q, phi_k, v: student(phi_k))
 
 
+@exercise("""The product of two keys is small only if no feature is large in both.
+Keep positive and negative channels apart, as the sign split does: that gives 2D features.
+Now make a key's largest channels count most. What did the power do in (7) and (8)?""")
 def check_own_features(student):
-    """The product of two keys is small only if no feature is large in both.
-    Keep positive and negative channels apart, as the sign split does: that gives 2D features.
-    Now make a key's largest channels count most. What did the power do in (7) and (8)?"""
     x = random_normal(2, 3, 7, 5)
     phi = output(student, x, shape=(2, 3, 7, 10))
     if (phi < 0).any():
@@ -480,15 +490,13 @@ def check_own_features(student):
         raise Wrong(f"16 pairs are read with a squared error of {error:.2f}: it must be below 0.6.")
 
 
-# --- Lesson 7: the wider family
 def _outer(k, v):
     return k[..., :, None] * v[..., None, :]
 
 
+@exercise("""There are two steps, in this order: multiply the state, then add the token.
+decay has one number per feature, so per row of the state: add a last axis to it.""")
 def check_decay_step(student):
-    """There are two steps, in this order: multiply the state, then add the token.
-    decay has one number per feature, so per row of the state: add a last axis to it."""
-
     def reference(state, k, v, decay):
         return decay[..., None] * state + _outer(k, v)
 
@@ -509,11 +517,10 @@ def check_decay_step(student):
     assert_gradients_close(student, reference, state, k, v, decay)
 
 
+@exercise("""What does the key read before the token is written? k S, one number per channel of v.
+The state grows by the outer product of k with the error: v minus what k reads.
+share multiplies the whole error: with share = 1, the key reads v afterwards.""")
 def check_delta_step(student):
-    """What does the key read before the token is written? k S, one number per channel of v.
-    The state grows by the outer product of k with the error: v minus what k reads.
-    share multiplies the whole error: with share = 1, the key reads v afterwards."""
-
     def reference(state, k, v, share):
         return state + _outer(k, share[..., None] * (v - (k[..., None, :] @ state).squeeze(-2)))
 
@@ -535,22 +542,21 @@ def check_delta_step(student):
     assert_gradients_close(student, reference, state, k, v, share)
 
 
-# --- find_the_bug.py
+@exercise("""Which tokens show the symptom, and which do not? What do they see?
+Follow key_mask to the end: where do the masked keys still count?""")
 def check_attention_a(student):
-    """Which tokens show the symptom, and which do not? What do they see?
-    Follow key_mask to the end: where do the masked keys still count?"""
     _check_causal_attention(student)
 
 
+@exercise("""Which tokens show the symptom? Are the two in the message in the same chunk?
+Write down which chunks states[:, :, c] sums, for c = 0. Which should it sum?""")
 def check_attention_b(student):
-    """Which tokens show the symptom? Are the two in the message in the same chunk?
-    Write down which chunks states[:, :, c] sums, for c = 0. Which should it sum?"""
     _check_causal_attention(student)
 
 
+@exercise("""What happens in (5) to a positive factor that all features of a query share?
+Compare the magnitude with Eq. (7): which part is the base, and which is the exponent?""")
 def check_attention_c(student):
-    """What happens in (5) to a positive factor that all features of a query share?
-    Compare the magnitude with Eq. (7): which part is the base, and which is the exponent?"""
     _check_causal_attention(student)
 
 
@@ -598,20 +604,7 @@ BUGS = {  # the diagnoses that students choose from
 ANSWERS = (1037124925, 2408625119, 2049225717)
 
 
-LESSONS: dict[int | str, tuple[str, ...]] = {
-    1: ("entropy", "softmax_weights", "entropy_slope"),
-    2: ("linear_attention", "norm_microscope", "dropped_share"),
-    3: ("query_magnitude", "power_slope", "counterexample"),
-    4: ("cosine_features", "sign_split"),
-    5: ("recurrent_step", "chunked_attention"),
-    6: ("interference", "own_features"),
-    7: ("decay_step", "delta_step"),
-    "find_the_bug": ("attention_a", "attention_b", "attention_c"),
-}
-EXERCISES = {x: globals()[f"check_{x}"] for names in LESSONS.values() for x in names}
-
-
-def check_exercise(namespace: dict[str, Any], name: str) -> None:
+def check_exercise(namespace: dict[str, object], name: str) -> None:
     """Check the function called name in the namespace of a student's file. Raises Wrong."""
     student, remark = namespace.get(name), ""
     if not callable(student):

@@ -29,7 +29,8 @@ def show(figure: Figure, text: str) -> None:
     png = base64.b64encode(_png(figure)).decode()
     size = {"alt": text, "width": round(96 * figure.get_figwidth())}  # some viewers ignore alt
     display({"image/png": png, "text/plain": text}, metadata={"image/png": size}, raw=True)
-    _show_markdown(f"<details><summary>Description</summary>\n\n{text}\n\n</details>", text)
+    details = f"<details><summary>Description</summary>\n\n{text}\n\n</details>"
+    display({"text/markdown": details, "text/plain": text}, raw=True)
 
 
 def _png(figure: Figure) -> bytes:
@@ -50,11 +51,7 @@ def source(*objects: Any, fold: str = "") -> None:
     markdown = f'<div style="font-family: monospace">\n\n```python\n{code}\n```\n\n</div>'
     if fold:
         markdown = f"<details><summary>{fold}</summary>\n\n{markdown}\n\n</details>"
-    _show_markdown(markdown, code)
-
-
-def _show_markdown(markdown: str, plain: str) -> None:
-    display({"text/markdown": markdown, "text/plain": plain}, raw=True)
+    display({"text/markdown": markdown, "text/plain": code}, raw=True)
 
 
 def slider(draw: Callable[[float], Figure], low: float, high: float, start: float) -> None:
