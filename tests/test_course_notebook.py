@@ -49,24 +49,17 @@ def test_show_gives_a_picture_and_its_text(displayed):
     assert "A line that rises." in details["text/markdown"]
 
 
-def test_a_picture_is_sharper_than_the_page(displayed):
-    """After begin(), which every notebook calls."""
+def test_a_picture_is_sharper_than_the_page_and_readable_on_a_dark_one(displayed):
+    """After begin(), which every notebook calls; its background is white whatever the style."""
     with matplotlib.rc_context():
         notebook.begin()
+        matplotlib.rcParams.update({"savefig.facecolor": "none", "savefig.transparent": False})
         notebook.show(plots.figure(width=5, height=2)[0], "Empty axes.")
     torch.set_printoptions(profile="default")
     (picture,), options = displayed[0]
-    png = base64.b64decode(picture["image/png"])
-    width = options["metadata"]["image/png"]["width"]
-    assert imread(io.BytesIO(png)).shape[1] >= 1.4 * width
-
-
-def test_a_picture_is_readable_on_a_dark_page(displayed):
-    """Its background is white, not transparent, whatever the style."""
-    with matplotlib.rc_context({"savefig.facecolor": "none", "savefig.transparent": False}):
-        notebook.show(plots.figure()[0], "Empty axes.")
-    png = base64.b64decode(displayed[0][0][0]["image/png"])
-    assert imread(io.BytesIO(png))[0, 0].tolist() == [1, 1, 1, 1]
+    pixels = imread(io.BytesIO(base64.b64decode(picture["image/png"])))
+    assert pixels.shape[1] >= 1.4 * options["metadata"]["image/png"]["width"]
+    assert pixels[0, 0].tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("has_a_map", [True, False])
@@ -75,28 +68,22 @@ def test_a_map_keeps_all_its_colours_and_lines_need_few(displayed, has_a_map):
     if has_a_map:
         axes.imshow([[0.0, 1.0]])
     notebook.show(figure, "A map, or nothing.")
-    picture = displayed[0][0][0]
-    png = Image.open(io.BytesIO(base64.b64decode(picture["image/png"])))
-    assert (png.mode == "P") != has_a_map
+    png = base64.b64decode(displayed[0][0][0]["image/png"])
+    assert (Image.open(io.BytesIO(png)).mode == "P") != has_a_map
 
 
-def test_source_is_the_code_as_it_runs(displayed):
+def test_source_is_the_code_as_it_runs_and_may_be_folded(displayed):
     notebook.source(entropy, plots.write, NaLaLM.generate)
-    (((shown,), _),) = displayed
-    assert "\n\n```python\n" in shown["text/markdown"] and "\n```\n\n" in shown["text/markdown"]
-    for text in shown.values():
-        for function in (entropy, plots.write):
-            assert inspect.getsource(function).rstrip() in text
-        assert "\ndef generate(self, tokens" in text  # dedented
-
-
-def test_source_may_be_folded_below_a_line(displayed):
     notebook.source(entropy, fold="The code of entropy")
-    (((shown,), _),) = displayed
-    begin, code, end = shown["text/markdown"].partition(inspect.getsource(entropy).rstrip())
-    assert begin.startswith("<details><summary>The code of entropy</summary>\n\n") and code
-    assert end.endswith("\n\n</details>")
-    assert shown["text/plain"] == inspect.getsource(entropy).rstrip()
+    ((shown,), _), ((folded,), _) = displayed
+    assert "\n\n```python\n" in shown["text/markdown"] and "\n```\n\n" in shown["text/markdown"]
+    code = inspect.getsource(entropy).rstrip()
+    for text in shown.values():
+        assert code in text and inspect.getsource(plots.write).rstrip() in text
+        assert "\ndef generate(self, tokens" in text  # dedented
+    begin, _, end = folded["text/markdown"].partition(code)
+    assert begin.startswith("<details><summary>The code of entropy</summary>\n\n")
+    assert end.endswith("\n\n</details>") and folded["text/plain"] == code
 
 
 def test_slider_draws_at_its_start_and_at_a_new_value(displayed):

@@ -134,7 +134,7 @@ def check_name(namespace: dict[str, object], name: str, dtype: torch.dtype = tor
             torch.random.fork_rng(devices=[]),
             warnings.catch_warnings(action="ignore"),  # pytest can be configured to raise them
         ):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # not those of GPUs, which are not restored
             check_exercise(namespace, name)
     except Wrong as error:
         raise error.with_traceback(None) from error.__cause__
