@@ -54,7 +54,9 @@ def test_a_picture_is_sharper_than_the_page_and_readable_on_a_dark_one(displayed
     with matplotlib.rc_context():
         notebook.begin()
         matplotlib.rcParams.update({"savefig.facecolor": "none", "savefig.transparent": False})
-        notebook.show(plots.figure(width=5, height=2)[0], "Empty axes.")
+        figure, axes = plots.figure(width=5, height=2)
+        axes.imshow([[0.0, 1.0]])
+        notebook.show(figure, "A map.")
     torch.set_printoptions(profile="default")
     (picture,), options = displayed[0]
     pixels = imread(io.BytesIO(base64.b64decode(picture["image/png"])))
