@@ -314,6 +314,8 @@ query_magnitude
     return ratio.pow(power) * q.sign() | negative: take the absolute value
     return torch.exp(power * ratio.log()) | gradient with respect to q is NaN
     return (ratio * norm).pow(power) / norm.pow(power) | Divide by the largest channel before
+    return ratio.div(8).pow(power) / ratio.div(8).pow(power).amax(-1, True).clamp_min(1e-30)
+        | The largest channel is not 1 (lam=500): the power underflows
     vector_norm(q, dim=-1, keepdim=True) -> vector_norm(q) | Queries are mixed
     ratio = q.abs() -> ratio = q | A negative number to a fractional power is NaN
     torch.tanh(norm) -> torch.tanh(norm.detach()) | is the norm detached
