@@ -1,7 +1,6 @@
 """The exercises in notebooks/exercises and their checkers: every stub is refused, every solution is
 accepted, and every typical mistake is refused with a message that names it."""
 
-import math
 import os
 import random
 import signal
@@ -87,119 +86,101 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def same(x, expected):
-    torch.testing.assert_close(
-        torch.as_tensor(x, dtype=torch.float64), expected, rtol=1e-10, atol=1e-10
-    )
+def by_loops(name, *arguments):
+    """The result of a specification, a tensor or a list of them, for tensors and numbers."""
+    file = next(file for file in map(load, map(path_of, range(1, 8))) if f"{name}_by_loops" in file)
+    lists = [x.tolist() if isinstance(x, torch.Tensor) else x for x in arguments]
+    result = file[f"{name}_by_loops"](*lists)
+    several = result if isinstance(result, tuple) else [result]
+    tensors = [torch.tensor(x, dtype=torch.float64) for x in several]
+    return tensors if isinstance(result, tuple) else tensors[0]
+
+
+def same(x, expected, tolerance=1e-10):
+    torch.testing.assert_close(x, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_loops_of_lesson_1():
-    file = load(path_of(1))
     weights = torch.tensor([0.3, 0.0, 1.5, 0.2], dtype=torch.float64)
-    same(file["entropy_by_loops"](weights.tolist()), model.entropy(weights))
+    same(by_loops("entropy", weights), model.entropy(weights))
     q, k = draw(2, 1, 1, 5, 3)
     rows = model.attention_weights(q, k, feature_map="softmax", causal=True)[0, 0]
     for t in range(5):
-        loops = file["softmax_weights_by_loops"](q[0, 0, t].tolist(), k[0, 0, : t + 1].tolist())
-        same(loops, rows[t, : t + 1])
+        same(by_loops("softmax_weights", q[0, 0, t], k[0, 0, : t + 1]), rows[t, : t + 1])
     c, scores = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), draw(6)
     model.entropy(torch.softmax(c * scores, dim=-1)).backward()
-    assert math.isclose(
-        file["entropy_slope_by_loops"](scores.tolist(), 0.7), c.grad.item(), rel_tol=1e-6
-    )
+    same(by_loops("entropy_slope", scores, 0.7), c.grad, 1e-6)
 
 
 def test_loops_of_lesson_2():
-    file = load(path_of(2))
-    phi_q, phi_k = draw(2, 1, 1, 4, 3).abs()
-    v = draw(1, 1, 4, 2)
+    (phi_q, phi_k), v = draw(2, 1, 1, 4, 3).abs(), draw(1, 1, 4, 2)
     phi_q[0, 0, 1] = 0.0
     out = model.nala_attention(phi_q, phi_k, v, feature_map="relu")[0, 0]
-    keys, values = phi_k[0, 0].tolist(), v[0, 0].tolist()
     for t in range(4):
-        loops = file["linear_attention_by_loops"](phi_q[0, 0, t].tolist(), keys, values)
-        same(loops, out[t])
+        same(by_loops("linear_attention", phi_q[0, 0, t], phi_k[0, 0], v[0, 0]), out[t])
     x, y = draw(2, 7)
-    loops = file["relative_change_by_loops"](x.tolist(), y.tolist())
-    same(loops, (y - x).norm() / x.norm())
+    same(by_loops("relative_change", x, y), (y - x).norm() / x.norm())
     dropped = (model.sign_split(x.abs(), x) * model.sign_split(y.abs(), y))[7:]
-    loops = file["dropped_share_by_loops"](x.tolist(), y.tolist())
-    same(loops, dropped.sum() / (x * y).abs().sum())
-    assert file["dropped_share_by_loops"]([0.0], [1.0]) == 0
+    same(by_loops("dropped_share", x, y), dropped.sum() / (x * y).abs().sum())
+    assert by_loops("dropped_share", 0 * x, y) == 0
 
 
 def test_loops_of_lesson_3():
-    file = load(path_of(3))
     for q in (draw(4), draw(4) / 100, 0 * draw(4)):
         norm, direction = model.decompose(q)
         expected = model.query_magnitude(direction, model.query_power(norm, 2.0, 0.7))
-        same(file["query_magnitude_by_loops"](q.tolist(), 2.0, 0.7), expected)
+        same(by_loops("query_magnitude", q, 2.0, 0.7), expected)
     norm = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     model.query_power(norm, 2.0).backward()
-    loops = file["power_slope_by_loops"](0.8, 2.0)
-    assert math.isclose(loops, norm.grad.item(), rel_tol=1e-6)
+    same(by_loops("power_slope", 0.8, 2.0), norm.grad, 1e-6)
     direction, keys = model.decompose(draw(3))[1], draw(5, 3)
     q = (1.3 * direction).expand(1, 1, 5, 3)
     weights = model.attention_weights(q, keys[None, None])[0, 0, 0]
-    loops = file["nala_entropy_by_loops"](1.3, direction.tolist(), keys.tolist())
-    same(loops, model.entropy(weights))
+    same(by_loops("nala_entropy", 1.3, direction, keys), model.entropy(weights))
 
 
 def test_loops_of_lesson_4():
-    file = load(path_of(4))
-    magnitudes, directions = draw(2, 5).abs(), draw(2, 5)
-    rows = [x[i].tolist() for i in (0, 1) for x in (magnitudes, directions)]
-    for name, features, alpha in (
-        ("cosine", model.cosine_map, [3.0]),
-        ("split", model.sign_split, []),
-    ):
-        expected = torch.linalg.vecdot(*features(magnitudes, directions, *alpha))
-        same(file[f"{name}_product_by_loops"](*rows, *alpha), expected)
+    a, d = draw(2, 5).abs(), draw(2, 5)
+    rows = a[0], d[0], a[1], d[1]
+    same(by_loops("cosine_product", *rows, 3.0), torch.linalg.vecdot(*model.cosine_map(a, d, 3.0)))
+    same(by_loops("split_product", *rows), torch.linalg.vecdot(*model.sign_split(a, d)))
 
 
 def test_loops_of_lesson_5():
-    file = load(path_of(5))
-    phi_q, phi_k = draw(2, 1, 1, 6, 3).abs()
-    v = draw(1, 1, 6, 2)
+    (phi_q, phi_k), v = draw(2, 1, 1, 6, 3).abs(), draw(1, 1, 6, 2)
     phi_k[0, 0, 0] = 0.0
-    options = {"feature_map": "relu", "causal": True}
-    out, last = model.nala_attention(phi_q, phi_k, v, return_state=True, **options)
-    lists = [x[0, 0].tolist() for x in (phi_q, phi_k, v)]
-    same(file["causal_attention_by_loops"](*lists), out[0, 0])
-    state = [[0.0] * 3 for _ in range(3)]
+    options = {"feature_map": "relu", "causal": True, "return_state": True}
+    out, last = model.nala_attention(phi_q, phi_k, v, **options)
+    tokens, state = (phi_q[0, 0], phi_k[0, 0], v[0, 0]), torch.zeros(3, 3)
+    same(by_loops("causal_attention", *tokens), out[0, 0])
     for t in range(6):
-        row, state = file["recurrent_step_by_loops"](state, *(x[t] for x in lists))
+        row, state = by_loops("recurrent_step", state, *(x[t] for x in tokens))
         same(row, out[0, 0, t])
     same(state, last[0, 0])
 
 
 def test_loops_of_lesson_6():
-    file = load(path_of(6))
     phi = draw(1, 1, 6, 4).relu()
     phi[0, 0, 2] = 0.0
     weights = model.attention_weights(phi, phi, feature_map="relu")[0, 0]
     shares = (1 - weights.diagonal()) * (phi[0, 0].sum(dim=-1) > 0)
-    same(file["interference_by_loops"](phi[0, 0].tolist()), shares)
+    same(by_loops("interference", phi[0, 0]), shares)
 
 
 def test_loops_of_lesson_7():
     """Against closed forms: scores that decay with distance, and least squares for orthogonal keys.
     Writing a key twice with a share of 1/2 leaves a quarter of its old value."""
-    file = load(path_of(7))
     k, v, decay = draw(5, 3), draw(5, 2), torch.rand(5, 3, dtype=torch.float64)
-    state = [[0.0] * 2 for _ in range(3)]
+    state = torch.zeros(3, 2)
     for t in range(5):
-        state = file["decay_step_by_loops"](state, *(x[t].tolist() for x in (k, v, decay)))
+        state = by_loops("decay_step", state, k[t], v[t], decay[t])
     faded = torch.stack([k[i] * decay[i + 1 :].prod(dim=0) for i in range(5)])
     same(state, faded.mT @ v)
-    keys = torch.linalg.qr(draw(3, 3))[0]
-    state = draw(3, 2)
-    before, actual = keys @ state, state.tolist()
+    keys, state = torch.linalg.qr(draw(3, 3))[0], draw(3, 2)
+    before = keys @ state
     for key, share, value in ((0, 1.0, v[0]), (1, 0.5, v[1]), (1, 0.5, v[1])):
-        args = keys[key].tolist(), value.tolist(), share
-        actual = file["delta_step_by_loops"](actual, *args)
-    read = keys @ torch.tensor(actual, dtype=torch.float64)
-    same(read, torch.stack([v[0], 0.25 * before[1] + 0.75 * v[1], before[2]]))
+        state = by_loops("delta_step", state, keys[key], value, share)
+    same(keys @ state, torch.stack([v[0], 0.25 * before[1] + 0.75 * v[1], before[2]]))
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
