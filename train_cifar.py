@@ -75,9 +75,11 @@ def load_model(settings: Settings, device: torch.device) -> tuple[NaLaViT, dict[
 
 def load_images(settings: Settings) -> data.Images:
     """The images selected by the flags."""
+    if settings.data == "synthetic":
+        return data.drawn_images()
     try:
         with distributed.local_rank_0_first():
-            return data.load_images(settings.data, settings.data_dir, settings.url)
+            return data.load_images(settings.data_dir, settings.url)
     except (OSError, ValueError) as error:
         raise UsageError(f"{'--data-dir' if settings.data_dir else '--url'}: {error}") from error
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from nala_min.synthetic import DIGITS_NAME, MANUAL_NAME, drawn_digits, python_manual
+from nala_min.synthetic import DIGITS_NAME, FONTS, MANUAL_NAME, drawn_digits, python_manual
 
 Pair = tuple[Tensor, Tensor]  # inputs and targets, or images and labels
 
@@ -60,10 +60,10 @@ CIFAR10 = Source(
 )
 
 
-def fetch(source: Source, hint: str = "") -> Path:
+def fetch(source: Source) -> Path:
     """The path of source in the cache, $XDG_CACHE_HOME/nala_min or ~/.cache/nala_min. If it is
-    missing, prints a notice that ends in hint and downloads it. Until its SHA-256 matches, the data
-    is in FILE.part, where the next call resumes. Raises OSError or ValueError, as _receive."""
+    missing, downloads it, after a notice: to FILE.part, where the next call resumes, until its
+    SHA-256 matches. Raises OSError or ValueError, as _receive does."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if cache.startswith("~"):  # no home directory, as in many containers
         cache = tempfile.gettempdir()
@@ -71,7 +71,10 @@ def fetch(source: Source, hint: str = "") -> Path:
     part = path.with_name(path.name + ".part")
     if source.matches(path):
         return path
-    print(f"Downloading {source.name} ({source.size:,} bytes) from {source.url}{hint}")
+    print(
+        f"Downloading {source.name} ({source.size:,} bytes) from {source.url}. Ctrl-C stops, the"
+        " next run resumes. --help names other sources."
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     while not source.matches(path):  # another process may be faster
         if source.matches(part):
@@ -83,10 +86,8 @@ def fetch(source: Source, hint: str = "") -> Path:
 
 
 def _receive(source: Source, part: Path) -> None:
-    """Append to part what arrives of the rest of source until the connection breaks.
-
-    Raises OSError if nothing arrives. Raises ValueError, and deletes part, if its content is wrong.
-    """
+    """Append to part what arrives of the rest of source until the connection breaks. Raises OSError
+    if nothing arrives, and ValueError, after deleting part, if its content is wrong."""
     start = part.stat().st_size if part.exists() else 0
     if start >= source.size:
         part.unlink()
@@ -134,18 +135,17 @@ class Text:
 def load_text(path: Path | str | None = None) -> Text:
     """The text at path, by default Tiny Shakespeare or, if it cannot be downloaded, the Python
     manual, after a notice. Raises OSError, or ValueError if path is not UTF-8 text."""
-    if path is not None:
-        name = SHAKESPEARE.name if SHAKESPEARE.matches(path) else Path(path).name
-        return Text(name, Path(path).read_bytes().decode("utf-8"))
-    try:
-        return Text(SHAKESPEARE.name, fetch(SHAKESPEARE).read_bytes().decode("utf-8"))
-    except (OSError, ValueError) as error:
-        print(
-            f"NO SHAKESPEARE: {error}\n"
-            f"Training on the {MANUAL_NAME} instead. Its loss is not comparable with Shakespeare's."
-            " Use --data FILE to train on your own text."
-        )
-        return Text(MANUAL_NAME, python_manual())
+    if path is None:
+        try:
+            path = fetch(SHAKESPEARE)
+        except (OSError, ValueError) as error:
+            print(
+                f"NO SHAKESPEARE: {error}\nTraining on the {MANUAL_NAME} instead. Its loss is not"
+                " comparable with Shakespeare's. Use --data FILE to train on your own text."
+            )
+            return Text(MANUAL_NAME, python_manual())
+    name = SHAKESPEARE.name if SHAKESPEARE.matches(path) else Path(path).name
+    return Text(name, Path(path).read_bytes().decode("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -209,10 +209,6 @@ CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship t
 CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 IMAGES_PER_FILE = 10_000
 BYTES_PER_IMAGE = 1 + 3 * 32 * 32  # label, then red, green and blue planes, row by row
-SLOW_HOST_HINT = (
-    ".\nThis host may take an hour. Ctrl-C stops, the next run resumes. Alternatives: --url MIRROR,"
-    " --data-dir FOLDER (the archive or its files), --data synthetic (digits drawn here)."
-)
 
 
 @dataclass(frozen=True)
@@ -234,35 +230,29 @@ class Images:
         return digest.hexdigest()
 
 
-def load_images(
-    name: str = "cifar10", folder: Path | None = None, url: str | None = None
-) -> Images:
-    """CIFAR-10 from folder, else from the cache, else downloaded from url or its author's page. If
-    that page fails, returns drawn digits after a notice; name="synthetic" asks for them.
-
-    Raises OSError or ValueError, naming what is missing, truncated or corrupt in folder or at url.
-    """
-    if name == "synthetic":
-        return drawn_images()
+def load_images(folder: Path | None = None, url: str | None = None) -> Images:
+    """CIFAR-10 from folder, or from the cache, which is filled from url or its author's page; if
+    that page fails, drawn digits, after a notice. Raises OSError or ValueError, naming what is
+    missing, truncated or corrupt in folder or at url."""
     if folder is not None:
         return _load_folder(Path(folder))
     if url is not None:
         return _load_archive(fetch(replace(CIFAR10, url=url)))
     try:
-        return _load_archive(fetch(CIFAR10, SLOW_HOST_HINT))
+        return _load_archive(fetch(CIFAR10))
     except (OSError, ValueError) as error:
         print(
-            f"NO CIFAR-10: {error}\n"
-            f"Training on {DIGITS_NAME} instead. The accuracy is not comparable with CIFAR-10's."
-            " Use --data-dir or --url for another source."
+            f"NO CIFAR-10: {error}\nTraining on {DIGITS_NAME} instead. The accuracy is not"
+            " comparable with CIFAR-10's. Use --data-dir or --url for another source."
         )
         return drawn_images()
 
 
 def drawn_images(num_train: int = 20_000, num_test: int = 4_000) -> Images:
-    """The drawn digits. They are not mirrored: a mirror image of a digit is not that digit."""
-    images, labels = drawn_digits(num_train + num_test)
-    train, test = (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:])
+    """Drawn digits: those to test are in other fonts. They are not mirrored: a mirror image of a
+    digit is not that digit."""
+    train = drawn_digits(num_train, range(12), seed=0)
+    test = drawn_digits(num_test, range(12, len(FONTS)), seed=1)
     return Images(DIGITS_NAME, tuple("0123456789"), train, test, mirror=False)
 
 

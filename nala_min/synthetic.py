@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 # Their names in results.
@@ -23,17 +24,6 @@ FONTS = (
 def python_manual() -> str:
     """The topics of Python's help(), as one text."""
     return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-
-
-def drawn_digits(count: int) -> tuple[Tensor, Tensor]:
-    """The first count digits of an endless sequence, like CIFAR-10: (count, 3, 32, 32) uint8 and
-    labels (count,). They come in many fonts, rotated, warped and coloured, over clutter. Light on
-    dark is as frequent as dark on light, so no linear classifier can read them."""
-    glyphs = draw_glyphs()
-    starts = range(0, count, 5000)
-    parts = [_draw_images(glyphs, min(5000, count - x), i) for i, x in enumerate(starts)]
-    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return images, labels
 
 
 def draw_glyphs(size: int = 48) -> Tensor:
@@ -56,37 +46,14 @@ def draw_glyphs(size: int = 48) -> Tensor:
     return ink.view(len(FONTS), size, 10, size).transpose(1, 2)
 
 
-def _draw_images(glyphs: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """count images (count, 3, 32, 32) uint8 and their digits (count,)."""
-    options = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
-    float_options = options | {"dtype": torch.float32}
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(count, *shape, **float_options)
-
-    def smooth_noise(cells):  # a coarse grid of noise, resized to the image
-        coarse = torch.randn(count, 3, cells, cells, **float_options)
-        return F.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=True)
-
-    def draw_ink(digits, max_shift, scale_range, max_angle):
-        """Ink (count, 1, 32, 32) of digits in random fonts, shifted, scaled, rotated and warped."""
-        fonts = torch.randint(len(glyphs), (count,), **options)
-        angle, size = uniform(-max_angle, max_angle), uniform(*scale_range)
-        cos, sin = angle.cos() / size, angle.sin() / size
-        x, y = uniform(-max_shift, max_shift), uniform(-max_shift, max_shift)
-        affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(count, 2, 3)
-        grid = F.affine_grid(affine, (count, 1, 32, 32), align_corners=False)
-        grid = grid + 0.06 * smooth_noise(4)[:, :2].movedim(1, -1)
-        return F.grid_sample(glyphs[fonts, digits][:, None], grid, align_corners=False)
-
-    labels = torch.randint(10, (count,), **options)
-    images = uniform(0.1, 0.9, 3, 1, 1) + 0.12 * smooth_noise(5)
-    for _ in range(3):  # clutter: faint pieces of larger, off-centre digits
-        digits = torch.randint(10, (count,), **options)
-        ink = draw_ink(digits, max_shift=1.6, scale_range=(0.6, 1.6), max_angle=3.1)
-        images = images + uniform(-0.35, 0.35, 3, 1, 1) * ink
-    ink = draw_ink(labels, max_shift=0.25, scale_range=(0.7, 1.1), max_angle=0.45)
-    sign = uniform(-1, 1, 1, 1, 1).sign()  # lighter or darker than the background
-    images = images + sign * uniform(0.3, 0.7, 3, 1, 1) * ink
-    images = images + 0.03 * torch.randn(images.shape, **float_options)
-    return (images.clamp(0, 1) * 255).to(torch.uint8), labels
+def drawn_digits(count: int, fonts: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+    """Coloured digits on coloured squares, (count, 3, 32, 32) uint8, and their labels (count,).
+    Light on dark is as frequent as dark on light, so no linear classifier can read them."""
+    random = np.random.default_rng(seed)
+    labels, (top, left) = random.integers(10, size=count), random.integers(9, size=(2, count))
+    glyphs = sliding_window_view(draw_glyphs(40).numpy(), (32, 32), axis=(2, 3))
+    ink = glyphs[random.choice(fonts, count), labels, top, left][:, None]  # off-centre
+    colour = random.uniform(80, 175, (count, 3, 1, 1)).astype(np.float32)
+    contrast = random.choice([-1, 1], (count, 1, 1, 1)) * random.uniform(20, 80, (count, 3, 1, 1))
+    images = (colour + contrast.astype(np.float32) * ink).astype(np.uint8)
+    return torch.from_numpy(images), torch.from_numpy(labels)

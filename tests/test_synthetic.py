@@ -1,5 +1,7 @@
 """The drawn digits: shaped like CIFAR-10, and readable, but not by a linear classifier."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,14 +27,18 @@ def test_drawn_digits_have_the_shape_of_cifar10(digits):
         assert shares.min() > 0.07 and shares.max() < 0.13
 
 
-@pytest.mark.parametrize(("num_train", "num_test"), [(4, 3), (1, 6), (7, 0)])
-def test_drawn_digits_are_always_the_same_however_they_are_divided(num_train, num_test):
-    first = data.drawn_images(7, 0)
+def test_drawn_digits_are_always_the_same(digits):
     torch.manual_seed(123)  # must have no effect
-    images = data.drawn_images(num_train, num_test)
-    for part, whole in enumerate(first.train):
-        assert torch.equal(torch.cat([images.train[part], images.test[part]]), whole)
-        assert len(images.train[part]) == num_train
+    assert data.drawn_images(5000, 1000).sha256 == digits.sha256
+
+
+def test_digits_are_tested_in_fonts_that_are_not_trained_on(monkeypatch):
+    fonts = []
+    drawn = Mock(side_effect=lambda count, numbers, seed: fonts.append([*numbers]))
+    monkeypatch.setattr(data, "drawn_digits", drawn)
+    data.drawn_images()
+    assert sorted([*fonts[0], *fonts[1]]) == list(range(len(synthetic.FONTS)))
+    assert [call.args[0] for call in drawn.mock_calls] == [20_000, 4_000]
 
 
 def test_drawn_digits_do_not_depend_on_torch_s_defaults():
@@ -44,7 +50,6 @@ def test_drawn_digits_do_not_depend_on_torch_s_defaults():
 
 
 def test_no_drawn_image_occurs_twice(digits):
-    """In parts of 5000: the seed of each part must differ, or training and test share images."""
     pictures = torch.cat([digits.train[0], digits.test[0]]).flatten(1).numpy()
     assert len({picture.tobytes() for picture in pictures}) == 6000
 
