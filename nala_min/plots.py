@@ -21,6 +21,8 @@ from torch import Tensor
 from nala_min.model import entropy
 from nala_min.runcard import write_atomically
 
+Rows = list[dict[str, Any]]
+
 # Okabe and Ito's palette, safe for colour-blind readers.
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#d55e00", "#0072b2", "#009e73"
 PURPLE, YELLOW, GREY = "#cc79a7", "#e69f00", "#666666"
@@ -160,17 +162,13 @@ def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
 
 
 @_styled
-def attention_stats(
-    nala_blocks: list[dict[str, Any]], softmax_blocks: list[dict[str, Any]], num_keys: int
-) -> Figure:
+def attention_stats(nala_blocks: Rows, softmax_blocks: Rows, num_keys: int) -> Figure:
     """measure.attention_stats of a model with NaLa and of one with softmax, block by block:
     medians, with bars from the 5th to the 95th percentile. num_keys: keys per query."""
     fig, panels = figure(1, 3, width=9.6, height=3.5)
+    sides = (-0.12, "cosine", nala_blocks), (0.12, "softmax", softmax_blocks)
     for axes, name in zip(panels, ("query_norm", "power", "entropy"), strict=True):
-        for offset, look, blocks in (
-            (-0.12, "cosine", nala_blocks),
-            (0.12, "softmax", softmax_blocks),
-        ):
+        for offset, look, blocks in sides:
             if name in blocks[0]:  # softmax has no power
                 low, _, median, _, high = np.array([block[name] for block in blocks]).T
                 bars = {"yerr": [median - low, high - median], "fmt": "o", "capsize": 4}
@@ -248,7 +246,7 @@ def speed(results: dict[str, Any]) -> Figure:
 
 
 @_styled
-def seeds(cards: dict[str, list[dict[str, Any]]], result: str, label: str) -> Figure:
+def seeds(cards: dict[str, Rows], result: str, label: str) -> Figure:
     """Several runs per attention: the mean of their curves, in a band from lowest to highest, and a
     dot per run for its final result, with a stroke at the mean. cards: run cards by feature map;
     result: the key to plot, in their history and results; label: its name and unit."""
@@ -343,7 +341,7 @@ VARIANT_STYLES = {
 
 
 @_styled
-def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
+def recall(rows: Rows, pairs: Sequence[int]) -> Figure:
     """Accuracy against the number of pairs, for VARIANT_STYLES and a user's files: the mean over
     seeds, in a band from lowest to highest. rows: the runs of a card of nala_min.lab.compare."""
     fig, axes = figure()
@@ -363,7 +361,7 @@ def recall(rows: list[dict[str, Any]], pairs: Sequence[int]) -> Figure:
 
 
 @_styled
-def study(panels: dict[str, list[dict[str, Any]]], title: str = "") -> Figure:
+def study(panels: dict[str, Rows], title: str = "") -> Figure:
     """One panel per result: for each variant, a dot per run and a stroke at the mean. panels: the
     runs of a card of nala_min.lab.compare, by name of the result."""
     names = list(dict.fromkeys(row["variant"] for rows in panels.values() for row in rows))

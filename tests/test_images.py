@@ -196,8 +196,8 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("corrupt", CORRUPT)
-@pytest.mark.parametrize("name", ["data_batch_2.bin", "test_batch.bin"])
-def test_a_corrupt_file_in_a_folder_is_named(name, corrupt, folder):
+def test_a_corrupt_file_in_a_folder_is_named(corrupt, folder):
+    name = "test_batch.bin"
     (folder / name).write_bytes(CORRUPT[corrupt])
     with pytest.raises(ValueError, match="corrupt") as error:
         data.load_images(folder=folder)
@@ -261,20 +261,6 @@ def test_an_invalid_url_is_an_error_and_not_a_stand_in(url, tmp_path, stand_in):
 # --- Hashes of images ----------------------------------------------------------------------------
 
 
-def test_the_sha256_depends_on_every_part_and_on_its_order():
-    def images(*changed):
-        parts = [torch.arange(2 * 3 * 32 * 32).view(2, 3, 32, 32).to(torch.uint8)]
-        parts = [part.clone() for part in (parts[0], torch.tensor([3, 4])) for _ in range(2)]
-        for part in changed:
-            parts[part].view(-1)[-1] += 1
-        return data.Images("", (), (parts[0], parts[2]), (parts[1], parts[3]), mirror=True)
-
-    digests = {images(*changed).sha256 for changed in [(), (0,), (1,), (2,), (3,), (0, 1)]}
-    assert len(digests) == 6
-    assert images().sha256 == images().sha256
-    assert replace(images(), name="other", classes=("a",)).sha256 == images().sha256
-
-
 def test_the_sha256_is_of_training_images_and_labels_then_of_test_images_and_labels(folder):
     images = data.load_images(folder=folder)
     digest = hashlib.sha256()
@@ -319,6 +305,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     def batch(seed, step):
         return numbers_of(1000, 10, seed, step)
 
+    assert numbers_of(1000, 5, 1, 300) == [670, 120, 164, 294, 322]  # as in the committed runs
     others = [batch(seed, step) for seed in range(5) for step in (0, 1, 99, 100, 200)]
     assert all(others.count(other) == 1 for other in others)
     np.random.default_rng(0)
@@ -394,6 +381,14 @@ def test_augmentation_is_a_function_of_images_seed_and_step_alone():
     def augmented(seed, step):
         return data.augment(images, seed, step, shift=3, mirror=True).numpy().tobytes()
 
+    numbers = torch.arange(6, dtype=torch.uint8).expand(4, 3, 6, 6)
+    columns = data.augment(numbers, 1, 2, shift=2, mirror=True)[:, 0, 0].tolist()
+    assert columns == [  # as in the committed runs
+        [5, 4, 3, 2, 1, 0],
+        [4, 5, 4, 3, 2, 1],
+        [1, 2, 3, 4, 5, 4],
+        [2, 1, 0, 1, 2, 3],
+    ]
     others = [augmented(seed, step) for seed in range(4) for step in range(4)]
     torch.manual_seed(77)
     assert [augmented(seed, step) for seed in range(4) for step in range(4)] == others
