@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nala_min import NaLaViT, ViTConfig, data, distributed, measure, plots, runcard, train
+from nala_min import Config, NaLaViT, data, distributed, measure, plots, runcard, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import smoothed_loss
 
@@ -27,42 +27,35 @@ CURVE_TEST_IMAGES = 1000  # test images per point of the curve; the final result
 @dataclass
 class Settings(train.Settings):
     """Train an image classifier with norm-aware linear attention on CIFAR-10. By default, it takes
-    under 5 minutes on 2 CPU cores. Writes a checkpoint, a run card and pictures (curve, confusion
-    matrix, attention maps) to --out."""
+    under 5 minutes on 2 CPU cores. Writes a checkpoint, a run card and pictures (curve,
+    attention maps) to --out."""
 
     NAME = "cifar"
     PRESETS = PRESETS
     CAUSAL = False
-    MODEL_FLAGS = train.Settings.MODEL_FLAGS + ", --patch"
 
     data: str = flag(
         "cifar10", "training images", choices=["cifar10", "synthetic"], affects_result=False
     )
     data_dir: Path | None = flag(
-        None,
-        "folder with cifar-10-batches-bin or its archive (default: download)",
-        affects_result=False,
+        None, "folder with cifar-10-batches-bin (default: download)", affects_result=False
     )
-    url: str | None = flag(None, "alternative download address", affects_result=False)
     eval: bool = flag(False, "do not train: test the checkpoint", affects_result=False)
     predict: Path | None = flag(
         None, "do not train: classify this picture with the checkpoint", affects_result=False
     )
-    patch: int | None = flag(None, "side of a patch, in pixels")
-    shift: int | None = flag(None, "largest augmentation shift, in pixels", allow_zero=True)
+    patch: int | None = flag(None, "side of a patch, in pixels", (1, 2, 4, 8, 16, 32))
+    shift: int | None = flag(None, "largest augmentation shift, in pixels", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.data == "synthetic") + (self.data_dir is not None) + (self.url is not None) > 1:
-            raise UsageError("--data synthetic, --data-dir and --url are mutually exclusive")
-
-    def model_config(self) -> ViTConfig:
-        return ViTConfig(patch_size=self.patch, **train.block_options(self.config()))
+        if self.data == "synthetic" and self.data_dir is not None:
+            raise UsageError("--data synthetic and --data-dir are mutually exclusive")
 
 
 def build_model(config: dict[str, Any]) -> NaLaViT:
     """The model described by a run's config."""
-    return NaLaViT(ViTConfig(patch_size=config["patch"], **train.block_options(config)))
+    return NaLaViT(Config(patch_size=config["patch"], **train.block_options(config)))
 
 
 def load_model(settings: Settings, device: torch.device) -> tuple[NaLaViT, dict[str, Any]]:
@@ -79,9 +72,9 @@ def load_images(settings: Settings) -> data.Images:
         return data.drawn_images()
     try:
         with distributed.local_rank_0_first():
-            return data.load_images(settings.data_dir, settings.url)
+            return data.load_images(settings.data_dir)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{'--data-dir' if settings.data_dir else '--url'}: {error}") from error
+        raise UsageError(f"--data-dir needs CIFAR-10's binary version: {error}") from error
 
 
 def predict(model: NaLaViT, run: dict[str, Any], path: Path) -> None:
@@ -115,10 +108,8 @@ def test(model: NaLaViT, images: data.Images) -> dict[str, Any]:
 
 
 def draw(model: NaLaViT, images: data.Images, results: dict[str, Any], title: str, out: Path):
-    """Plot the curve, the confusion matrix and the attention maps of four test images."""
+    """Plot the curve and the attention maps of four test images."""
     plots.write(plots.curve(results["history"], title), out / "curve.png")
-    confusion = torch.tensor(results["confusion"])
-    plots.write(plots.confusion(confusion, images.classes, title), out / "confusion.png")
     maps = measure.attention_maps(model, shown := images.test[0][:4])
     trained_with = plots.display_name(model.config.attentions[-1])
     plots.write(plots.attention_maps(shown, maps, trained_with), out / "maps.png")
@@ -148,7 +139,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     model = build_model(settings.config()).to(device, memory_format=torch.channels_last)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    description = f"attention {settings.attention} ({model.config.kind}), {parameters:,} parameters"
+    description = f"attention {settings.attention}, {parameters:,} parameters"
     data_info = {"name": images.name, "sha256": images.sha256}
     print(
         f"{images.name}: {len(images.train[0]):,} images to train on."
@@ -163,9 +154,6 @@ def main() -> None:
         inputs = data.augment(inputs, seed, step, shift=settings.shift, mirror=images.mirror)
         return data.normalise(inputs), targets
 
-    runcard.check_writable(
-        *(settings.out / name for name in ("card.json", "curve.png", "confusion.png", "maps.png"))
-    )
     history, seconds = train.fit(
         model,
         settings.recipe(device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nala_min import LMConfig, NaLaLM, data, distributed, measure, plots, runcard, train
+from nala_min import Config, NaLaLM, data, distributed, measure, plots, runcard, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.measure import next_token_loss, validation_loss
 
@@ -32,9 +33,7 @@ class Settings(train.Settings):
     NAME = "shakespeare"
     PRESETS = PRESETS
 
-    data: Path | None = flag(
-        None, "UTF-8 text to train on (default: Tiny Shakespeare)", affects_result=False
-    )
+    data: Path | None = flag(None, "UTF-8 text (default: Tiny Shakespeare)", affects_result=False)
     sample: int | None = flag(
         None,
         "do not train: generate this many characters from the checkpoint",
@@ -59,7 +58,7 @@ class Settings(train.Settings):
 
 def build_model(config: dict[str, Any], vocabulary: data.Vocabulary) -> NaLaLM:
     """The model described by a run's config."""
-    return NaLaLM(LMConfig(vocab_size=len(vocabulary.characters), **train.block_options(config)))
+    return NaLaLM(Config(vocab_size=len(vocabulary.characters), **train.block_options(config)))
 
 
 def generate_text(
@@ -86,6 +85,7 @@ def sample(settings: Settings, device: torch.device) -> None:
     prompt = encode_prompt(vocabulary, settings.prompt)
     model = build_model(saved["extra"], vocabulary).to(device)
     model.load_state_dict(saved["model"])
+    print(f"{settings.out}, step {saved['step']}:", file=sys.stderr)
     print(generate_text(model, vocabulary, prompt, settings.sample, settings.seed))
 
 
@@ -113,7 +113,6 @@ def main() -> None:
     print(runcard.expected("shakespeare_*.json", settings.config(), text.sha256, "validation_loss"))
 
     training = training.to(device)  # a GPU cuts its own windows
-    runcard.check_writable(*(settings.out / name for name in ("card.json", "curve.png")))
     history, seconds = train.fit(
         model,
         settings.recipe(device),

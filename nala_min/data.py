@@ -1,17 +1,15 @@
 """Data for the training scripts: find, download, verify and batch it."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os
 import tarfile
-import tempfile
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +38,7 @@ class Source:
         """Whether the file at path has exactly this content."""
         if not Path(path).is_file() or Path(path).stat().st_size != self.size:
             return False
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() == self.sha256
 
 
 SHAKESPEARE = Source(
@@ -61,20 +58,15 @@ CIFAR10 = Source(
 
 
 def fetch(source: Source) -> Path:
-    """The path of source in the cache, $XDG_CACHE_HOME/nala_min or ~/.cache/nala_min. If it is
-    missing, downloads it, after a notice: to FILE.part, where the next call resumes, until its
-    SHA-256 matches. Raises OSError or ValueError, as _receive does."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):  # no home directory, as in many containers
-        cache = tempfile.gettempdir()
+    """The path of source in the cache, $XDG_CACHE_HOME/nala_min or ~/.cache/nala_min. Downloads it
+    if it is missing, to FILE.part, where the next call resumes. Raises what _receive raises."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(cache, "nala_min", source.file)
     part = path.with_name(path.name + ".part")
     if source.matches(path):
         return path
-    print(
-        f"Downloading {source.name} ({source.size:,} bytes) from {source.url}. Ctrl-C stops, the"
-        " next run resumes. --help names other sources."
-    )
+    print(f"Downloading {source.name} ({source.size:,} bytes) from {source.url}.")
+    print("Ctrl-C stops, the next run resumes. --help names other sources.")
     path.parent.mkdir(parents=True, exist_ok=True)
     while not source.matches(path):  # another process may be faster
         if source.matches(part):
@@ -86,32 +78,29 @@ def fetch(source: Source) -> Path:
 
 
 def _receive(source: Source, part: Path) -> None:
-    """Append to part what arrives of the rest of source until the connection breaks. Raises OSError
-    if nothing arrives, and ValueError, after deleting part, if its content is wrong."""
+    """Append to part what arrives of source. Raises OSError if nothing does, ValueError if part has
+    wrong bytes, which it deletes, or the answer another size."""
     start = part.stat().st_size if part.exists() else 0
     if start >= source.size:
         part.unlink()
-        wanted = f"{source.size:,} bytes with SHA-256 {source.sha256}"
-        raise ValueError(f"{source.url} did not give {wanted}: the download was deleted")
+        raise ValueError(f"{source.url} gave another SHA-256: the download was deleted")
     received, failure = start, "the connection closed"
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    with tqdm(desc=source.name, total=source.size, initial=start, unit="B", unit_scale=True) as bar:
-        try:
-            request = urllib.request.Request(source.url, headers=headers)
-            with urllib.request.urlopen(request, timeout=20) as response:
-                if response.status == http.HTTPStatus.OK:  # the whole file, from its start
-                    if response.length not in (None, source.size):  # such as a login page
-                        raise ValueError(f"{source.url} has {response.length:,} bytes")
-                    received = 0
-                    bar.reset()
-                part.touch()
-                with part.open("r+b") as file:
-                    file.seek(received)
-                    while received <= source.size and (block := response.read(1 << 16)):
-                        received += file.write(block)
-                        bar.update(len(block))
-        except (OSError, http.client.HTTPException) as error:
-            failure = str(error)  # an HTTPError that is kept would keep its connection open
+    request = urllib.request.Request(source.url, headers={"Range": f"bytes={start}-"})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            if response.status == http.HTTPStatus.OK:  # the whole file, from its start
+                received = 0
+            if response.length != source.size - received:  # such as a login page
+                raise ValueError(f"{source.url} has {response.length} bytes")
+            bytes_of = {"total": source.size, "initial": received, "unit": "B", "unit_scale": True}
+            part.touch()
+            with tqdm(desc=source.name, **bytes_of) as bar, part.open("r+b") as file:
+                file.seek(received)
+                while block := response.read(1 << 16):
+                    received += file.write(block)
+                    bar.update(len(block))
+    except (OSError, http.client.HTTPException) as error:
+        failure = str(error)  # an HTTPError that is kept would keep its connection open
     if received <= start:
         raise OSError(f"{source.url} sent nothing after {start:,} bytes ({failure})")
 
@@ -119,8 +108,7 @@ def _receive(source: Source, part: Path) -> None:
 # --- Text -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A text and its name in results."""
 
     name: str
@@ -128,7 +116,6 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of its UTF-8 bytes."""
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
 
 
@@ -138,11 +125,8 @@ def load_text(path: Path | str | None = None) -> Text:
     if path is None:
         try:
             path = fetch(SHAKESPEARE)
-        except (OSError, ValueError) as error:
-            print(
-                f"NO SHAKESPEARE: {error}\nTraining on the {MANUAL_NAME} instead. Its loss is not"
-                " comparable with Shakespeare's. Use --data FILE to train on your own text."
-            )
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
+            print(f"NO SHAKESPEARE: {error}\nTraining on the {MANUAL_NAME}: not comparable.")
             return Text(MANUAL_NAME, python_manual())
     name = SHAKESPEARE.name if SHAKESPEARE.matches(path) else Path(path).name
     return Text(name, Path(path).read_bytes().decode("utf-8"))
@@ -172,10 +156,7 @@ def split_text(text: str, block_size: int) -> tuple[Vocabulary, Tensor, Tensor]:
     tokens = vocabulary.encode(text)
     cut = len(tokens) * 9 // 10
     if len(tokens) - cut <= block_size:
-        raise ValueError(
-            f"the text must be longer than {10 * block_size:,} characters for windows of"
-            f" {block_size}, got {len(tokens):,}: use more text or smaller windows"
-        )
+        raise ValueError(f"text must exceed {10 * block_size:,} characters, got {len(text):,}")
     return vocabulary, tokens[:cut], tokens[cut:]
 
 
@@ -199,8 +180,7 @@ def all_windows(tokens: Tensor, block_size: int, batch_size: int, every: int = 1
 
 def _to_device_of(reference: Tensor, index: np.ndarray) -> Tensor:
     """index on the device of reference, without waiting for work queued on a CUDA card."""
-    device = reference.device
-    return torch.from_numpy(index).to(device, non_blocking=device.type == "cuda")
+    return torch.from_numpy(index).to(reference.device, non_blocking=reference.is_cuda)
 
 
 # --- Images ---------------------------------------------------------------------------------------
@@ -224,70 +204,39 @@ class Images:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of all images and labels, training data first."""
-        digest = hashlib.sha256()
-        for tensor in (*self.train, *self.test):
-            digest.update(tensor.numpy())
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join(x.numpy() for x in (*self.train, *self.test))).hexdigest()
 
 
-def load_images(folder: Path | None = None, url: str | None = None) -> Images:
-    """CIFAR-10 from folder, or from the cache, which is filled from url or its author's page; if
-    that page fails, drawn digits, after a notice. Raises OSError or ValueError, naming what is
-    missing, truncated or corrupt in folder or at url."""
+def load_images(folder: Path | None = None) -> Images:
+    """CIFAR-10's binary version from folder, or from the cache; if that cannot be filled, drawn
+    digits, after a notice. Raises OSError or ValueError, naming a missing or corrupt file."""
     if folder is not None:
-        return _load_folder(Path(folder))
-    if url is not None:
-        return _load_archive(fetch(replace(CIFAR10, url=url)))
+        below = Path(folder, "cifar-10-batches-bin")
+        paths = [(below if below.is_dir() else Path(folder)) / name for name in CIFAR10_FILES]
+        return _decode("CIFAR-10 (files in a folder)", {x: x.read_bytes() for x in paths})
     try:
-        return _load_archive(fetch(CIFAR10))
-    except (OSError, ValueError) as error:
-        print(
-            f"NO CIFAR-10: {error}\nTraining on {DIGITS_NAME} instead. The accuracy is not"
-            " comparable with CIFAR-10's. Use --data-dir or --url for another source."
-        )
+        path = fetch(CIFAR10)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
+        print(f"NO CIFAR-10: {error}\nTraining on {DIGITS_NAME}: not comparable.")
         return drawn_images()
+    with tarfile.open(path) as archive:  # its checksum is right; it is read, not extracted
+        files = {Path(x.name).name: archive.extractfile(x).read() for x in archive if x.isfile()}
+    return _decode("CIFAR-10", {name: files[name] for name in CIFAR10_FILES})
 
 
 def drawn_images(num_train: int = 20_000, num_test: int = 4_000) -> Images:
-    """Drawn digits: those to test are in other fonts. They are not mirrored: a mirror image of a
-    digit is not that digit."""
+    """Drawn digits, tested in other fonts. A mirror image of a digit is not that digit."""
     train = drawn_digits(num_train, range(12), seed=0)
     test = drawn_digits(num_test, range(12, len(FONTS)), seed=1)
     return Images(DIGITS_NAME, tuple("0123456789"), train, test, mirror=False)
-
-
-def _load_folder(folder: Path) -> Images:
-    """CIFAR-10 from its files in folder or cifar-10-batches-bin below it, or from its archive."""
-    for location in (folder / "cifar-10-batches-bin", folder):
-        paths = [location / name for name in CIFAR10_FILES]
-        if any(path.exists() for path in paths):
-            return _decode("CIFAR-10 (files in a folder)", {x: x.read_bytes() for x in paths})
-    archive = folder / CIFAR10.file
-    if not archive.exists():
-        raise ValueError(
-            f"{folder} must be a folder with {CIFAR10.file} or its files, such as"
-            f" {CIFAR10_FILES[0]}: download the binary version (not Python's) from {CIFAR10.url}"
-        )
-    if not CIFAR10.matches(archive):
-        raise ValueError(f"{archive} is corrupt or truncated: its SHA-256 is not {CIFAR10.sha256}")
-    return _load_archive(archive)
-
-
-def _load_archive(path: Path) -> Images:
-    """CIFAR-10 from its archive at path, whose checksum is right. It is read, not extracted."""
-    with tarfile.open(path) as archive:
-        files = {Path(x.name).name: archive.extractfile(x).read() for x in archive if x.isfile()}
-    return _decode("CIFAR-10", {name: files[name] for name in CIFAR10_FILES})
 
 
 def _decode(name: str, files: dict[Path | str, bytes]) -> Images:
     """Images from the contents of the six files. Checks their sizes and labels."""
     size = IMAGES_PER_FILE * BYTES_PER_IMAGE
     for path, content in files.items():
-        if len(content) != size:
-            raise ValueError(f"{path} is truncated or corrupt: {len(content):,} of {size:,} bytes")
-        if max(content[::BYTES_PER_IMAGE]) >= len(CIFAR10_CLASSES):
-            raise ValueError(f"{path} is corrupt: it has a label above {len(CIFAR10_CLASSES) - 1}")
+        if len(content) != size or max(content[::BYTES_PER_IMAGE]) > 9:
+            raise ValueError(f"{path} is corrupt: it must have {size:,} bytes and labels up to 9")
     records = np.frombuffer(b"".join(files.values()), np.uint8).reshape(-1, BYTES_PER_IMAGE)
     images = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy())
     labels = torch.from_numpy(records[:, 0].astype(np.int64))
@@ -335,11 +284,8 @@ def read_picture(path: Path | str) -> Tensor:
     Transparent pixels become white. Raises what Pillow raises, which is any type."""
     with Image.open(path) as file:
         picture = ImageOps.exif_transpose(file)  # as the camera was held
-    if picture.mode[0] in "IF":  # grey numbers instead of bytes
-        grey = np.asarray(picture) / 257
-        if picture.mode == "F" or grey.min() < 0 or grey.max() > 255:
-            raise ValueError(f"it must have 8 or 16 bits per channel, got mode {picture.mode}")
-        picture = Image.fromarray(grey.round().astype(np.uint8))
+    if picture.mode[0] in "IF":  # Pillow would clip larger numbers
+        raise ValueError(f"it must have at most 8 bits per channel, got mode {picture.mode}")
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     opaque = Image.alpha_composite(white, picture).convert("RGB")

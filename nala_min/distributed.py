@@ -1,5 +1,4 @@
-"""Several processes, started by torchrun, that train one model: each takes its share of a batch.
-Without torchrun, these functions see one process."""
+"""Processes, started by torchrun, that train one model. Without torchrun, there is one."""
 
 from __future__ import annotations
 
@@ -19,12 +18,10 @@ def job() -> Iterator[None]:
     if started := "TORCHELASTIC_RUN_ID" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # while one downloads
-    try:
-        yield
+    yield
+    if started:
         gather()  # a process that ends earlier would take the others with it
-    finally:
-        if started:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -44,8 +41,7 @@ def local_rank() -> int:
 
 @contextmanager
 def local_rank_0_first() -> Iterator[None]:
-    """Run the block in the first process of each machine before the others, so that they find what
-    it downloaded."""
+    """Run the block in the first process of each machine, then in the others: one downloads."""
     if local_rank() > 0:
         gather()
     yield

@@ -1,8 +1,6 @@
 """Measurements of attentions and models. `python -m nala_min.measure` measures the entropy gap and
 writes its run card and picture, in a checkout to notebooks/results, otherwise to runs."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from pathlib import Path
@@ -15,41 +13,26 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nala_min import plots, runcard
+from nala_min import NaLaLM, NaLaViT, attention_weights, decompose, entropy, plots, runcard
 from nala_min.data import all_windows, normalise
 from nala_min.flags import run_script
-from nala_min.model import (
-    GatedAttention,
-    NaLaLM,
-    NaLaViT,
-    attention_weights,
-    decompose,
-    entropy,
-    in_mode,
-    nala_attention,
-    query_power,
-)
+from nala_min.model import GatedAttention, in_mode, nala_attention, query_power
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BUDGET = 2**20  # most numbers in the residual stream, (B, N, E), of an evaluation batch
 MAX_QUERIES = 64  # per image: the weights of all queries would be N x N
 
 
-def entropy_against_norm(
-    feature_map: str, norms: Tensor, *, num_keys=64, dim=32, draws=200, **options: float
-) -> Tensor:
+def entropy_against_norm(attention: str, norms: Tensor, draws=200, **options: float) -> Tensor:
     """Mean entropy (K,) in nats, Eq. (3), of queries rescaled to each of norms (K,). PyTorch's
-    global generator draws queries, and num_keys standard normal keys for each. options: as for
-    attention_weights, such as lam."""
+    global generator draws queries, and 64 standard normal keys of 32 channels for each. options: as
+    for attention_weights, such as lam."""
     factory_kwargs = {"dtype": torch.float32, "device": norms.device}
-    _, direction = decompose(torch.randn(draws, 1, 1, dim, **factory_kwargs))
-    k = torch.randn(draws, 1, num_keys, dim, **factory_kwargs)
-    means = []
-    for norm in norms:
-        q = (norm * direction).expand_as(k)  # the same query at every position
-        weights = attention_weights(q, k, feature_map=feature_map, **options)
-        means.append(entropy(weights[:, 0, 0]).mean())
-    return torch.stack(means)
+    _, direction = decompose(torch.randn(draws, 1, 1, 32, **factory_kwargs))
+    k = torch.randn(draws, 1, 64, 32, **factory_kwargs)
+    queries = [(norm * direction).expand_as(k) for norm in norms]  # the same at every position
+    weights = [attention_weights(q, k, attention, **options)[:, 0, 0] for q in queries]
+    return torch.stack([entropy(w).mean() for w in weights])
 
 
 class Recorder(TorchDispatchMode):
@@ -81,9 +64,6 @@ class Recorder(TorchDispatchMode):
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
-
-
-# --- Losses and scores of a model -----------------------------------------------------------------
 
 
 def eval_batch_size(model: NaLaLM | NaLaViT, inputs: Tensor) -> int:
@@ -132,22 +112,18 @@ def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int =
     return total / count
 
 
-# --- What a model attends to ----------------------------------------------------------------------
-
-
 class AttentionInputs(NamedTuple):
     """One block's attention layer, with its input, queries and keys."""
 
     layer: GatedAttention
-    x: Tensor  # (B, N, E) or (B, R, S, E)
+    x: Tensor  # (B, N, E) or (B, R, P, E)
     q: Tensor  # (B, H, N, D)
     k: Tensor  # (B, H, N, D)
 
-    def weights(self, feature_map: str | None = None) -> Tensor:
-        """The attention weights (B, H, N, N) of the layer, or those that another feature_map or
-        "softmax" would give."""
-        attention = feature_map or self.layer.attend
-        return attention_weights(self.q, self.k, causal=self.layer.causal, feature_map=attention)
+    def weights(self, attention: str | None = None) -> Tensor:
+        """The weights (B, H, N, N) of the layer, or those that another attention would give."""
+        attend = attention or self.layer.attend
+        return attention_weights(self.q, self.k, attend, causal=self.layer.causal)
 
     def entropies(self) -> Tensor:
         """Entropy (B, H, n) in nats of the last token of a text, or of at most MAX_QUERIES evenly
@@ -166,10 +142,8 @@ class AttentionInputs(NamedTuple):
 
 @torch.no_grad()
 def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionInputs]:
-    """The inputs of each block's attention, first to last, when model reads inputs.
-
-    inputs: tokens (B, N), or images (B, 3, height, width) uint8, read as one batch.
-    """
+    """The inputs of each block's attention, first to last, when model reads inputs as one batch:
+    tokens (B, N), or images (B, 3, height, width) uint8."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls no hooks
     seen: list[tuple] = []
     layers = [block.attention for block in model.blocks]
@@ -192,13 +166,10 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
 
 @torch.no_grad()
 def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, Any]]:
-    """Statistics of each block's attention, first to last, when model reads the first
-    eval_batch_size(model, inputs) of inputs. Arguments as for attention_inputs.
-
-    Each dict has the name of the attention, and QUANTILES of query_norm and, for NaLa, of power,
-    Eq. (7), over all tokens, and of AttentionInputs.entropies. A module's weights may depend on the
-    channel, so it has no entropy.
-    """
+    """Statistics of each block's attention, first to last, when model reads one evaluation batch of
+    inputs, as in attention_inputs: the attention's name, and QUANTILES of query_norm, of NaLa's
+    power, Eq. (7), and of AttentionInputs.entropies. A module has no entropy: its weights may
+    depend on the channel."""
     blocks, inputs = [], inputs[: eval_batch_size(model, inputs)]
     for name, block in zip(model.config.attentions, attention_inputs(model, inputs), strict=True):
         norm, _ = decompose(block.q)  # (B, H, N, 1)
@@ -206,8 +177,7 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
         options = getattr(attend, "keywords", {})  # of functools.partial
         is_nala = getattr(attend, "func", attend) is nala_attention
         if is_nala and options.get("feature_map") not in ("elu", "relu"):
-            known = {x: options[x] for x in ("lam", "tau") if x in options}
-            numbers["power"] = query_power(norm, **known)
+            numbers["power"] = query_power(norm, options.get("lam", 3.0), options.get("tau", 0.5))
         if not isinstance(attend, nn.Module):
             numbers["entropy"] = block.entropies()
         found = {x: np.quantile(y.float().cpu(), QUANTILES).tolist() for x, y in numbers.items()}
@@ -216,37 +186,32 @@ def attention_stats(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[dict[str, A
 
 
 def attention_maps(model: NaLaViT, images: Tensor) -> dict[str, Tensor]:
-    """The weights (B, R, S, R, S), on the CPU, of a query at (r, s) over the grid under three
-    kernels, averaged over the heads. Queries and keys are those of the last block, which was
-    trained with one of them. images: (B, 3, height, width) uint8."""
+    """The weights (B, R, P, R, P), on the CPU, that the last block's query at (r, p) gives to its
+    keys under three kernels, averaged over the heads. images: (B, 3, height, width) uint8."""
     inputs = attention_inputs(model, images)[-1]
     grid = inputs.x.shape[1:3]
     return {
         name: inputs.weights(name).mean(dim=1).cpu().unflatten(2, grid).unflatten(1, grid)
-        for name in ("cosine", "softmax", "relu")
+        for name in ("nala", "softmax", "relu")
     }
 
 
 def main() -> None:
     """Measure the entropy gap: write its run card and picture."""
-    start = time.perf_counter()
+    start, config = time.perf_counter(), {"seed": 1, "num_keys": 64, "dim": 32, "draws": 200}
     folder = runcard.RESULTS if runcard.RESULTS.is_dir() else Path("runs")  # not next to a wheel
-    card_file, picture = folder / "entropy_gap.json", folder / "entropy_gap.png"
-    runcard.check_writable(card_file, picture)
-    config = {"seed": 1, "num_keys": 64, "dim": 32, "draws": 200}
-    norms = torch.logspace(-2, 1.5, 40)
-    entropies = {}
-    for name in ("softmax", "cosine", "elu", "relu"):
-        sizes = dict(config)
-        torch.manual_seed(sizes.pop("seed"))  # the same queries and keys for every feature map
-        entropies[name] = entropy_against_norm(name, norms, **sizes).tolist()
+    runcard.check_writable(folder / "entropy_gap.json", folder / "entropy_gap.png")
+    norms, entropies = torch.logspace(-2, 1.5, 40), {}
+    for name in ("softmax", "nala", "elu", "relu"):
+        torch.manual_seed(config["seed"])  # the same queries and keys for every attention
+        entropies[name] = entropy_against_norm(name, norms).tolist()
     results = {"norms": norms.tolist(), "entropies": entropies}
     data_info, seconds = {"name": "standard normal queries and keys"}, time.perf_counter() - start
     card = runcard.run_card(config, data_info, norms.device, seconds, results)
     card["command"] = "python -m nala_min.measure"
-    runcard.write_json(card_file, card)
-    plots.write(plots.entropy_gap(**results), picture)
-    print(f"Written: {card_file} and .png")
+    runcard.write_json(folder / "entropy_gap.json", card)
+    plots.write(plots.entropy_gap(**results), folder / "entropy_gap.png")
+    print(f"Written: {folder / 'entropy_gap.json'} and .png")
 
 
 if __name__ == "__main__":

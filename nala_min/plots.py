@@ -1,15 +1,8 @@
 """Every picture of the project, in one style, with one line style per attention."""
 
-from __future__ import annotations
-
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-if os.path.expanduser("~") == "~":  # no home directory: matplotlib asks for another one
-    os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "nala_min"))
 
 import matplotlib.style
 import numpy as np
@@ -21,19 +14,43 @@ from torch import Tensor
 from nala_min.model import entropy
 from nala_min.runcard import write_atomically
 
-Rows = list[dict[str, Any]]
-
 # Okabe and Ito's palette, safe for colour-blind readers.
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#d55e00", "#0072b2", "#009e73"
 PURPLE, YELLOW, GREY = "#cc79a7", "#e69f00", "#666666"
 
-# The line style of each attention in every plot, by the name of its feature map.
+# The line style of each attention in every plot.
 STYLES = {
     "softmax": {"label": "softmax", "color": BLACK, "linestyle": "--"},
-    "cosine": {"label": "NaLa", "color": ORANGE, "linestyle": "-"},
+    "nala": {"label": "NaLa", "color": ORANGE, "linestyle": "-"},
     "split": {"label": "NaLa, sign split", "color": PURPLE, "linestyle": (0, (5, 1))},
     "elu": {"label": "linear, elu + 1", "color": BLUE, "linestyle": "-."},
     "relu": {"label": "linear, ReLU", "color": GREEN, "linestyle": ":"},
+}
+# The styles of a study's variants. In dot plots, all others are grey.
+VARIANT_STYLES = {
+    "softmax": STYLES["softmax"],
+    "nala": STYLES["nala"],
+    "no query norm": {"color": YELLOW, "linestyle": "-"},
+    "no cosine map, same state": {"color": YELLOW, "linestyle": ":"},
+    "elu, same state": STYLES["elu"],
+    "relu, same state": STYLES["relu"],
+}
+DISPLAY_NAMES = {name: style["label"] for name, style in STYLES.items()} | {
+    "focused": "FLatten",
+    "polar": "PolaFormer",
+    "magnitude-aware": "MALA",
+    "hedgehog": "Hedgehog",
+    "injective": "InLine",
+    "delta": "DeltaNet",
+    "no query norm": "NaLa, no query norm",
+    "no cosine map": "NaLa, ReLU instead of cosines",
+    "tanh(norm/s)": "NaLa, tanh(norm/s)",
+    "error of one": "squared error, one item",
+    "error of many": "squared error, mean",
+    **{f"lam {lam}": f"NaLa, λ = {lam}" for lam in (1, 2, 4)},
+    **{f"lam 1 of {what}": f"NaLa, λ = 1 for {what}" for what in ("queries", "keys")},
+    **{f"tau {tau}": f"NaLa, τ = {tau}" for tau in (0, 1)},
+    "alpha 2": "NaLa, α = 2",  # noqa: RUF001
 }
 RC_PARAMS = {
     "axes.axisbelow": True,
@@ -53,12 +70,15 @@ RC_PARAMS = {
 _styled = matplotlib.style.context(["default", RC_PARAMS])  # whatever the user's own settings are
 
 
+def display_name(variant: str) -> str:
+    """Display name of a result or a variant, with its suffixes, such as ", same state"."""
+    first, *rest = variant.split(", ")
+    return ", ".join([DISPLAY_NAMES.get(first, first), *rest])
+
+
 @_styled
-def figure(
-    rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float = 3.6, **options: Any
-) -> tuple[Figure, Any]:
-    """A figure of width x height inches, without pyplot's global state, and its axes: one or an
-    array. options: as for matplotlib's Figure.subplots."""
+def figure(rows=1, columns=1, *, width=6.4, height=3.6, **options: Any) -> tuple[Figure, Any]:
+    """A figure of width x height inches, and its axes: one or an array, as from Figure.subplots."""
     fig = Figure(figsize=(width, height))
     return fig, fig.subplots(rows, columns, **options)
 
@@ -69,9 +89,24 @@ def write(fig: Figure, path: Path | str) -> None:
     write_atomically(path, lambda file: fig.savefig(file, format="png"))
 
 
+def _band(axes: Any, x: Sequence[float], values: Any, alpha: float, **style: Any) -> None:
+    """Draw the mean of values (runs, n) against x (n), in a band from lowest to highest."""
+    axes.fill_between(x, np.min(values, 0), np.max(values, 0), color=style["color"], alpha=alpha)
+    axes.plot(x, np.mean(values, axis=0), **style)
+
+
+def _dots(axes: Any, rows: Iterable[Sequence[float]], colours: Iterable[str]) -> None:
+    """For each row, from the top, draw a dot per value and a stroke at the mean."""
+    for row, (values, colour) in enumerate(zip(rows, colours, strict=True)):
+        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6, markersize=5)
+        axes.plot([np.mean(values)] * 2, [row - 0.35, row + 0.35], color=colour)
+    axes.set_ylim(row + 0.6, -0.6)
+    axes.locator_params(axis="x", nbins=5)
+
+
 @_styled
 def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Figure:
-    """Entropy and effective number of keys against the query's norm, a line per feature map."""
+    """Entropy and effective number of keys against the query's norm, a line per attention."""
     fig, axes = figure(height=3.9)
     for name, values in entropies.items():
         axes.plot(norms, np.exp(values), **STYLES[name])
@@ -80,15 +115,14 @@ def entropy_gap(norms: Sequence[float], entropies: dict[str, list[float]]) -> Fi
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set_title("Longer queries attend to fewer keys, except in plain linear attention")
     nats = axes.secondary_yaxis("right", functions=(np.log, np.exp))
-    nats.set_yticks(range(1, 5), range(1, 5))
+    nats.set(ylabel="entropy (nats)", yticks=range(1, 5), yticklabels=range(1, 5))
     nats.tick_params(which="minor", right=False)
-    nats.set_ylabel("entropy (nats)")
     axes.legend(loc="lower left")
     return fig
 
 
 @_styled
-def curve(history: list[dict[str, float]], title: str) -> Figure:
+def curve(history: list[dict], title: str) -> Figure:
     """The losses and accuracies in history against the step, in separate panels."""
     units = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
     shown = [quantity for quantity in units if any(name.endswith(quantity) for name in history[0])]
@@ -97,10 +131,9 @@ def curve(history: list[dict[str, float]], title: str) -> Figure:
     steps = [point["step"] for point in history]
     for quantity, axes in zip(shown, panels[:, 0], strict=True):
         for name in (name for name in history[0] if name.endswith(quantity)):
-            colour, style = (BLUE, "--") if name.startswith("train") else (ORANGE, "-")
-            options = {"color": colour, "marker": "o", "markersize": 3}
+            look = {"color": BLUE, "linestyle": "--"} if "train" in name else {"color": ORANGE}
             values = [point[name] for point in history]
-            axes.plot(steps, values, style, label=name.replace("_", " "), **options)
+            axes.plot(steps, values, marker="o", markersize=3, label=name.replace("_", " "), **look)
         axes.set(ylabel=units[quantity])
         axes.legend()
     panels[-1, 0].set(xlabel="step")
@@ -113,25 +146,21 @@ def attention_maps(images: Tensor, maps: dict[str, Tensor], trained_with: str) -
     each, its weights from measure.attention_maps, relative to uniform attention."""
     size = {"width": 1.9 * (1 + len(maps)) + 0.8, "height": 1.9 * len(images) + 0.9}
     fig, grid = figure(len(images), 1 + len(maps), squeeze=False, **size)
-    fig.suptitle(
-        f"What the framed patch attends to, in the last block of a {trained_with} model:\n"
-        "the same queries and keys under each kernel"
-    )
+    fig.suptitle(f"Weights of the framed patch in the last block of a {trained_with} model")
     (height, width), (rows, columns) = images.shape[2:], next(iter(maps.values())).shape[1:3]
     r, s, extent = rows // 2, columns // 2, (0, width, height, 0)
+    corner, sides = (s * width / columns, r * height / rows), (width / columns, height / rows)
     for i, (image, (first, *others)) in enumerate(zip(images, grid, strict=True)):
         first.imshow(image.movedim(0, -1).numpy(), extent=extent)
         for axes, weights in zip(others, maps.values(), strict=True):
             weights = weights[i, r, s]  # (rows, columns)
             relative = (weights * rows * columns).clamp_min(1e-9).numpy()  # 0 has no logarithm
-            options = {"cmap": "PuOr_r", "norm": LogNorm(1 / 16, 16)}
-            heatmap = axes.imshow(relative, extent=extent, **options)
+            heatmap = axes.imshow(relative, "PuOr_r", LogNorm(1 / 16, 16), extent=extent)
             label = f"effectively {entropy(weights.flatten()).exp():.0f} of {rows * columns}"
             axes.set_xlabel(label, fontsize="small")
         for axes in (first, *others):
-            patch = (s * width / columns, r * height / rows), width / columns, height / rows
             colour = ORANGE if axes is first else BLACK
-            axes.add_patch(Rectangle(*patch, fill=False, edgecolor=colour, linewidth=1.5))
+            axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=1.5))
             axes.grid(False)
             axes.spines[:].set_visible(True)
             axes.set(xticks=[], yticks=[])
@@ -144,59 +173,34 @@ def attention_maps(images: Tensor, maps: dict[str, Tensor], trained_with: str) -
 
 
 @_styled
-def confusion(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """The confusion matrix counts, (Y, Y), in per cent of each true class."""
-    counts = counts.double()  # a quotient of integers would have the default dtype
-    shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
-    fig, axes = figure(height=5.8)
-    axes.grid(False)
-    axes.imshow(shares.numpy(), vmin=0, vmax=100)
-    for i, row in enumerate(shares.tolist()):
-        for j, share in enumerate(row):
-            colour = "#000000" if share > 50 else "#ffffff"
-            axes.text(j, i, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="predicted", ylabel="true class (each row in per cent)", title=title)
-    return fig
-
-
-@_styled
-def attention_stats(nala_blocks: Rows, softmax_blocks: Rows, num_keys: int) -> Figure:
+def attention_stats(nala_blocks: list[dict], softmax_blocks: list[dict], num_keys: int) -> Figure:
     """measure.attention_stats of a model with NaLa and of one with softmax, block by block:
     medians, with bars from the 5th to the 95th percentile. num_keys: keys per query."""
     fig, panels = figure(1, 3, width=9.6, height=3.5)
-    sides = (-0.12, "cosine", nala_blocks), (0.12, "softmax", softmax_blocks)
-    for axes, name in zip(panels, ("query_norm", "power", "entropy"), strict=True):
-        for offset, look, blocks in sides:
+    limit = float(np.log(num_keys))
+    uniform = f"uniform over {num_keys} keys: {limit:.2f}"
+    quantities = {  # label, upper end of the axis, bounds
+        "query_norm": ("norm of the query", None, {}),
+        "power": ("power p, Eq. (7)", 5, {"lowest possible": 1.5, "highest possible": 4.5}),
+        "entropy": ("entropy of the attention (nats)", 1.18 * limit, {uniform: limit}),
+    }
+    sides = (-0.12, STYLES["nala"], nala_blocks), (0.12, STYLES["softmax"], softmax_blocks)
+    for axes, (name, (label, top, bounds)) in zip(panels, quantities.items(), strict=True):
+        for offset, style, blocks in sides:
             if name in blocks[0]:  # softmax has no power
                 low, _, median, _, high = np.array([block[name] for block in blocks]).T
-                bars = {"yerr": [median - low, high - median], "fmt": "o", "capsize": 4}
-                style = {"color": STYLES[look]["color"], "label": STYLES[look]["label"]}
-                axes.errorbar(np.arange(1, len(blocks) + 1) + offset, median, **bars, **style)
-        axes.set(xlabel="block", xticks=range(1, len(nala_blocks) + 1))
-        axes.set_xlim(0.5, len(nala_blocks) + 0.5)
-        axes.set_ylim(bottom=0)
+                look = {"color": style["color"], "label": style["label"], "fmt": "o", "capsize": 4}
+                x = np.arange(1, len(blocks) + 1) + offset
+                axes.errorbar(x, median, yerr=[median - low, high - median], **look)
+        axes.set(xlabel="block", xticks=range(1, len(nala_blocks) + 1), ylabel=label)
+        axes.set(xlim=(0.5, len(nala_blocks) + 0.5), ylim=(0, top))
         axes.grid(False, axis="x")
-    norm, power, nats = panels
-    norm.set_ylabel("norm of the query")
-    norm.axhspan(0, 2, color=YELLOW, alpha=0.25, linewidth=0, zorder=0)
-    norm.annotate("tanh is not flat here", (0.02, 0.05), xycoords="axes fraction")
-    power.set(ylabel="power p, Eq. (7)", ylim=(1.2, 5.0))
-    power.legend(*norm.get_legend_handles_labels(), loc="center")  # this spot is empty
-    highest = float(np.log(num_keys))
-    nats.set_ylabel("entropy of the attention (nats)")
-    nats.set_ylim(top=1.18 * highest)
-
-    def bound(axes, height, text):
-        axes.axhline(height, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
-        above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": "small"}
-        box = {"color": "white", "pad": 0.5}
-        axes.annotate(text, (0.55, height), **above, bbox=box, zorder=1.5)
-
-    bound(power, 1.5, "lowest possible")
-    bound(power, 4.5, "highest possible")
-    bound(nats, highest, f"uniform over {num_keys} keys: {highest:.2f}")
+        for text, bound in bounds.items():
+            axes.axhline(bound, color=GREY, linestyle=":", linewidth=1.2)
+            axes.annotate(text, (0.55, bound), (0, 4), textcoords="offset points", fontsize="small")
+    panels[0].axhspan(0, 2, color=YELLOW, alpha=0.25, linewidth=0, zorder=0)
+    panels[0].annotate("tanh is not flat here", (0.02, 0.05), xycoords="axes fraction")
+    panels[1].legend(*panels[0].get_legend_handles_labels(), loc="center")
     return fig
 
 
@@ -206,38 +210,31 @@ def speed(results: dict[str, Any]) -> Figure:
     decoded token against the context. results: from a card of nala_min.lab.bench."""
     styles = {
         "softmax": STYLES["softmax"] | {"label": "softmax, fused"},
-        "nala": STYLES["cosine"],
-        "compiled": STYLES["cosine"] | {"label": "NaLa, compiled", "linestyle": (0, (3, 1, 1, 1))},
+        "nala": STYLES["nala"],
+        "compiled": STYLES["nala"] | {"label": "NaLa, compiled", "linestyle": (0, (3, 1, 1, 1))},
         "readable": {"label": "NaLa, as in model.py", "color": BLUE, "linestyle": "-."},
         "quadratic": {"label": "NaLa, quadratic (13c)", "color": PURPLE, "linestyle": ":"},
         "softmax_grown": {"label": "softmax, growing cache", "color": GREEN, "linestyle": ":"},
     }
-
-    def draw(axes, rows, x, y, unit):
+    fig, (time, memory, decoding) = figure(1, 3, width=11.5, height=4.2)
+    time.set(title="Time: softmax grows as N², NaLa as N", ylabel="forward + backward (ms)")
+    memory.set(title="Memory: softmax and NaLa grow as N", ylabel="peak beyond q, k, v (MiB)")
+    decoding.set(title="Decoding: NaLa's time is constant", ylabel="time per token (ms)")
+    causal = [r for r in results["attention"] if r["causal"] and r["pass"] == "forward + backward"]
+    for axes, rows, x, y, unit in (
+        (time, causal, "length", "median", 1e3),
+        (memory, causal, "length", "peak", 2**-20),
+        (decoding, results["decode"], "context", "median", 1e3),
+    ):
         for form, style in styles.items():
-            found = [row for row in rows if row["form"] == form and row[y] is not None]
-            if found:
-                points = [row[x] for row in found], [unit * row[y] for row in found]
-                axes.plot(*points, marker="o", markersize=3, **style)
+            points = [(row[x], unit * row[y]) for row in rows if row["form"] == form and row[y]]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set(yscale="log", xlabel="number of tokens" if x == "length" else "context length")
         ticks = sorted({row[x] for row in rows})[::2]
         axes.set_xticks(ticks, [f"{n:,}" if n < 2**10 else f"{n // 2**10}k" for n in ticks])
         axes.legend(loc="upper left", fontsize="x-small")
-
-    fig, (time, memory, decoding) = figure(1, 3, width=11.5, height=4.2)
-    causal = [r for r in results["attention"] if r["causal"] and r["pass"] == "forward + backward"]
-    draw(time, causal, "length", "median", 1e3)
-    time.set(title="Time: softmax grows as N², NaLa as N", ylabel="forward + backward (ms)")
-    draw(memory, causal, "length", "peak", 2**-20)
-    memory.set(
-        title="Memory: softmax and NaLa grow as N", ylabel="peak memory beyond q, k, v (MiB)"
-    )
-    draw(decoding, results["decode"], "context", "median", 1e3)
-    decoding.set(title="Decoding: NaLa's time is constant", ylabel="time per token (ms)")
-    for axes in (time, memory):
-        axes.set_xlabel("number of tokens")
-    decoding.set_xlabel("context length (tokens)")
     if (crossover := results["crossover"]["causal, forward + backward"]) is not None:
         time.axvline(crossover, ymax=0.65, color=YELLOW, linewidth=1.5)  # below the legend
         note = f" NaLa is faster\n from {crossover:,} tokens"
@@ -246,34 +243,24 @@ def speed(results: dict[str, Any]) -> Figure:
 
 
 @_styled
-def seeds(cards: dict[str, Rows], result: str, label: str) -> Figure:
-    """Several runs per attention: the mean of their curves, in a band from lowest to highest, and a
-    dot per run for its final result, with a stroke at the mean. cards: run cards by feature map;
-    result: the key to plot, in their history and results; label: its name and unit."""
+def seeds(cards: dict[str, list[dict]], result: str, label: str) -> Figure:
+    """Run cards by attention: their curves as in _band, and their final results as in _dots.
+    result: the key to plot, in history and results; label: its name and unit."""
     fig, (left, right) = figure(1, 2, width=9.6, height=3.8)
+    finals = [[run["results"][result] for run in runs] for runs in cards.values()]
+    _dots(right, finals, [STYLES[name]["color"] for name in cards])
     for row, (name, runs) in enumerate(cards.items()):
         steps = [point["step"] for point in runs[0]["results"]["history"]]
-        values = [[p[result] for p in run["results"]["history"]] for run in runs]
+        values = [[point[result] for point in run["results"]["history"]] for run in runs]
         _band(left, steps, values, 0.15, **STYLES[name])
-        finals, colour = [run["results"][result] for run in runs], STYLES[name]["color"]
-        right.plot(finals, [row] * len(finals), "o", color=colour, alpha=0.7)
-        mean = sum(finals) / len(finals)
-        right.plot([mean, mean], [row - 0.3, row + 0.3], color=colour)
-        right.annotate(f"{mean:.3f}", (mean, row - 0.37), ha="center", fontsize="small")
+        mean = np.mean(finals[row])
+        right.annotate(f"{mean:.3f}", (mean, row - 0.38), ha="center", fontsize="small")
     left.set(xlabel="training step", ylabel=label)
     left.legend()
+    right.set(xlabel=f"final {label}", ylim=(len(cards) - 0.4, -0.7))
     right.set_yticks(range(len(cards)), [STYLES[name]["label"] for name in cards])
-    right.set(xlabel=f"final {label}", ylim=(len(cards) - 0.4, -0.7))  # the first on top
-    right.locator_params(axis="x", nbins=6)
     right.grid(False, axis="y")
     return fig
-
-
-def _band(axes: Any, x: Sequence[float], values: Any, alpha: float, **style: Any) -> None:
-    """Draw the mean of values (runs, n) against x (n), in a band from lowest to highest."""
-    low, mean, high = np.min(values, axis=0), np.mean(values, axis=0), np.max(values, axis=0)
-    axes.fill_between(x, low, high, color=style["color"], alpha=alpha)
-    axes.plot(x, mean, **style)
 
 
 @_styled
@@ -286,62 +273,22 @@ def premise(results: dict[str, Any]) -> Figure:
     last = max(row["block"] for row in rows)
     correlations = {r["variant"]: r for r in rows if (r["seed"], r["block"]) == (1, last)}
     for column, (name, found) in zip(grid.T, points.items(), strict=True):
-        style = STYLES[{"nala": "cosine"}.get(name, name)]
-        column[0].set_title(style["label"])
+        column[0].set_title(STYLES[name]["label"])
         for axes, side in zip(column, ("query", "key"), strict=True):
-            norm = f"{side}_norm"
-            for heads in zip(found[norm], found["entropy"], strict=True):
-                axes.plot(*heads, ".", color=style["color"], markersize=2.5, alpha=0.6)
+            norms, entropies = np.array(found[f"{side}_norm"]), np.array(found["entropy"])
+            colour = STYLES[name]["color"]
+            axes.plot(norms.T, entropies.T, ".", color=colour, markersize=2.5, alpha=0.6)
             axes.set(xlabel=f"norm of the {side}")
-            note = f"rank correlation {correlations[name][norm]:+.2f}"
+            note = f"rank correlation {correlations[name][f'{side}_norm']:+.2f}"
             axes.annotate(note, (0.04, 0.03), xycoords="axes fraction")
-    lowest = min(min(head) for found in points.values() for head in found["entropy"])
+    lowest = min(np.min(found["entropy"]) for found in points.values())
     for axes in grid[:, 0]:
         axes.set(ylabel="entropy (nats)", ylim=(lowest - 0.6, None))
     return fig
 
 
-# Display names of a study's variants. Suffixes such as ", same state" are kept.
-DISPLAY_NAMES = {
-    "nala": "NaLa",
-    "split": "NaLa, sign split",
-    "elu": "linear, elu + 1",
-    "relu": "linear, ReLU",
-    "focused": "FLatten",
-    "polar": "PolaFormer",
-    "magnitude-aware": "MALA",
-    "hedgehog": "Hedgehog",
-    "injective": "InLine",
-    "delta": "DeltaNet",
-    "no query norm": "NaLa, no query norm",
-    "no cosine map": "NaLa, ReLU instead of cosines",
-    "tanh(norm/s)": "NaLa, tanh(norm/s)",
-    **{f"lam {lam}": f"NaLa, λ = {lam}" for lam in (1, 2, 4)},
-    **{f"lam 1 of {what}": f"NaLa, λ = 1 for {what}" for what in ("queries", "keys")},
-    **{f"tau {tau}": f"NaLa, τ = {tau}" for tau in (0, 1)},
-    "alpha 2": "NaLa, α = 2",  # noqa: RUF001
-}
-
-
-def display_name(variant: str) -> str:
-    """Display name of a study's variant. A user's file keeps its own name."""
-    first, *rest = variant.split(", ")
-    return ", ".join([DISPLAY_NAMES.get(first, first), *rest])
-
-
-# Line styles of a study's variants. In dot plots, all others are grey.
-VARIANT_STYLES = {
-    "softmax": STYLES["softmax"],
-    "nala": STYLES["cosine"],
-    "no query norm": {"color": YELLOW, "linestyle": "-"},
-    "no cosine map, same state": {"color": YELLOW, "linestyle": ":"},
-    "elu, same state": STYLES["elu"],
-    "relu, same state": STYLES["relu"],
-}
-
-
 @_styled
-def recall(rows: Rows, pairs: Sequence[int]) -> Figure:
+def recall(rows: list[dict], pairs: Sequence[int]) -> Figure:
     """Accuracy against the number of pairs, for VARIANT_STYLES and a user's files: the mean over
     seeds, in a band from lowest to highest. rows: the runs of a card of nala_min.lab.compare."""
     fig, axes = figure()
@@ -361,22 +308,17 @@ def recall(rows: Rows, pairs: Sequence[int]) -> Figure:
 
 
 @_styled
-def study(panels: dict[str, Rows], title: str = "") -> Figure:
+def study(panels: dict[str, list[dict]], title: str = "") -> Figure:
     """One panel per result: for each variant, a dot per run and a stroke at the mean. panels: the
     runs of a card of nala_min.lab.compare, by name of the result."""
     names = list(dict.fromkeys(row["variant"] for rows in panels.values() for row in rows))
+    colours = [VARIANT_STYLES.get(name, {"color": GREY})["color"] for name in names]
     size = {"width": 2.6 + 3.4 * len(panels), "height": 1.2 + 0.27 * len(names)}
     fig, grid = figure(1, len(panels), squeeze=False, sharey=True, **size)
     fig.suptitle(title)
     for axes, (result, rows) in zip(grid[0], panels.items(), strict=True):
-        for position, name in enumerate(names):
-            found = [row[result] for row in rows if row["variant"] == name]
-            colour = VARIANT_STYLES.get(name, {"color": GREY})["color"]
-            axes.plot(found, [position] * len(found), "o", color=colour, alpha=0.6, markersize=5)
-            average = sum(found) / len(found)
-            axes.plot([average, average], [position - 0.35, position + 0.35], color=colour)
-        axes.set(xlabel=result)
-        axes.locator_params(axis="x", nbins=5)
+        found = [[row[result] for row in rows if row["variant"] == name] for name in names]
+        _dots(axes, found, colours)
+        axes.set(xlabel=display_name(result))
     axes.set_yticks(range(len(names)), map(display_name, names))
-    axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     return fig

@@ -1,5 +1,5 @@
 """Other attentions, registered by name: the closest relatives of NaLa, for `--attention NAME`, and
-your own, for `--attention FILE.py`.
+your own, for `--attention FILE.py`. Also the released code's rotary positions, Eq. (17).
 
 Most are linear attention, Eq. (5), with other features. Features with parameters are computed first
 and then passed to linear_attention.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nala_min.model import (
     ATTENTIONS,
     Config,
+    at_least_float32,
     chunked,
     decompose,
     key_features,
@@ -33,6 +34,7 @@ from nala_min.model import (
     parallel,
     query_features,
     query_power,
+    require,
 )
 
 # --- The closest relatives of NaLa ----------------------------------------------------------------
@@ -62,11 +64,6 @@ def clipped_power(x: Tensor, power: Tensor | float) -> Tensor:
     return torch.where(positive, x, 1.0).pow(power) * positive
 
 
-def identity(features: Tensor) -> Tensor:
-    """The identity, for features that are already computed."""
-    return features
-
-
 class Polar(nn.Module):
     """Polarity-aware linear attention (PolaFormer, arXiv 2501.15061): pairs of query and key
     channels of equal sign weight one half of a value's channels, pairs of opposite sign the other
@@ -84,12 +81,9 @@ class Polar(nn.Module):
         phi_q = torch.cat([plus_q, minus_q], dim=-1)  # (B, H, N, 2D)
         same, opposite = (torch.cat(x, dim=-1) for x in ((plus_k, minus_k), (minus_k, plus_k)))
         halves = zip((same, opposite), v.chunk(2, dim=-1), state or (None, None), strict=True)
-        results = [
-            linear_attention(
-                phi_q, *x, identity, identity, causal=causal, state=y, return_state=True
-            )
-            for *x, y in halves
-        ]
+        attend = with_features(at_least_float32, at_least_float32)  # they are features already
+        attend = partial(attend, causal=causal, return_state=True)
+        results = [attend(phi_q, *x, state=y) for *x, y in halves]
         (first, second), states = zip(*results, strict=True)
         out = torch.cat([first, second], dim=-1)
         return (out, states if causal else None) if return_state else out
@@ -120,7 +114,7 @@ def magnitude_aware(
         key_sum, value_sum, n = phi_k.sum(2, keepdim=True), v.sum(2, keepdim=True), k.shape[2]
     s = (phi_q * key_sum / n).sum(dim=-1, keepdim=True) / math.sqrt(q.shape[-1])  # (B, H, N, 1)
     out = ((1 + s) * o - s * value_sum / n).to(v.dtype)
-    state = (after, value_sum[:, :, -1:], position + q.shape[2]) if causal else None
+    state = (after, value_sum[:, :, -1:].clone(), position + q.shape[2]) if causal else None
     return (out, state) if return_state else out
 
 
@@ -137,7 +131,7 @@ def injective(
     visible keys, with a_i = q k_i. They sum to 1 without a division, can be negative, and differ
     more for longer queries. We divide a_i by n sqrt(D), so they do not grow with n."""
     dtype = v.dtype
-    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    q, k, v = (at_least_float32(x) for x in (q, k, v))
     values = F.pad(v, (0, 1), value=1.0)  # (B, H, N, M + 1)
     zeros = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1)
     # Sums of k^T [v 1] and of v; number of tokens read.
@@ -147,10 +141,11 @@ def injective(
         value_sum = v.cumsum(dim=2) + value_sum  # (B, H, N, M)
         n = position + torch.arange(1, q.shape[2] + 1, device=q.device)[:, None]  # (N, 1)
     else:
-        total, value_sum, n = parallel(q, k, values), v.sum(2, keepdim=True), k.shape[2]
+        total, _ = parallel(q, k, values)
+        value_sum, n = v.sum(2, keepdim=True), k.shape[2]
     mean = value_sum / n
     out = mean + (total[..., :-1] - total[..., -1:] * mean) / (n * math.sqrt(q.shape[3]))
-    state = (sums, value_sum[:, :, -1:], position + q.shape[2]) if causal else None
+    state = (sums, value_sum[:, :, -1:].clone(), position + q.shape[2]) if causal else None
     return (out.to(dtype), state) if return_state else out.to(dtype)
 
 
@@ -167,7 +162,7 @@ class Delta(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal, state=None, return_state=False):
         dtype = v.dtype
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        q, k, v = (at_least_float32(x) for x in (q, k, v))
         q, k = (decompose(F.silu(x))[1] for x in (q, k))  # (B, H, N, D)
         beta = torch.sigmoid(self.share)[:, None, None]
         if state is None:
@@ -180,19 +175,52 @@ class Delta(nn.Module):
         return (out, state if causal else None) if return_state else out
 
 
-ATTENTIONS["focused"] = partial(
-    linear_attention, query_features=focused_features, key_features=focused_features
-)
-ATTENTIONS["clipped"] = partial(
-    linear_attention, query_features=clipped_query_features, key_features=clipped_key_features
-)
+def with_features(query_map: Callable, key_map: Callable) -> Callable:
+    """Linear attention, Eq. (5), with these features."""
+    return partial(linear_attention, query_map=query_map, key_map=key_map)
+
+
+ATTENTIONS["focused"] = with_features(focused_features, focused_features)
+ATTENTIONS["clipped"] = with_features(clipped_query_features, clipped_key_features)
 ATTENTIONS["polar"] = Polar
 ATTENTIONS["magnitude-aware"] = magnitude_aware
-ATTENTIONS["hedgehog"] = partial(
-    linear_attention, query_features=softmax_features, key_features=softmax_features
-)
+ATTENTIONS["hedgehog"] = with_features(softmax_features, softmax_features)
 ATTENTIONS["injective"] = injective
 ATTENTIONS["delta"] = Delta
+
+# --- Rotary positions, as the released code has them ----------------------------------------------
+
+
+def rotary_attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, feature_map: str = "split"
+) -> Tensor:
+    """Bidirectional NaLa with the rotary positions of the released code, Eq. (17), in the numerator
+    of (5) only: weights can be negative. positions: (N, A), A = 1 for text, 2 for images."""
+    angles = rotary_angles(positions, q.shape[3])  # (N, D / 2)
+    phi_q, phi_k = query_features(q, feature_map), key_features(k, feature_map)  # (B, H, N, 2D)
+    normaliser = phi_q @ phi_k.sum(dim=2)[..., None]  # (B, H, N, 1)
+    sums, _ = parallel(rotate(phi_q, angles), rotate(phi_k, angles), v.to(phi_k.dtype))
+    return (sums / normaliser.masked_fill(normaliser == 0, math.inf)).to(v.dtype)
+
+
+def rotary_angles(positions: Tensor, dim: int) -> Tensor:
+    """Angles (N, dim / 2), float64, for positions (N, A), Eq. (17): the first dim / A channels
+    rotate by the first axis, the last by the last. Frequencies fall from 1 to 1 / 10,000."""
+    axes = positions.shape[1]
+    require(dim % (2 * axes) == 0, "D", f"divisible by {2 * axes} for {axes} axes", dim)
+    count = dim // (2 * axes)  # frequencies per axis
+    exponents = torch.arange(count, dtype=torch.float64, device=positions.device)
+    frequencies = 10000.0 ** (-exponents / max(count - 1, 1))
+    return (positions[:, :, None] * frequencies).flatten(1)
+
+
+def rotate(features: Tensor, angles: Tensor) -> Tensor:
+    """Rotate channels 2j, 2j+1 in each block of D of (..., N, F) by angles (N, D / 2), Eq. (17)."""
+    first, second = features.unflatten(-1, (-1, angles.shape[1], 2)).unbind(-1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, D / 2)
+    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.flatten(-3).to(features.dtype)
+
 
 # --- Your own -------------------------------------------------------------------------------------
 
@@ -208,111 +236,67 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
 
     The file defines query_features(q) and key_features(k), (..., D) to non-negative (..., F), for
     linear_attention; or attention(q, k, v, *, causal, state=None, return_state=False), which takes
-    and returns the same as nala_attention. Its state can be any object. The functions are tried on
-    a few tokens of dim channels. The file is executed like any Python script.
+    and returns the same as nala_attention, with any object as its state. It is executed like any
+    Python script, and tried on a few tokens of dim channels.
 
     Raises ValueError, with a one-line message, if the file cannot be read or run, or if its
     functions are missing or wrong.
     """
     path = os.fspath(path)
     try:
-        content = Path(path).read_bytes()
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    module = _run_file(path, f"attention_{digest[:12]}")
-    names = ("query_features", "key_features")
-    functions = [getattr(module, name, None) for name in names]
-    attention = getattr(module, "attention", None)
-    if (attention is None) == (functions == [None, None]) or None in functions != [None, None]:
-        defined = [
-            name for name in (*names, "attention") if getattr(module, name, None) is not None
-        ]
-        raise ValueError(
-            f"{path} must define query_features and key_features, or attention,"
-            f" got {', '.join(defined) or 'neither'}"
-        )
-    try:
-        with torch.random.fork_rng(devices=[]):
-            if attention is None:
-                _try_features(dict(zip(names, functions, strict=True)), dim)
-                attention = partial(linear_attention, **dict(zip(names, functions, strict=True)))
-            elif not isinstance(attention, type):
-                _try_attention(attention, dim, causal)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    ATTENTIONS[path] = attention
-    return digest
-
-
-def _run_file(path: str, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"attention_{digest[:12]}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _call(name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
     try:
-        return function(*args, **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            ATTENTIONS[path] = _attention_of(module, dim, causal)
     except Exception as error:
-        message = str(error).partition("\n")[0]
-        raise ValueError(f"{name} fails: {type(error).__name__}: {message}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{str(error).splitlines()[0]}") from error
+    return digest
 
 
-def _try_features(functions: dict[str, Callable], dim: int) -> None:
-    x = 2 * torch.randn(2, 3, 5, dim, generator=torch.Generator().manual_seed(0))
-    x[:, :, 3] = 0
-    sizes = []
-    for name, function in functions.items():
-        phi = _call(name, function, x)
-        shape = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
-        if shape[:3] != (2, 3, 5) or len(shape) != 4:
-            raise ValueError(f"{name} must return (2, 3, 5, F) for {tuple(x.shape)}, got {shape}")
-        if not phi.is_floating_point():
-            raise ValueError(f"{name} must return floating-point numbers, got {phi.dtype}")
-        wrong = phi[~(phi.isfinite() & (phi >= 0))]
-        if wrong.numel():
-            raise ValueError(f"{name} must be finite and non-negative, got {wrong[0].item():.3g}")
-        sizes.append(phi.shape[3])
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            "query_features and key_features must return the same number of features, got"
-            f" {sizes[0]} and {sizes[1]}"
-        )
+def _attention_of(module: ModuleType, dim: int, causal: bool) -> Callable:
+    """The attention that module defines, tried on a few tokens."""
+    names = [x for x in ("query_features", "key_features", "attention") if hasattr(module, x)]
+    if names not in (["query_features", "key_features"], ["attention"]):
+        needed = "query_features and key_features, or attention"
+        raise ValueError(f"the file must define {needed}, got {', '.join(names) or 'neither'}")
+    q, k, v = 2 * torch.randn(3, 2, 3, 6, dim, generator=torch.Generator().manual_seed(0))
+    k[:, :, 3] = 0
+    if names == ["attention"]:
+        attention = module.attention
+    else:
+        attention = with_features(module.query_features, module.key_features)
+        for name, x in (("query_features", q), ("key_features", k)):
+            phi, first = (torch.as_tensor(getattr(module, name)(y)) for y in (x, x[:, :, :4]))
+            is_valid = phi.is_floating_point() and phi.shape[:-1] == x.shape[:-1]
+            require(is_valid, f"{name}'s result", "floating-point (B, H, N, F)", phi)
+            wrong = phi[~(phi.isfinite() & (phi >= 0))]
+            require(not wrong.numel(), name, "finite and non-negative", wrong[:1])
+            same = torch.allclose(first, phi[:, :, :4], 1e-4, 1e-6)
+            require(same, name, "features of each token by itself", "other ones for fewer tokens")
+    if isinstance(attention, type):  # made once per block, with the config
+        return attention
 
-
-def _try_attention(attention: Callable, dim: int, causal: bool) -> None:
-    q, k, v = torch.randn(3, 2, 3, 6, dim, generator=torch.Generator().manual_seed(0))
-
-    def run(part: slice, state: Any = None) -> tuple[Tensor, Any]:
-        tensors = (x[:, :, part] for x in (q, k, v))
-        options = {"causal": causal, "state": state, "return_state": True}
-        result = _call("attention", attention, *tensors, **options)
-        if not isinstance(result, tuple) or len(result) != 2:
-            got = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
-            raise ValueError(
-                f"attention must return output and state with return_state=True, got {got}"
-            )
-        out, shape = result[0], tuple(v[:, :, part].shape)
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        if got != shape:
-            raise ValueError(f"attention must return {shape}, got {got}")
-        return result
-
-    whole, _ = run(slice(None))
-    wrong = whole[~whole.isfinite()]
-    if wrong.numel():
-        raise ValueError(f"attention must be finite, got {wrong[0].item()}")
+    run = partial(attention, causal=causal, return_state=True)
+    result = run(q, k, v)
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    require(is_pair, "attention's result", "output and state with return_state=True", type(result))
+    out = result[0]
+    require(out.shape == v.shape, "attention's output", f"{tuple(v.shape)}", out)
+    require(out.isfinite().all(), "attention's output", "finite", out[~out.isfinite()][:1])
     if causal:
-        head, state = run(slice(4))
-        tail, _ = run(slice(4, None), state)
-        if not torch.allclose(head, whole[:, :, :4], rtol=1e-3, atol=1e-4):
+        first, state = run(q[:, :, :4], k[:, :, :4], v[:, :, :4])
+        rest, _ = run(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], state=state)
+        if not torch.allclose(first, out[:, :, :4], 1e-4, 1e-5):
             raise ValueError("attention sees the future: a later token changes an earlier output")
-        if not torch.allclose(tail, whole[:, :, 4:], rtol=1e-3, atol=1e-4):
-            raise ValueError(
-                "attention does not continue from its state: splitting a text changes the output"
-            )
+        if not torch.allclose(rest, out[:, :, 4:], 1e-3, 1e-4):
+            raise ValueError("attention does not continue from its state")
+    return attention

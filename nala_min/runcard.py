@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,7 @@ RESULTS = Path(__file__).parent.parent / "notebooks" / "results"  # the committe
 def run_card(
     config: dict[str, Any], data: dict[str, Any], device: torch.device, seconds: float, results: Any
 ) -> dict[str, Any]:
-    """Everything needed to repeat a result, ready for JSON.
-
-    config: what determines the result; data: name and checksum of the data; seconds: run time.
-    """
+    """Everything needed to repeat a result, ready for JSON. config: what determines it."""
     processes, threads = distributed.world_size(), torch.get_num_threads()  # threads per process
     launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -54,41 +52,30 @@ def _device_name(device: torch.device) -> str:
 
 
 def expected(pattern: str, config: dict[str, Any], sha256: str, result: str) -> str:
-    """A sentence that says what committed runs reached with this config, for any seed.
-
-    pattern: file names in RESULTS; sha256: of the data; result: a key of the cards' results.
-    """
+    """What committed runs, in files of this pattern, reached with this config and any seed."""
     cards = [read_json(path) for path in RESULTS.glob(pattern)]
     cards = [card for card in cards if card["config"] | {"seed": 0} == config | {"seed": 0}]
     reached = [card["results"][result] for card in cards if card["data"]["sha256"] == sha256]
     if not reached:
         return "No committed run used these flags and this data: nothing to compare with."
-    return (
-        f"Expect a {result.replace('_', ' ')} of about {sum(reached) / len(reached):.2f}"
-        f" ({min(reached):.3f} to {max(reached):.3f} in {len(reached)} committed runs)."
-    )
+    about = f"a {result.replace('_', ' ')} of about {sum(reached) / len(reached):.2f}"
+    return f"Expect {about} ({min(reached):.3f} to {max(reached):.3f} in {len(reached)} runs)."
 
 
 def check_writable(*paths: Path | str) -> None:
-    """Create the folders of paths and write there once, before any work. Leaves no file behind.
-    Raises UsageError, which names --out."""
-    for path in map(Path, paths if distributed.rank() == 0 else ()):  # only rank 0 writes
+    """Create the folders of paths. Raises UsageError if files cannot be written there."""
+    for path in map(Path, paths):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
             if path.is_dir():
                 raise IsADirectoryError("a folder is in the way")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            trial = path.with_name(path.name + ".trial")
-            write_atomically(trial, lambda file: file.write(b"?"))
-            trial.unlink()
         except OSError as error:
-            raise UsageError(
-                f"--out: {path} cannot be written ({error}): name another folder with --out"
-            ) from error
+            raise UsageError(f"--out: {path} cannot be written ({error})") from error
 
 
 def to_plain(value: Any) -> Any:
-    """value as read back from JSON: NumPy numbers, tensors and paths become plain values. Raises
-    TypeError for values that JSON cannot hold."""
+    """value as read back from JSON. Raises TypeError for values that JSON cannot hold."""
     text = json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else os.fspath(x))
     return json.loads(text)
 

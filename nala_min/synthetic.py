@@ -1,18 +1,17 @@
 """Stand-ins for real data without a network: drawn digits and the Python manual."""
 
-from __future__ import annotations
-
 import pydoc_data.topics
-from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-# Their names in results.
-MANUAL_NAME = "Python manual (stand-in)"
+MANUAL_NAME = "Python manual (stand-in)"  # in results
 DIGITS_NAME = "drawn digits (stand-in)"
 FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif"
@@ -28,25 +27,19 @@ def python_manual() -> str:
 
 def draw_glyphs(size: int = 48) -> Tensor:
     """Every digit in every font, (fonts, 10, size, size), 1 where there is ink."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     figure = Figure(figsize=(10 * size / 72, len(FONTS) * size / 72), dpi=72)
+    style = {"fontsize": 0.7 * size, "ha": "center", "va": "center_baseline"}
     for row, font in enumerate(FONTS):
         for digit in range(10):
             x, y = (digit + 0.5) / 10, 1 - (row + 0.5) / len(FONTS)
-            style = {"font": folder / f"{font}.ttf", "fontsize": 0.7 * size}
-            figure.text(x, y, str(digit), ha="center", va="center_baseline", **style)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = torch.from_numpy(np.array(canvas.buffer_rgba())[..., 0])
-    ink = 1 - pixels.float() / 255
+            figure.text(x, y, str(digit), font=folder / f"{font}.ttf", **style)
+    pixels, _ = FigureCanvasAgg(figure).print_to_buffer()
+    ink = 1 - torch.from_numpy(np.frombuffer(pixels, np.uint8)[::4].copy()).float() / 255
     return ink.view(len(FONTS), size, 10, size).transpose(1, 2)
 
 
-def drawn_digits(count: int, fonts: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+def drawn_digits(count: int, fonts: range, seed: int) -> tuple[Tensor, Tensor]:
     """Coloured digits on coloured squares, (count, 3, 32, 32) uint8, and their labels (count,).
     Light on dark is as frequent as dark on light, so no linear classifier can read them."""
     random = np.random.default_rng(seed)

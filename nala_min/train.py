@@ -1,14 +1,17 @@
-"""Training, the same for both scripts: settings, recipe, optimisers and the loop."""
+"""Training, the same for both scripts: settings, recipe, optimisers, checkpoints and the loop."""
 
 from __future__ import annotations
 
+import io
 import math
 import random
-import signal
+import statistics
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,14 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nala_min import distributed, relatives
-from nala_min.arguments import BlockConfig
-from nala_min.checkpoint import Run, load_checkpoint
 from nala_min.flags import UsageError, flag, interrupts
 from nala_min.model import ATTENTIONS, Config, in_mode
-from nala_min.runcard import to_plain
+from nala_min.runcard import check_writable, to_plain, write_atomically
 
-# --- Settings of every script ---------------------------------------------------------------------
-
+FORMAT = 4  # version of checkpoints: incremented when a model, or what Run saves, changes
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES: dict[str, Callable[[float], float]] = {  # rate / peak, after a fraction of the run
     "linear": lambda done: 1 - done,
@@ -41,22 +41,21 @@ class Settings:
     NAME: ClassVar[str] = ""  # starts the name of the run's folder
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     CAUSAL: ClassVar[bool] = True  # whether a token sees only the past
-    MODEL_FLAGS: ClassVar[str] = "--attention, --layers, --heads, --dim"  # of model_config
 
     preset: str | None = flag(None, "size, recipe (default: gpu on CUDA, else cpu)", ("cpu", "gpu"))
     attention: str = flag("nala", "a name or your own FILE.py, or one per block: nala,softmax")
-    seed: int = flag(1, "seed for weights, data order and dropout", allow_zero=True, below=2**63)
+    seed: int = flag(1, "seed for weights, data order and dropout", least=0, below=2**63)
     out: Path | None = flag(None, "folder (default: in runs/, by the flags)", affects_result=False)
-    device: str = flag("auto", "device to train on", DEVICES, affects_result=False)
+    device: str = flag("auto", "where to train", DEVICES, affects_result=False)
     resume: bool = flag(False, "continue from the checkpoint in --out", affects_result=False)
-    compile: bool = flag(False, "use torch.compile, if there is a compiler", affects_result=False)
+    compile: bool = flag(False, "use torch.compile, which needs a compiler", affects_result=False)
     steps: int | None = flag(None, "number of training steps")
     batch: int | None = flag(None, "examples per batch")
-    lr: float | None = flag(None, "peak learning rate of AdamW")
-    muon: float | None = flag(None, "peak learning rate of Muon; 0: only AdamW", allow_zero=True)
-    weight_decay: float | None = flag(None, "decoupled weight decay of matrices", allow_zero=True)
+    lr: float | None = flag(None, "peak learning rate of AdamW", least=1e-9)
+    muon: float | None = flag(None, "peak learning rate of Muon; 0: only AdamW", least=0)
+    weight_decay: float | None = flag(None, "decoupled weight decay of matrices", least=0)
     schedule: str = flag("linear", "decay: linear to 0, or cosine to a tenth", tuple(SCHEDULES))
-    dropout: float | None = flag(None, "dropout probability", allow_zero=True, below=1)
+    dropout: float | None = flag(None, "dropout probability", least=0, below=1)
     layers: int | None = flag(None, "number of blocks")
     heads: int | None = flag(None, "attention heads per block")
     dim: int | None = flag(None, "width of the model")
@@ -64,36 +63,30 @@ class Settings:
     def __post_init__(self) -> None:
         on_cuda = self.device in ("auto", "cuda") and torch.cuda.is_available()
         self.preset = self.preset or ("gpu" if on_cuda else "cpu")
-        for name, default in self.defaults().items():
+        defaults = self.defaults()
+        for name in defaults:
             if getattr(self, name) is None:
-                setattr(self, name, default)
+                setattr(self, name, defaults[name])
         for item in fields(self):
-            value, zero = getattr(self, item.name), item.metadata["allow_zero"]
-            below = item.metadata["below"]
-            if type(value) in (int, float) and not (0 < value < below or (zero and value == 0)):
-                limits = f"{'at least 0' if zero else 'positive'} and below {below}"
+            value, least, below = getattr(self, item.name), *item.metadata["limits"]
+            if type(value) in (int, float) and not least <= value < below:
+                limits = f"at least {least} and below {below}"
                 raise UsageError(f"--{item.name.replace('_', '-')} must be {limits}, got {value}")
         if self.batch % (processes := distributed.world_size()):
-            raise UsageError(
-                f"--batch must be divisible by {processes} processes, got {self.batch}"
-            )
+            raise UsageError(f"--batch must be divisible by {processes} processes")
         names = self.attention.split(",")  # one, or one per block
-        self.attention_sha256: dict[str, str] = {}  # SHA-256 of each file in --attention
         try:
-            for name in filter(relatives.is_file, names):
-                dim = max(1, self.dim // self.heads)
-                self.attention_sha256[name] = relatives.register(name, dim, causal=self.CAUSAL)
+            dim, files = max(1, self.dim // self.heads), filter(relatives.is_file, names)
+            register = partial(relatives.register, dim=dim, causal=self.CAUSAL)
+            self.attention_sha256 = {name: register(name) for name in files}
+            Config(**block_options(self.config()))
         except ValueError as error:
-            raise UsageError(f"--attention {error}") from error
-        try:
-            self.model_config()
-        except ValueError as error:
-            raise UsageError(f"{self.MODEL_FLAGS}: {error}") from error
-        parts = [Path(name).stem if relatives.is_file(name) else name for name in names]
-        parts = [self.NAME, self.preset, "-".join(parts), f"seed{self.seed}"]
-        for name, default in self.defaults().items():  # values that differ from the preset's
-            if getattr(self, name) != default:
-                parts.append(f"{name}{getattr(self, name):g}")
+            raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
+        parts = [self.NAME, self.preset, "-".join(Path(name).stem for name in names)]
+        if (data := getattr(self, "data", None)) != getattr(type(self), "data", None):
+            parts.append(Path(data).stem)
+        changed = (name for name in defaults if getattr(self, name) != defaults[name])
+        parts += [f"seed{self.seed}", *(f"{name}{getattr(self, name):g}" for name in changed)]
         parts += [self.schedule] * (self.schedule != "linear") + ["compiled"] * self.compile
         self.out = Path(self.out or Path("runs") / "_".join(parts))
 
@@ -101,19 +94,12 @@ class Settings:
         """The values of the chosen preset."""
         return self.PRESETS[self.preset]
 
-    def model_config(self) -> Config:
-        """Sizes and options of the model. Raises ValueError if they do not fit together."""
-        return BlockConfig(**block_options(self.config()), conv_size=1)
-
     def config(self) -> dict[str, Any]:
         """Everything that determines the result, ready for JSON."""
         names = [item.name for item in fields(self) if item.metadata["affects_result"]]
         config = {name: getattr(self, name) for name in names}
-        if self.compile:  # compilation changes rounding
-            config["compile"] = True
-        if self.attention_sha256:
-            config["attention_sha256"] = self.attention_sha256
-        return config
+        config |= {"compile": True} if self.compile else {}  # compilation changes rounding
+        return config | ({"attention_sha256": x} if (x := self.attention_sha256) else {})
 
     def recipe(self, device: torch.device) -> Recipe:
         """The recipe, with ten points on the curve, and bfloat16 on CUDA cards that support it."""
@@ -123,14 +109,22 @@ class Settings:
         return Recipe(self.steps, self.lr, **options)
 
 
+def block_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Options for Config, from a run's config."""
+    names = config["attention"].split(",")
+    sizes = {"num_layers": config["layers"], "num_heads": config["heads"], "dim": config["dim"]}
+    attention = names if len(names) > 1 else names[0]
+    return sizes | {"dropout": config["dropout"], "attention": attention}
+
+
 def load_run(settings: Settings, *names: str) -> dict[str, Any]:
     """Load the checkpoint in --out, whose extra must contain names, and register its attention
     files; one that was renamed is found with --attention. Raises UsageError if one has changed."""
     saved = load_checkpoint(settings.out / "checkpoint.pt", *names)
-    paths_by_sha256 = {digest: name for name, digest in settings.attention_sha256.items()}
+    renamed = {digest: name for name, digest in settings.attention_sha256.items()}
     dim = saved["extra"]["dim"] // saved["extra"]["heads"]
     for name, digest in saved["extra"].get("attention_sha256", {}).items():
-        path = paths_by_sha256.get(digest, name)
+        path = renamed.get(digest, name)
         try:
             if relatives.register(path, dim, causal=settings.CAUSAL) != digest:
                 raise ValueError(f"{name} has changed since the run was trained")
@@ -140,39 +134,24 @@ def load_run(settings: Settings, *names: str) -> dict[str, Any]:
     return saved
 
 
-def block_options(config: dict[str, Any]) -> dict[str, Any]:
-    """Options for LMConfig or ViTConfig, from a run's config."""
-    names = config["attention"].split(",")
-    sizes = {"num_layers": config["layers"], "num_heads": config["heads"], "dim": config["dim"]}
-    attention = names if len(names) > 1 else names[0]
-    return sizes | {"dropout": config["dropout"], "attention": attention}
-
-
 def choose_device(name: str) -> torch.device:
     """The device called name; "auto" is the first available of cuda, mps, cpu. With several
     processes, each gets its own CUDA card. Raises UsageError if there is none."""
-    processes = distributed.world_size()
-    mps = torch.backends.mps.is_available() and processes == 1
-    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    several, card = distributed.world_size() > 1, distributed.local_rank()
+    cuda, mps = torch.cuda.device_count() > card, torch.backends.mps.is_available() and not several
     if name == "auto":
-        name = next(kind for kind, is_available in available.items() if is_available)
-    if not available[name]:
-        raise UsageError(f"--device {name} is not available here: use --device auto")
-    if name != "cuda" or processes == 1:
-        return torch.device(name)
-    card, cards = distributed.local_rank(), torch.cuda.device_count()
-    if card >= cards:
-        raise UsageError(f"{processes} processes need as many CUDA cards, not {cards}")
-    torch.cuda.set_device(card)
-    return torch.device(name, card)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
+        raise UsageError(f"--device {name} is not available here (one card per process)")
+    if name == "cuda" and several:
+        torch.cuda.set_device(card)
+        return torch.device(name, card)
+    return torch.device(name)
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether device is a CUDA card with native bfloat16; older cards only emulate it."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-# --- Recipe and optimisers ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -195,10 +174,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, got {self.schedule!r}")
-        lowest = {"steps": 1, "learning_rate": 0, "muon": 0, "warmup": 0, "weight_decay": 0}
-        for name, least in (lowest | {"clip": 0, "eval_every": 1}).items():
-            if not (getattr(self, name) or 0) >= least:  # NaN is refused
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, x in vars(self).items():
+            least = 1 if name in ("steps", "eval_every") else 0
+            if isinstance(x, int | float) and not x >= least:  # NaN is refused
+                raise ValueError(f"{name} must be at least {least}, got {x}")
 
     def learning_rate_at(self, step: int, peak: float) -> float:
         """Learning rate at step 0, 1, ..., steps - 1, with this peak."""
@@ -218,31 +197,26 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:  # not frozen, and used
-                    by_shape.setdefault(weight.shape, []).append(weight)
-            for weights in by_shape.values():  # stack matrices of one shape: a few large products
-                steps = orthogonal(torch.stack([self._nesterov(weight) for weight in weights]))
+                    if not (state := self.state[weight]):
+                        state["momentum"] = torch.zeros_like(weight)
+                    momentum = state["momentum"].lerp_(weight.grad, 0.05)
+                    ahead = weight.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov
+                    by_shape.setdefault(weight.shape, []).append((weight, ahead))
+            for pairs in by_shape.values():  # stack matrices of one shape: a few large products
+                steps = orthogonal(torch.stack([ahead for _, ahead in pairs]))
                 rate = group["lr"] * max(1.0, steps.shape[1] / steps.shape[2]) ** 0.5
-                for weight, step in zip(weights, steps, strict=True):
+                for (weight, _), step in zip(pairs, steps, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.sub_(rate * step.view_as(weight))
         return loss
 
-    def _nesterov(self, weight: nn.Parameter) -> Tensor:
-        """Nesterov momentum, as a matrix with one row per output."""
-        momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-        momentum.lerp_(weight.grad, 0.05)
-        return weight.grad.lerp(momentum, 0.95).flatten(1)
-
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Roughly the nearest orthogonal matrix to each matrix in x: singular values become about 1.
-
-    x: (..., R, S). Uses Newton-Schulz iteration with Jordan's coefficients: five steps of an odd
-    polynomial map singular values in [0.002, 1] to [0.68, 1.21].
-    """
+    """Roughly the nearest orthogonal matrix to each matrix in x (..., R, S): five steps of Jordan's
+    odd polynomial (Newton-Schulz) map singular values in [0.002, 1] to [0.68, 1.21]."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonal(x.mT).mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
@@ -258,38 +232,111 @@ def orthogonal(x: Tensor) -> Tensor:
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW, with weight decay on matrices but not on biases and normalisation gains. With
     recipe.muon, Muon trains all matrices except the embedding and the head."""
-    ends = [getattr(model, name).weight for name in ("embed", "head") if hasattr(model, name)]
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    hidden = [p for p in matrices if recipe.muon and all(p is not end for end in ends)]
-    others = [p for p in matrices if all(p is not x for x in hidden)]
-    groups = [
-        {"params": others, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    betas = (0.9, recipe.beta2)
-    optimizers = [torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)]
+    vectors, hidden, others = [], [], []
+    for name, weight in model.named_parameters():
+        is_end = name.endswith(("embed.weight", "head.weight"))
+        group = vectors if weight.ndim < 2 else others if is_end or not recipe.muon else hidden
+        group.append(weight)
+    groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
+    options = {"betas": (0.9, recipe.beta2), "weight_decay": recipe.weight_decay, "fused": True}
+    optimizers = [torch.optim.AdamW(groups, lr=recipe.learning_rate, **options)]
     if hidden:
         optimizers.append(Muon(hidden, recipe.muon, recipe.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]  # the peak; PyTorch's schedulers use this name
     return optimizers
 
 
-# --- The loop -------------------------------------------------------------------------------------
+def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
+    """Load what Run saved at path, onto the CPU. Raises UsageError if there is none, or it is
+    damaged or of another version, or its extra lacks names: another script wrote it."""
+    if not path.exists():
+        raise UsageError(f"no checkpoint at {path}: train first, or name its folder with --out")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load ignores checksums
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if damaged or saved["format"] != FORMAT or not set(names) <= saved["extra"].keys():
+            raise ValueError
+    except Exception as error:  # for damaged files, torch raises many kinds of long errors
+        reason = "cannot be read: it is damaged, or of another version or script"
+        raise UsageError(f"{path} {reason}: move it aside, or use another --out") from error
+    return saved
 
 
-def update(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, clip: float
-) -> None:
-    """One training step: backpropagate loss, clip gradients to norm clip, step each optimiser."""
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for optimizer in optimizers:
-        optimizer.step()
+def _identity(extra: dict[str, Any]) -> dict[str, Any]:
+    """extra, with the SHA-256 of each file in place of its name: files may be renamed."""
+    data = {n: x["sha256"] for n, x in extra.items() if isinstance(x, dict) and "sha256" in x}
+    digests = extra.get("attention_sha256", {})
+    names = [digests.get(name, name) for name in str(extra.get("attention")).split(",")]
+    return extra | data | {"attention": names, "attention_sha256": None}
+
+
+@dataclass
+class Run:
+    """A training run and its checkpoint at path. extra must be the same when it is resumed."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    path: Path
+    extra: dict[str, Any]
+    step: int = 0  # steps done
+    losses: list[Tensor | float] = field(default_factory=list)  # since the last point
+    history: list[dict[str, float]] = field(default_factory=list)  # a dict per point
+    start: float = field(default_factory=time.perf_counter)
+
+    def begin(self, resume: bool) -> None:
+        """Continue from the checkpoint; or write the first one, which fails now and not after an
+        hour if that is impossible. Never overwrites a run, finished or not."""
+        if not resume and not self.path.exists():
+            check_writable(self.path)
+            return self.save()
+        saved = load_checkpoint(self.path)
+        extras = saved["extra"], self.extra
+        before, now = map(_identity, extras)
+        for name in extras[0] | extras[1]:
+            if before.get(name) != now.get(name):
+                values = (extra.get(name) for extra in extras)
+                old, new = (x["name"] if "sha256" in str(x) else f"{x}"[:99] for x in values)
+                change = f"{name} = {old}, " + (f"not {new}" if new != old else "since changed")
+                remedy = "use the same flags, move it aside, or use another --out"
+                raise UsageError(f"{self.path} was trained with {change}: {remedy}")
+        if not resume:
+            use = "use it with --resume, --sample or --eval, or name another folder with --out"
+            raise UsageError(f"{self.path} is the same run, at step {saved['step']}: {use}")
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.step = saved["step"]
+        self.losses, self.history = saved["losses"], saved["history"]
+        self.start -= saved["seconds"]
+
+    def add_point(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
+        """Add a point to the curve and print it above the progress bar. Saves before and after:
+        the evaluation may run out of memory."""
+        self.save()
+        if distributed.rank() == 0:
+            with in_mode(self.model, training=False):
+                numbers = to_plain(evaluate(self.model))
+            numbers = {"train_loss": statistics.fmean(self.losses), **numbers}
+            self.history.append({"step": self.step, **numbers})
+            shown = (f"{name.replace('_', ' ')} {x:.3f}" for name, x in numbers.items())
+            tqdm.write(f"step {self.step:5d}   {'   '.join(shown)}")
+        self.losses = []
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint, if all numbers are finite."""
+        losses = distributed.gather([float(loss) for loss in self.losses])
+        self.losses = [statistics.fmean(each) for each in zip(*losses, strict=True)]
+        if distributed.rank() == 0:
+            numbers = [*self.losses, *(x for point in self.history[-1:] for x in point.values())]
+            numbers += [(0 * weight.detach()).sum() for weight in self.model.parameters()]
+            if not all(map(math.isfinite, numbers)):
+                raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
+            state = {name: getattr(self, name) for name in ("step", "losses", "history", "extra")}
+            state |= {"format": FORMAT, "seconds": time.perf_counter() - self.start}
+            state["model"] = self.model.state_dict()
+            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+            torch.save(state, content := io.BytesIO())  # a file would hide why it cannot be written
+            write_atomically(self.path, lambda file: file.write(content.getbuffer()))
 
 
 def fit(
@@ -304,93 +351,57 @@ def fit(
     resume: bool = False,
     compile: bool = False,
 ) -> tuple[list[dict[str, float]], float]:
-    """Train model. Returns its curve, a dict per point (step, train_loss and the numbers from
-    evaluate), and the seconds spent.
+    """Train model. Returns its curve, a dict per point, and the seconds spent.
 
-    batch(step) returns inputs and targets. loss(model, inputs, targets) returns a scalar.
-    evaluate(model) returns numbers by name. All randomness depends on recipe.seed and the step
-    alone, so a resumed run gives the same results; PyTorch's own random state stays as it was.
-    checkpoint is written at the start, before and after evaluate (every recipe.eval_every steps and
-    at the end) and on Ctrl-C. extra is saved in it: a dict of plain values that must be the same
-    when the run is resumed. compile: train with torch.compile if there is a compiler. With several
-    processes, each computes the gradient of its share of a batch; the first evaluates and writes.
-
-    Raises UsageError if checkpoint cannot be written or belongs to another run, or to an unfinished
-    one and resume is not set; TypeError if extra or the numbers from evaluate are not plain values.
-    KeyboardInterrupt says how to continue.
+    batch(step) returns inputs and targets; loss(model, inputs, targets) a scalar; evaluate(model)
+    numbers by name. All randomness depends on recipe.seed and the step alone; PyTorch's own state
+    is given back. checkpoint is written before and after each evaluation and on Ctrl-C; extra says
+    what the run is, in plain values. With several processes, each takes its share of a batch.
+    Raises UsageError if checkpoint is another run's, or exists without resume; KeyboardInterrupt,
+    which says how to continue.
     """
     device, rank = next(model.parameters()).device, distributed.rank()
     is_cuda = device.type == "cuda"  # elsewhere, an asynchronous copy may outlive its source
-    optimizers = make_optimizers(model, recipe)
+    optimizers, peaks = make_optimizers(model, recipe), (recipe.learning_rate, recipe.muon)
     run = Run(model, optimizers, Path(checkpoint), to_plain(extra))
     stops: list[int] = []  # signals that asked the run to stop after the current step
-
-    def stop(number: int, frame: Any) -> None:
-        if stops and number == signal.SIGINT and distributed.world_size() == 1:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait; torchrun always sends two
-        stops.append(number)
-
     with ExitStack() as stack:
-        stack.enter_context(interrupts(stop))
-        run.begin(recipe.steps, resume)
-        if len(set(distributed.gather(repr([run.extra, recipe, run.step])))) > 1:
-            raise UsageError("the processes of this job differ in flags, data or checkpoint")
-        wrapped = torch.compile(model) if compile and can_compile(device) else model
-        if distributed.world_size() > 1:
-            wrapped = DistributedDataParallel(wrapped)
-        cards = [] if device.type == "cpu" else [device]
-        stack.enter_context(torch.random.fork_rng(cards, device_type=device.type))
+        stack.enter_context(interrupts(lambda number, frame: stops.append(number)))
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        run.begin(resume)
+        net = torch.compile(model) if compile else model
+        net = DistributedDataParallel(net) if distributed.world_size() > 1 else net
         stack.enter_context(in_mode(model, training=True))
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if recipe.bfloat16:  # TF32 is much faster, and more precise than bfloat16
             torch.set_float32_matmul_precision("high")
-        bar = stack.enter_context(
-            tqdm(total=recipe.steps, initial=run.step, desc="training", disable=rank > 0)
-        )
-        try:
-            while True:
-                if run.losses and (run.step % recipe.eval_every == 0 or run.step == recipe.steps):
-                    _seed(device, recipe.seed, run.step, rank)
-                    run.add_point(evaluate, bar)
-                if any(distributed.gather(bool(stops))):
-                    run.save()
-                    raise KeyboardInterrupt
-                if run.step == recipe.steps:
-                    break
-                _seed(device, recipe.seed, run.step, rank)
-                for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-                    group["lr"] = recipe.learning_rate_at(run.step, group["initial_lr"])
-                parts = (x.chunk(distributed.world_size())[rank] for x in batch(run.step))
-                inputs, targets = (x.to(device, non_blocking=is_cuda) for x in parts)
-                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-                    loss_value = loss(wrapped, inputs, targets)
-                update(wrapped, optimizers, loss_value, recipe.clip)
-                run.losses.append(loss_value.detach())
-                run.step += 1
-                bar.update()
-                if run.step % 20 == 1:  # reading a loss synchronises the GPU
-                    bar.set_postfix(loss=f"{loss_value.item():.3f}")
-        except KeyboardInterrupt as error:
-            how = f"interrupted at step {run.step}: --resume continues from step {run.saved}"
-            raise KeyboardInterrupt(how) from error
-    return run.history, time.perf_counter() - run.start
-
-
-def _seed(device: torch.device, *numbers: int) -> None:
-    """Seed the generators that training on device draws from, and no others."""
-    seed = random.Random(repr(numbers)).getrandbits(63)
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works on device. Prints a notice if it does not."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(2, device=device))
-    except Exception as error:  # many causes: no C++ compiler, no Triton, no Python headers
-        print(f"torch.compile does not work here ({type(error).__name__}): training without it.")
-        return False
-    return True
+        bar = stack.enter_context(tqdm(total=recipe.steps, initial=run.step, disable=rank > 0))
+        while True:
+            seed = random.Random(repr((recipe.seed, run.step, rank))).getrandbits(63)
+            torch.manual_seed(seed)
+            if run.losses and (run.step % recipe.eval_every == 0 or run.step == recipe.steps):
+                run.add_point(evaluate)
+                torch.manual_seed(seed)  # whatever the evaluation drew
+            if any(distributed.gather(bool(stops))):
+                run.save()
+                raise KeyboardInterrupt(f"interrupted: --resume continues from step {run.step}")
+            if run.step == recipe.steps:
+                return run.history, time.perf_counter() - run.start
+            for optimizer, peak in zip(optimizers, peaks, strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate_at(run.step, peak)
+            parts = (x.chunk(distributed.world_size())[rank] for x in batch(run.step))
+            inputs, targets = (x.to(device, non_blocking=is_cuda) for x in parts)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+                loss_value = loss(net, inputs, targets)
+            model.zero_grad(set_to_none=True)
+            loss_value.backward()
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            run.losses.append(loss_value.detach())
+            run.step += 1
+            bar.update()
+            if run.step % 20 == 1:  # reading a loss synchronises the GPU
+                bar.set_postfix(loss=f"{loss_value.item():.3f}")

@@ -15,7 +15,7 @@ from mutants import load_model
 
 import nala_min.model as model
 from nala_min.course import checks
-from nala_min.course.exercises import EXERCISES, LESSONS
+from nala_min.course.exercises import EXERCISES, HINTS, LESSONS
 
 SOLUTIONS = checks.FOLDER / "solutions"
 solved = pytest.mark.skipif(not SOLUTIONS.exists(), reason="no solutions: a teacher removed them")
@@ -104,7 +104,7 @@ def test_loops_of_lesson_1():
     weights = torch.tensor([0.3, 0.0, 1.5, 0.2], dtype=torch.float64)
     same(by_loops("entropy", weights), model.entropy(weights))
     q, k = draw(2, 1, 1, 5, 3)
-    rows = model.attention_weights(q, k, feature_map="softmax", causal=True)[0, 0]
+    rows = model.attention_weights(q, k, "softmax", causal=True)[0, 0]
     for t in range(5):
         same(by_loops("softmax_weights", q[0, 0, t], k[0, 0, : t + 1]), rows[t, : t + 1])
     c, scores = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), draw(6)
@@ -446,7 +446,7 @@ def test_mistake_is_named(name, row):
 def test_every_exercise_has_a_lesson_mistakes_and_hints():
     names = [name for lesson in LESSONS.values() for name in lesson]
     assert names == list(MISTAKES) == list(EXERCISES)
-    assert all(len(check.hints) >= 2 for check in EXERCISES.values())
+    assert list(HINTS) == names and all(len(hints) >= 2 for hints in HINTS.values())
 
 
 # Other correct answers.
@@ -563,21 +563,21 @@ def test_check_works_under_any_defaults_and_restores_them():
     wrong = load("mine.py", "import torch\ndef entropy(w):\n    return torch.zeros(w.shape[:-1])")
     leak = (
         "import torch\ndef entropy(w):\n    torch.set_default_dtype(torch.float64)\n"
-        "    torch.set_grad_enabled(False)\n    torch.set_num_threads(3)"
+        "    torch.set_grad_enabled(False)"
     )
-    before = torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state()
+    default, numbers = torch.get_default_dtype(), torch.random.get_rng_state()
     try:
         torch.set_default_dtype(torch.float64)
-        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"):
+        with torch.inference_mode():
             assert message_of(solution("linear_attention"), "linear_attention") is None
             assert "dtype torch.float32" in message_of(wrong, "entropy")
-            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+            assert torch.is_inference_mode_enabled()
         assert torch.get_default_dtype() == torch.float64
     finally:
-        torch.set_default_dtype(before[0])
+        torch.set_default_dtype(default)
     assert "None" in message_of(load("mine.py", leak), "entropy")
-    assert (torch.get_default_dtype(), torch.get_num_threads()) == before[:2]
-    assert torch.is_grad_enabled() and torch.equal(torch.random.get_rng_state(), before[2])
+    assert torch.get_default_dtype() == default and torch.is_grad_enabled()
+    assert torch.equal(torch.random.get_rng_state(), numbers)
 
 
 # --- A fresh process for each file ----------------------------------------------------------------
@@ -622,7 +622,7 @@ import numpy, torch
 from pathlib import Path
 print(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
 print(Path.cwd() == Path(__file__).parent == Path(sys.path[0]))
-print([x for x in os.environ if x.startswith(("PYTHON", "LEAK"))])
+print("LEAK" in os.environ, os.environ["PYTHONHASHSEED"])
 print(random.random(), numpy.random.rand(), torch.rand(()).item())
 """
 
@@ -630,7 +630,7 @@ print(random.random(), numpy.random.rand(), torch.rand(()).item())
 @solved
 def test_no_file_changes_the_mark_of_the_next(tmp_path, monkeypatch, capsys):
     """alice's file changes the default dtype and uses it; bob's only uses it."""
-    monkeypatch.setitem(checks.ENVIRONMENT, "OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     source = path_of(1, SOLUTIONS).read_text(encoding="utf-8")
     old = "return -(share * log).sum(dim=-1)"
     single = source.replace(old, f"{old}.to(torch.get_default_dtype())")
@@ -640,7 +640,7 @@ def test_no_file_changes_the_mark_of_the_next(tmp_path, monkeypatch, capsys):
     lines = report(alice, capsys)
     assert lines[0] == "entropy: right" and "NoneType" in lines[1]
     lines = report(bob, capsys)
-    assert lines[:3] == ["  | torch.float32 True 1", "  | True", "  | ['PYTHONHASHSEED']"]
+    assert lines[:3] == ["  | torch.float32 True 1", "  | True", "  | False 0"]
     torch.manual_seed(0)
     numbers = [float(x) for x in lines[3].split()[1:]]
     assert numbers == [random.Random(0).random(), 0.5488135039273248, torch.rand(()).item()]
@@ -745,26 +745,21 @@ while True:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are different on Windows")
-def test_no_process_outlives_its_caller(tmp_path):
-    """Ctrl-C also ends the processes that the file started; killing the caller ends marking."""
+def test_ctrl_c_also_ends_what_the_file_has_started(tmp_path):
     child = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {BEAT!r}])\n"
-    for sig, source in ((signal.SIGINT, f"{child}while True: pass"), (signal.SIGKILL, BEAT)):
-        path = write(tmp_path / sig.name / "mine.py", source)
-        code = f"from nala_min.course import checks; checks.report(1, {str(path)!r})"
-        options = {"cwd": checks.ROOT, "stderr": subprocess.DEVNULL}
-        caller, beat = (
-            subprocess.Popen([sys.executable, "-c", code], **options),
-            path.parent / "beat",
-        )
-        deadline = time.monotonic() + 60
-        while not beat.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        caller.send_signal(sig)
-        assert caller.wait(timeout=60) == -sig
-        time.sleep(1)
-        size = beat.stat().st_size
-        time.sleep(1)
-        assert beat.stat().st_size == size
+    path, beat = write(tmp_path / "mine.py", f"{child}while True: pass"), tmp_path / "beat"
+    code = f"from nala_min.course import checks; checks.report(1, {str(path)!r})"
+    options = {"cwd": checks.ROOT, "stderr": subprocess.DEVNULL}
+    caller = subprocess.Popen([sys.executable, "-c", code], **options)
+    deadline = time.monotonic() + 60
+    while not beat.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    caller.send_signal(signal.SIGINT)
+    assert caller.wait(timeout=60) == -signal.SIGINT
+    time.sleep(1)
+    size = beat.stat().st_size
+    time.sleep(1)
+    assert beat.stat().st_size == size
 
 
 def run(*arguments):

@@ -7,7 +7,6 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import faults
 import numpy as np
@@ -18,7 +17,7 @@ from torch.testing import assert_close
 
 import train_cifar
 import train_shakespeare
-from nala_min import ATTENTIONS, ViTConfig, data, model, plots, runcard
+from nala_min import ATTENTIONS, Config, data, model, plots, runcard
 from nala_min.flags import UsageError, run_script
 from nala_min.lab import compare, studies
 from nala_min.lab.studies import STUDIES, PairEmbedding, Sharpness, Study, build_model
@@ -142,7 +141,7 @@ def test_parameters_are_nearly_equal(study):
 )
 def test_half_the_heads_make_a_state_as_large_as_nala_s(name, heads, features):
     _, states = build_model(RECALL, name, 1)(torch.zeros(1, 3, dtype=torch.long))
-    assert states[0].attention.shape == (1, heads, features, 32 // heads + 1)
+    assert states[0][0].shape == (1, heads, features, 32 // heads + 1)
 
 
 def phi_q(power=None, **options):
@@ -234,7 +233,7 @@ def test_the_recipe_is_the_script_s(study, script, batch):
     if study == "text":
         assert task.block == preset["block"]
     else:
-        assert preset["shift"] == 0 and preset["patch"] == ViTConfig().patch_size
+        assert preset["shift"] == 0 and preset["patch"] == Config().patch_size
 
 
 def test_text_and_images_are_trained_on_their_own_data(tmp_path, monkeypatch):
@@ -294,13 +293,6 @@ def test_the_difference_is_paired_and_its_interval_is_student_s():
     assert gap == pytest.approx(pairs.mean())
     assert half == pytest.approx(4.303 * pairs.std(ddof=1) / math.sqrt(3))
     assert compare.difference([1.0], [2.0]) == (-1.0, math.inf)
-
-
-@pytest.mark.parametrize("pairs", [2, 3, 5])
-def test_an_interval_covers_the_truth_in_95_percent_of_studies(pairs):
-    draws = np.random.default_rng(1).standard_normal((1500, pairs))
-    found = (compare.difference(list(row), [0.0] * pairs) for row in draws)
-    assert mean(float(abs(gap) <= half) for gap, half in found) == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +456,7 @@ def test_workers_save_their_runs_and_end_with_their_parent(end, tmp_path):
     training, lost, left = faults.end_study(tmp_path, "study", end, random.Random(1))
     assert (training, lost, left) == (True, [], 0)
     if end == "SIGKILL":
-        code, text = faults.run("compare", tmp_path, "--out", "study")
+        code, text = faults.run("compare", tmp_path, "study")
         assert code == 0, text
         assert len(faults.rows_of(tmp_path, "study")) == len(faults.COMPARED)
 

@@ -19,7 +19,7 @@ from scripts import environment, flags_of
 
 import train_cifar
 import train_shakespeare
-from nala_min import flags
+from nala_min import train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.lab import bench, compare
 
@@ -41,7 +41,7 @@ WRONG = {
 }
 # Flags that accept any text, or whose files and URLs are only checked when opened; the scripts'
 # tests cover those.
-FREE = {"data", "data_dir", "out", "predict", "prompt", "url"}
+FREE = {"data", "data_dir", "out", "predict", "prompt"}
 
 
 def wrong_values(settings):
@@ -58,7 +58,7 @@ def wrong_values(settings):
             continue
         if (
             any(item.name in preset for preset in presets.values())
-            and not item.metadata["allow_zero"]
+            and item.metadata["limits"][0] > 0
         ):
             values = [*values, "0"]
         yield from ((flag, [f"--{flag}={value}"]) for value in values)
@@ -150,25 +150,12 @@ class Place:
     out: Path = flag(Path("runs"), "where")
 
 
-def test_a_tilde_is_the_home_folder_even_after_an_equals_sign(monkeypatch, capsys):
+def test_a_tilde_is_the_home_folder_even_after_an_equals_sign(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("USERPROFILE", "/home/somebody")  # for Windows
     for argv in (["--out=~/x"], ["--out", "~/x"]):
         assert parse_flags(Place, argv).out == Path("/home/somebody/x")
     assert parse_flags(Place, ["--out=./~/x"]).out == Path("./~/x")
-    with pytest.raises(SystemExit) as exit:
-        parse_flags(Place, ["--out=~nobody-of-that-name/x"])
-    assert exit.value.code == 2
-    error = capsys.readouterr().err
-    assert "argument --out: ~nobody-of-that-name/x: no such home folder" in error
-    assert error.count("\n") == 1
-
-
-def test_without_docstrings_there_is_no_description(monkeypatch, capsys):
-    monkeypatch.setattr(flags.sys, "flags", types.SimpleNamespace(optimize=2))
-    with pytest.raises(SystemExit) as exit:
-        parse_flags(Place, ["--help"])
-    assert exit.value.code == 0 and "Place(" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -178,8 +165,9 @@ def test_without_docstrings_there_is_no_description(monkeypatch, capsys):
         (KeyboardInterrupt(), 130, "script.py: interrupted: --resume continues from the last"),
         (KeyboardInterrupt("interrupted, saved"), 130, "script.py: interrupted, saved\n"),
         (OSError(28, "No space left", "x"), 1, "error: [Errno 28] No space left: 'x'\n"),
-        (MemoryError(), 1, "script.py: error: out of memory: make the batch, the model or the"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), 1, "error: out of memory: make"),
+        (MemoryError(), 1, "script.py: error: out of memory\n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), 1, "error: CUDA out of memory. "),
+        (RuntimeError("No working C++ compiler found\nin"), 1, "error: No working C++ compiler"),
     ],
 )
 def test_a_script_turns_an_error_into_one_line_and_an_exit_code(
@@ -209,20 +197,7 @@ def test_a_bug_in_a_script_keeps_its_traceback(kind):
 def test_a_model_too_large_for_the_machine_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_script(lambda: torch.empty(2**50))
-    assert "error: out of memory" in capsys.readouterr().err
-
-
-def test_a_script_runs_with_torch_s_usual_defaults_and_restores_the_user_s():
-    tensors = []
-    torch.set_default_device("meta")
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        run_script(lambda: tensors.append(torch.ones(1)))
-        assert (torch.ones(1).dtype, torch.ones(1).device.type) == (torch.bfloat16, "meta")
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
-    assert (tensors[0].dtype, tensors[0].device.type) == (torch.float32, "cpu")
+    assert "can't allocate memory" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
@@ -239,59 +214,6 @@ def test_a_closed_terminal_acts_like_ctrl_c_unless_ignored(before):
 
 
 # --- Standard streams -----------------------------------------------------------------------------
-
-
-class MinimalStream:
-    """A stream that has only write."""
-
-    def __init__(self, error=None):
-        self.text, self.error = "", error
-
-    def write(self, text):
-        if self.error:
-            raise self.error
-        self.text += text
-
-
-def print_to_both():
-    print("out", flush=True)
-    print("err", file=sys.stderr, flush=True)
-
-
-def test_a_custom_stream_is_written_to(monkeypatch):
-    out, err = MinimalStream(), MinimalStream()
-    monkeypatch.setattr("sys.stdout", out)
-    monkeypatch.setattr("sys.stderr", err)
-    run_script(print_to_both)
-    assert (out.text, err.text) == ("out\n", "err\n")
-    assert sys.stdout is out and sys.stderr is err
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        BrokenPipeError(32, "Broken pipe"),
-        OSError(22, "Invalid argument"),
-        BlockingIOError(11, "busy"),
-        ValueError("I/O operation on closed file"),
-        RuntimeError("a kernel is gone"),
-        None,
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_broken_closed_or_missing_stream_does_not_end_a_script(error, monkeypatch):
-    done = []
-    for name in ("sys.stdout", "sys.stderr"):
-        monkeypatch.setattr(name, error and MinimalStream(error))
-
-    def main():
-        print_to_both()
-        done.append(True)
-        raise UsageError("not shown")
-
-    with pytest.raises(SystemExit) as exit:
-        run_script(main)
-    assert done and exit.value.code == 2
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437"])
@@ -314,36 +236,21 @@ def assert_finished(folder):
     }
 
 
-@pytest.mark.parametrize(
-    ("streams", "unbuffered"), [(["stdout"], ""), (["stdout", "stderr"], "1")], ids=str
-)
-def test_a_run_finishes_even_if_its_reader_exits(streams, unbuffered, folder):
-    """As with `| head -1`: the first write fails or, with buffering, the last flush."""
-    read, write = os.pipe()
-    os.close(read)
-    outputs = {name: subprocess.DEVNULL for name in ("stdout", "stderr")} | dict.fromkeys(
-        streams, write
-    )
+def test_a_run_whose_reader_went_away_ends_and_resumes(folder):
+    """As with `| head -1`: it ends at its next line, quietly and with a checkpoint."""
     command = [sys.executable, train_shakespeare.__file__, *TRAIN]
-    variables = environment(folder) | {"PYTHONUNBUFFERED": unbuffered}
-    code = subprocess.run(
-        command, cwd=folder, env=os.environ | variables, timeout=300, **outputs
-    ).returncode
-    os.close(write)
-    assert code == 0
-    assert_finished(folder)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes descriptors")
-def test_a_run_finishes_without_streams_and_no_file_takes_their_place(folder):
-    command = [sys.executable, train_shakespeare.__file__, *TRAIN]
-    result = subprocess.run(
-        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command],
-        cwd=folder,
-        env=os.environ | environment(folder),
-        timeout=300,
-    )
-    assert result.returncode == 0
+    options = {"cwd": folder, "env": os.environ | environment(folder)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **options, **pipes) as process:
+        for _ in range(2):
+            process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == 1 and "Traceback" not in error and "Broken" not in error
+    saved = train.load_checkpoint(folder / "run" / "checkpoint.pt")
+    assert saved["step"] >= 1
+    again = subprocess.run([*command, "--resume"], **options, timeout=300, stderr=subprocess.PIPE)
+    assert again.returncode == 0, again.stderr
     assert_finished(folder)
 
 

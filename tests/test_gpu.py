@@ -8,7 +8,7 @@ from test_train import batch, small_model, small_vit, train_small
 from torch.testing import assert_close
 
 from nala_min import nala_attention, softmax_attention
-from nala_min.checkpoint import load_checkpoint
+from nala_min.train import load_checkpoint
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 MAPS = ("cosine", "split", "elu", "relu")

@@ -157,30 +157,20 @@ def test_the_files_are_found_in_the_folder_and_in_the_one_above_it(folder, tmp_p
         assert images.name == "CIFAR-10 (files in a folder)"  # their SHA-256 is unknown
 
 
-def test_the_archive_is_found_in_a_folder(tmp_path):
-    (tmp_path / CIFAR10.file).write_bytes(ARCHIVE)
-    images = data.load_images(folder=tmp_path)
-    assert_is_cifar10(images)
-    assert images.name == "CIFAR-10"
-    assert paths_below(tmp_path) == [CIFAR10.file]  # it is not unpacked
-
-
-@pytest.mark.parametrize("name", CIFAR10_FILES)
+@pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
 def test_a_file_missing_from_a_folder_is_named(name, folder):
     (folder / name).unlink()
     with pytest.raises(OSError, match=name):
         data.load_images(folder=folder)
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "a file", "cifar-10-batches-py"])
-def test_a_folder_without_the_files_is_named_with_the_remedy(name, tmp_path):
+@pytest.mark.parametrize("name", ["nowhere", "a file", "cifar-10-batches-py"])
+def test_a_folder_without_the_files_is_named(name, tmp_path):
     (tmp_path / "a file").touch()
     (tmp_path / "cifar-10-batches-py").mkdir()  # Python's version of CIFAR-10
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").touch()
-    with pytest.raises(ValueError, match=f"must be a folder with {CIFAR10.file} or its") as error:
+    with pytest.raises(OSError, match=f"{name}.*data_batch_1.bin"):
         data.load_images(folder=tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path / name} ")
-    assert f"the binary version (not Python's) from {UNUSED.url}" in str(error.value)
 
 
 LABELS_TO_TEN = (
@@ -202,35 +192,23 @@ def test_a_corrupt_file_in_a_folder_is_named(corrupt, folder):
     with pytest.raises(ValueError, match="corrupt") as error:
         data.load_images(folder=folder)
     assert str(folder / name) in str(error.value)
-    assert ("label above 9" in str(error.value)) == (corrupt == "label above 9")
-
-
-@pytest.mark.parametrize("corrupt", [ARCHIVE[:-1], ARCHIVE[:-1] + b"?", b""])
-def test_a_corrupt_archive_in_a_folder_is_named(corrupt, tmp_path):
-    (tmp_path / CIFAR10.file).write_bytes(corrupt)
-    with pytest.raises(ValueError, match="corrupt or truncated") as error:
-        data.load_images(folder=tmp_path)
-    assert str(tmp_path / CIFAR10.file) in str(error.value)
 
 
 # --- CIFAR-10 from the network -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("own_url", [True, False])
-def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path, capsys, monkeypatch):
+def test_the_archive_is_downloaded_once_and_cached(mirror, tmp_path, capsys, monkeypatch):
     address = f"{mirror}/archive.tar.gz"
-    if not own_url:
-        monkeypatch.setattr(data, "CIFAR10", replace(UNUSED, url=address))
-    url = address if own_url else None
-    images = data.load_images(url=url)
+    monkeypatch.setattr(data, "CIFAR10", replace(UNUSED, url=address))
+    images = data.load_images()
     assert_is_cifar10(images)
     assert images.name == "CIFAR-10"
-    assert paths_below(tmp_path / "cache" / "nala_min") == [CIFAR10.file]
+    assert paths_below(tmp_path / "cache" / "nala_min") == [CIFAR10.file]  # it is not unpacked
     message = capsys.readouterr().out
     assert address in message and f"{len(ARCHIVE):,} bytes" in message
 
     (tmp_path / "served" / "archive.tar.gz").unlink()
-    assert_is_cifar10(data.load_images(url=url))
+    assert_is_cifar10(data.load_images())
     assert capsys.readouterr().out == ""
 
 
@@ -238,23 +216,11 @@ def test_the_archive_is_downloaded_once_and_cached(own_url, mirror, tmp_path, ca
 def test_without_the_archive_the_stand_in_is_announced(
     path, mirror, tmp_path, stand_in, capsys, monkeypatch
 ):
-    """But not for an address that the user gave."""
     url, why = f"{mirror}/{path}", "404" if path == "nothing.tar.gz" else "deleted"
-    with pytest.raises((ValueError, OSError), match=why) as error:
-        data.load_images(url=url)
-    assert url in str(error.value)
-
     monkeypatch.setattr(data, "CIFAR10", replace(UNUSED, url=url))
     assert data.load_images() is stand_in
     message = capsys.readouterr().out.partition("NO CIFAR-10")[2]
     assert DIGITS_NAME in message and url in message and why in message
-    assert paths_below(tmp_path / "cache" / "nala_min") == []
-
-
-@pytest.mark.parametrize("url", ["no address", "http://127.0.0.1:0/refused", "http://["])
-def test_an_invalid_url_is_an_error_and_not_a_stand_in(url, tmp_path, stand_in):
-    with pytest.raises((ValueError, OSError)):
-        data.load_images(url=url)
     assert paths_below(tmp_path / "cache" / "nala_min") == []
 
 
@@ -288,7 +254,7 @@ def numbers_of(count, batch_size, seed, step):
     return pictures[:, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(20, 4), (23, 4), (7, 7), (13, 7), (5, 1)])
+@pytest.mark.parametrize(("count", "batch_size"), [(23, 4), (7, 7)])
 def test_each_epoch_takes_an_image_at_most_once_and_in_another_order(count, batch_size):
     steps = count // batch_size
     epochs = [
@@ -337,9 +303,7 @@ def shifted(image, down, right, mirrored):
     return result
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "shift"), [(6, 6, 1), (6, 5, 2), (5, 6, 4), (4, 3, 5), (3, 4, 9)]
-)
+@pytest.mark.parametrize(("height", "width", "shift"), [(6, 5, 2), (3, 4, 9)])
 @pytest.mark.parametrize("mirror", [True, False])
 def test_each_image_is_shifted_and_maybe_mirrored(height, width, shift, mirror):
     torch.manual_seed(height)
@@ -411,7 +375,7 @@ def test_normalised_bytes_lie_around_zero_with_the_order_kept():
     assert_close(data.normalise(images), torch.tensor([-1.875, -1.0, 0.0, 1.0, 135 / 64]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_only_bytes_are_normalised(dtype):
     """Floats from 0 to 1 would be read as an almost black image."""
     with pytest.raises(TypeError, match=f"images must be uint8, .* got {dtype}"):
@@ -484,7 +448,6 @@ ONE_COLOUR = {
     "grey and transparent": (png(plane((77, 0)), GREY_ALPHA), (255, 255, 255)),
     "one transparent grey": (png(plane((77,)), GREY, 8, [(b"tRNS", b"\0\x4d")]), (255, 255, 255)),
     "16 bits": (png(plane((200 * 257, 100 * 257, 50 * 257)), RGB, 16), (200, 100, 50)),
-    "16 bits of grey": (png(plane((77 * 257,)), GREY, 16), (77, 77, 77)),
     "4 bits of grey": (png(plane((5,)), GREY, 4), (85, 85, 85)),
     "black or white": (png(plane((1,)), GREY, 1), (255, 255, 255)),
     "palette": (png(plane((1,)), PALETTE, 8, [COLOURS]), (200, 100, 50)),
@@ -554,6 +517,7 @@ NO_PICTURE = {
     "corrupt": PICTURE[:45] + b"?" * 9 + PICTURE[54:],
     "no pixels": resized(PICTURE, 0, 0),
     "too many pixels": resized(PICTURE, 2**14, 2**14),  # a small file must not need gigabytes
+    "16 bits of grey": png(plane((77 * 257,)), GREY, 16),
     "numbers without a scale": saved("F", 0.3, "TIFF"),
     "32 bits of grey": saved("I", 7_000_000, "TIFF"),
 }

@@ -5,8 +5,9 @@ import re
 
 import pytest
 import test_model
+import test_rotary
 
-from nala_min import model
+from nala_min import model, relatives
 from notebooks import FOLDER, NOTEBOOKS, read
 
 TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -22,6 +23,11 @@ def ledger():
         links = re.findall(r"\[(\d\d), `([\w-]+)`\]\((.+?)#cell-id=(.+?)\)", cells)
         rows[number] = (functions, links, CODE.findall(tests))
     return rows
+
+
+def named(name, *modules):
+    """What is called name in the first of modules that has it."""
+    return next(getattr(x, name) for x in modules if hasattr(x, name))
 
 
 ROWS = ledger()
@@ -41,10 +47,10 @@ def test_its_code_names_the_equation(number):
         if functions.startswith("a theorem"):
             assert name in ("softmax_attention", "nala_attention"), name
         else:
-            assert f"({number})" in inspect.getsource(getattr(model, name)), name
+            assert f"({number})" in inspect.getsource(named(name, model, relatives)), name
 
 
-@pytest.mark.parametrize("number", EQUATIONS[:-1])  # the last is an option, explained in the ledger
+@pytest.mark.parametrize("number", EQUATIONS[:-1])  # the last is explained in the ledger
 def test_its_cells_show_the_equation(number):
     assert ROWS[number][1]
     for prefix, name, file, cell_id in ROWS[number][1]:
@@ -61,7 +67,7 @@ def test_its_tests_name_the_equation(number):
     tests = ROWS[number][2]
     assert tests
     for name in tests:
-        assert f"({number})" in inspect.getdoc(getattr(test_model, name)), name
+        assert f"({number})" in inspect.getdoc(named(name, test_model, test_rotary)), name
 
 
 def first_paragraph(member):
@@ -106,7 +112,7 @@ def test_the_table_of_lessons_names_its_equations(path):
 def test_no_test_of_an_equation_is_missing():
     """Those whose docstring starts with equation numbers."""
     count = 0
-    for name, test in vars(test_model).items():
+    for name, test in {**vars(test_model), **vars(test_rotary)}.items():
         if name.startswith("test_"):
             numbers = re.match(r"(\(\w+\)(, )?)+", inspect.getdoc(test) or "")
             for number in re.findall(r"\((\w+)\)", numbers[0]) if numbers else []:

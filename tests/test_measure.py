@@ -10,10 +10,9 @@ from torch.testing import assert_close
 
 from nala_min import (
     ATTENTIONS,
-    LMConfig,
+    Config,
     NaLaLM,
     NaLaViT,
-    ViTConfig,
     entropy,
     key_features,
     measure,
@@ -42,7 +41,7 @@ def test_entropy_falls_for_softmax_and_not_at_all_for_relu():
 
 
 def test_nala_reacts_to_small_norms_only():
-    fall = -curve("cosine").diff()
+    fall = -curve("nala").diff()
     assert fall[0] > 0.2
     assert fall[2].abs() < 1e-3
 
@@ -88,7 +87,7 @@ ROWS, COLUMNS = 3, 5  # patches in each image
 def small_vit(**options):
     """In float64, with weights large enough to make all maps differ."""
     sizes = {"num_classes": 7, "num_layers": 2, "num_heads": 2, "dim": 32, "patch_size": 2}
-    model = NaLaViT(ViTConfig(**sizes | options)).double()
+    model = NaLaViT(Config(**sizes | options)).double()
     for block in model.blocks:
         block.attention.project.weight.data.mul_(10.0)
     return model
@@ -113,14 +112,15 @@ def spy(module, seen, name):
 
 
 def weights_by_hand(layer, x, name):
-    """Weights by Eq. (5) or (1), head by head: x (B, R, S, E) to the mean over heads (B, N, N)."""
+    """Weights by Eq. (5) or (1), head by head: x (B, R, P, E) to the mean over heads (B, N, N)."""
     q, k = (x.flatten(1, 2) @ layer.project.weight.chunk(4)[i].T for i in (0, 1))
     maps = []
     for q_h, k_h in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True):
         if name == "softmax":
             scores = (q_h @ k_h.mT / math.sqrt(q_h.shape[-1])).exp()
         else:
-            scores = query_features(q_h, name) @ key_features(k_h, name).mT
+            feature_map = name.replace("nala", "cosine")
+            scores = query_features(q_h, feature_map) @ key_features(k_h, feature_map).mT
         maps.append(scores / scores.sum(-1, keepdim=True).clamp_min(1e-300))  # no mass: 0
     return sum(maps) / 2
 
@@ -133,7 +133,7 @@ def test_attention_maps_are_the_weights_of_the_last_block_s_own_queries_and_keys
     layer = model.blocks[-1].attention
     spy(layer, seen, "block")
     maps = measure.attention_maps(model, images)
-    assert tuple(maps) == ("cosine", "softmax", "relu")
+    assert tuple(maps) == ("nala", "softmax", "relu")
     for name, actual in maps.items():
         expected = weights_by_hand(layer, seen["block"][0], name)
         assert actual.shape == (2, ROWS, COLUMNS, ROWS, COLUMNS)
@@ -253,7 +253,7 @@ def test_stats_of_an_image_model_by_hand(attention, in_float64):
 def test_stats_of_a_language_model_are_of_its_last_token(attention):
     """With two tokens, the last one's entropy is at most log 2."""
     options = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16, "attention": attention}
-    model, tokens = NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12))
+    model, tokens = NaLaLM(Config(**options)), torch.randint(9, (5, 12))
     for block in measure.attention_stats(model, tokens):
         assert math.log(2) < block["entropy"][0] <= block["entropy"][-1] <= math.log(12) + 1e-6
     for block in measure.attention_stats(model, tokens[:, :2]):
@@ -263,21 +263,20 @@ def test_stats_of_a_language_model_are_of_its_last_token(attention):
 @pytest.mark.parametrize("attention", ["nala", "softmax"])
 def test_the_weights_of_a_language_model_do_not_look_ahead(attention):
     options = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16, "attention": attention}
-    blocks = measure.attention_inputs(NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12)))
+    blocks = measure.attention_inputs(NaLaLM(Config(**options)), torch.randint(9, (5, 12)))
     assert len(blocks) == 2
     for block in blocks:
-        for name in ("softmax", "cosine", "relu", None):
+        for name in ("softmax", "nala", "relu", None):
             weights = block.weights(name)
             assert weights.shape == (5, 2, 12, 12)
             assert (weights.triu(1) == 0).all() and (weights >= 0).all()
-        own = "cosine" if attention == "nala" else "softmax"
-        assert torch.equal(weights, block.weights(own))  # None means the block's own
+        assert torch.equal(weights, block.weights(attention))  # None means the block's own
 
 
 def test_stats_are_measured_without_dropout():
     """Also in training mode: repeated calls agree."""
     options = {"vocab_size": 9, "num_layers": 2, "dim": 16, "dropout": 0.5}
-    model, tokens = NaLaLM(LMConfig(**options)), torch.randint(9, (5, 12))
+    model, tokens = NaLaLM(Config(**options)), torch.randint(9, (5, 12))
     first, second = (measure.attention_stats(model.train(), tokens) for _ in range(2))
     assert first == second == measure.attention_stats(model.eval(), tokens)
 
@@ -331,7 +330,7 @@ def test_attention_inputs_leave_no_hooks_even_after_an_error():
 
 def small_lm(**options):
     sizes = {"vocab_size": 9, "num_layers": 2, "num_heads": 2, "dim": 16}
-    return NaLaLM(LMConfig(**sizes | options))
+    return NaLaLM(Config(**sizes | options))
 
 
 READERS = {
@@ -463,7 +462,7 @@ def test_an_unwritable_output_is_an_error_before_the_work(tmp_path, monkeypatch,
 def test_attention_maps_are_moved_to_the_cpu():
     """From any device. Moving from "meta", which has no values, fails."""
     with torch.device("meta"):
-        model = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=8))
+        model = NaLaViT(Config(num_layers=1, num_heads=2, dim=8))
         images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(NotImplementedError, match="copy out of meta"):
         measure.attention_maps(model, images)

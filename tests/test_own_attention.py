@@ -96,7 +96,7 @@ def test_a_changed_file_is_another_attention(folder):
     changed = text_run(folder, "--sample", "5", "--out", "run")
     assert_mistake(changed, train_shakespeare, "mine.py has changed since the run was trained")
     resumed = text_run(folder, "--attention", "mine.py", "--out", "run", "--resume")
-    assert_mistake(resumed, train_shakespeare, "attention_sha256")
+    assert_mistake(resumed, train_shakespeare, "attention = mine.py, since changed")
     (folder / "mine.py").unlink()
     deleted = text_run(folder, "--sample", "5", "--out", "run")
     assert_mistake(deleted, train_shakespeare, "mine.py cannot be read")
@@ -106,7 +106,7 @@ def test_a_changed_file_is_another_attention(folder):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1", "mine.py must define query_features and key_features, or attention"),
+        ("x = 1", "mine.py: the file must define query_features and key_features, or attention"),
         (EXAMPLE.replace(".softmax(dim=-1)", ""), "mine.py: query_features must be finite and non"),
         ("def f(:", "mine.py does not run: SyntaxError"),
     ],
@@ -115,7 +115,7 @@ def test_an_invalid_file_is_reported_in_one_line(folder, source, message):
     (folder / "mine.py").write_text(source, encoding="utf-8")
     for script in (train_shakespeare, train_cifar):
         result = run_here(script, folder, *flags_of(SIZES), "--attention", "mine.py")
-        assert_mistake(result, script, f"--attention {message}")
+        assert_mistake(result, script, f"--attention, --layers, --heads, --dim: {message}")
     result = run_here(train_shakespeare, folder, *flags_of(SIZES), "--attention", "other.py")
     assert_mistake(result, train_shakespeare, "other.py cannot be read: No such file")
 

@@ -7,9 +7,8 @@ import matplotlib
 import pytest
 import torch
 from matplotlib.image import imread
-from scripts import ambient
 
-from nala_min import NaLaViT, ViTConfig, entropy, measure, plots
+from nala_min import Config, NaLaViT, entropy, measure, plots
 
 LOSSES = {"train_loss": [3.0, 2.0, 1.5], "validation_loss": [4.0, 3.0, 2.75]}
 ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
@@ -17,7 +16,7 @@ ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
 
 def small_vit(**options):
     sizes = {"num_classes": 7, "num_layers": 2, "num_heads": 2, "dim": 32, "patch_size": 2}
-    return NaLaViT(ViTConfig(**sizes | options))
+    return NaLaViT(Config(**sizes | options))
 
 
 def noise(count=2, height=6, width=9):
@@ -50,7 +49,7 @@ def test_a_picture_depends_on_the_project_s_settings_alone(tmp_path):
 
 
 def test_the_styles_differ_without_colour():
-    assert set(plots.STYLES) == {"cosine", "split", "elu", "relu", "softmax"}
+    assert set(plots.STYLES) == {"nala", "split", "elu", "relu", "softmax"}
     assert len({style["linestyle"] for style in plots.STYLES.values()}) == len(plots.STYLES)
     assert len({style["color"] for style in plots.STYLES.values()}) == len(plots.STYLES)
 
@@ -112,26 +111,6 @@ def test_curve_has_separate_panels_for_losses_and_accuracies(numbers, panels):
     assert figure.axes[-1].get_xlabel() == "step"
 
 
-def test_confusion_has_the_percentages_of_each_class():
-    """A class without examples has a row of zeros."""
-    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [1, 0, 1]])
-    figure = plots.confusion(confusion, ("cat", "Bär", "dog"), "Märchen")
-    axes = figure.axes[0]
-    shares = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
-    rows = [[shares[i, j] for j in range(3)] for i in range(3)]
-    assert rows == [["75", "25", "0"], ["0", "0", "0"], ["50", "0", "50"]]
-    (image,) = axes.images
-    assert image.get_array().tolist() == [[float(share) for share in row] for row in rows]
-    assert image.get_clim() == (0, 100) and image.origin == "upper"
-    assert axes.get_xlabel() == "predicted" and axes.get_title() == "Märchen"
-    assert axes.get_ylabel().startswith("true class")
-    with ambient(torch.bfloat16, "meta"):  # the user's defaults
-        redrawn = plots.confusion(confusion, ("cat", "Bär", "dog"), "Märchen").axes[0]
-    assert [text.get_text() for text in redrawn.texts] == [text.get_text() for text in axes.texts]
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        assert [label.get_text() for label in labels] == ["cat", "Bär", "dog"]
-
-
 def test_attention_maps_frames_the_query_and_shows_its_weights():
     """Images of 6 x 9 pixels have 3 x 5 patches. The query is patch (1, 2): 3.6 pixels from the
     left and 2 from the top."""
@@ -174,7 +153,7 @@ def test_attention_stats_draws_medians_and_the_middle_90_percent():
     norm, power, entropies = figure.axes
     labels = [axes.get_ylabel().split()[0] for axes in figure.axes]
     assert labels == ["norm", "power", "entropy"]
-    for axes, looks in ((norm, ["cosine", "softmax"]), (power, ["cosine"])):
+    for axes, looks in ((norm, ["nala", "softmax"]), (power, ["nala"])):
         for bar, look in zip(axes.containers, looks, strict=True):
             style = {"label": bar.get_label(), "color": bar[0].get_color()}
             assert style.items() <= plots.STYLES[look].items()
@@ -209,7 +188,7 @@ def test_seeds_draws_every_run_and_the_mean_of_each_attention():
         history = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses, start=1)]
         return {"results": {"history": history, "loss": losses[-1] + 0.5}}
 
-    runs = {"cosine": [card(3.0, 1.0), card(5.0, 2.0)], "softmax": [card(2.0, 1.5)]}
+    runs = {"nala": [card(3.0, 1.0), card(5.0, 2.0)], "softmax": [card(2.0, 1.5)]}
     left, right = plots.seeds(runs, "loss", "loss (nats)").axes
     assert left.get_ylabel() == "loss (nats)" and "loss (nats)" in right.get_xlabel()
     curves = {line.get_label(): list(line.get_ydata()) for line in left.get_lines()}

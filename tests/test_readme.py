@@ -68,8 +68,8 @@ def test_the_alt_text_of_its_first_picture_agrees_with_the_run_card():
     assert (
         f"Softmax falls from {keys['softmax'][0]:.0f} to {keys['softmax'][-1]:.1f} keys. Linear"
         f" attention stays flat, elu + 1 at {min(keys['elu']):.0f} and ReLU at"
-        f" {min(keys['relu']):.0f}. NaLa falls from {keys['cosine'][0]:.0f} to"
-        f" {keys['cosine'][-1]:.0f}"
+        f" {min(keys['relu']):.0f}. NaLa falls from {keys['nala'][0]:.0f} to"
+        f" {keys['nala'][-1]:.0f}"
     ) in PROSE
     for name in ("elu", "relu"):
         assert max(keys[name]) - min(keys[name]) < 2
@@ -98,3 +98,11 @@ def test_every_linked_file_exists(page):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     assert len(links) > 8
     assert [link for link in links if not (folder / link).exists()] == []
+
+
+def test_the_package_is_small():
+    """A reader opens all of it: the bound is a promise of the repository."""
+    files = [path.read_text(encoding="utf-8") for path in (ROOT / "nala_min").rglob("*.py")]
+    assert sum(len(text.splitlines()) for text in files) <= 4700
+    heart = ROOT / "nala_min" / "model.py"
+    assert len(heart.read_text(encoding="utf-8").splitlines()) <= 506

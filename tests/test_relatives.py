@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from nala_min import ATTENTIONS, LMConfig, NaLaLM, NaLaViT, ViTConfig, nala_attention, relatives
+from nala_min import ATTENTIONS, NaLaLM, NaLaViT, nala_attention, relatives
 from nala_min.model import Config
 
 B, H, N, D = 2, 3, 7, 4
@@ -178,7 +178,7 @@ def test_zero_queries_and_keys_have_finite_outputs_and_gradients(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_trains_with_it_and_continues_from_its_state(name):
-    model = NaLaLM(LMConfig(vocab_size=7, num_layers=1, num_heads=2, dim=8, attention=name))
+    model = NaLaLM(Config(vocab_size=7, num_layers=1, num_heads=2, dim=8, attention=name))
     tokens = torch.randint(7, (2, 9))
     before = model(tokens)[0]
     changed = tokens.clone()
@@ -197,7 +197,7 @@ def test_a_model_trains_with_it_and_continues_from_its_state(name):
 
 @pytest.mark.parametrize("name", [*NAMES, "nala", "split", "elu", "relu", "softmax"])
 def test_an_image_model_with_it_survives_pickling(name):
-    vit = NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=16, attention=name)).double()
+    vit = NaLaViT(Config(num_layers=1, num_heads=2, dim=16, attention=name)).double()
     images = torch.randn(2, 3, 9, 12, dtype=torch.float64)
     loaded = pickle.loads(pickle.dumps(vit))
     assert torch.equal(loaded(images), vit(images))
@@ -253,54 +253,58 @@ def test_a_file_is_registered_under_its_name(write, source, causal):
         weights = weights.tril() if causal else weights
         want = weights @ v / weights.sum(-1, keepdim=True).clamp_min(1e-300)
     assert_close(out, want)
-    config = LMConfig(vocab_size=7, num_layers=1, num_heads=2, dim=8, attention=path)
-    assert config.kind == "linear"
 
 
 BROKEN = {  # content of a file: part of the error message
-    "x = 1": "must define query_features and key_features, or attention, got neither",
+    "x = 1": "define query_features and key_features, or attention, got neither",
     "def query_features(q): return q": "or attention, got query_features",
     FEATURES + ATTENTION: "or attention, got query_features, key_features, attention",
     "def f(:": "does not run: SyntaxError",
     "import torch\nraise KeyError('k')": "does not run: KeyError",
     "import sys\nsys.exit(3)": "does not run: SystemExit",
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q"): (
-        "query_features must be finite and non-negative, got -"
+        "query_features must be finite and non-negative, got tensor([-"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.relu()"): (
-        "query_features and key_features must return the same number of features, got 4 and 8"
+        "RuntimeError: "
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.sum(-1)"): (
-        "query_features must return (2, 3, 5, F) for (2, 3, 5, 4), got (2, 3, 5)"
+        "query_features's result must be floating-point (B, H, N, F), got torch.float32 (2, 3, 6)"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return 3"): (
-        "query_features must return (2, 3, 5, F) for (2, 3, 5, 4), got int"
+        "query_features's result must be floating-point (B, H, N, F), got tensor(3)"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q > 0"): (
-        "query_features must return floating-point numbers, got torch.bool"
+        "query_features's result must be floating-point (B, H, N, F), got torch.bool"
     ),
     FEATURES.replace("return torch.cat([q.relu(), (-q).relu()], dim=-1)", "return q.log()"): (
-        "query_features must be finite and non-negative, got nan"
+        "query_features must be finite and non-negative, got tensor([nan])"
     ),
-    FEATURES.replace("[q.relu(), (-q).relu()]", "[q, q2]"): "query_features fails: NameError",
+    FEATURES.replace("[q.relu(), (-q).relu()]", "[q, q2]"): "NameError: name 'q2'",
     FEATURES.replace("def query_features(q)", "def query_features()"): (
-        "query_features fails: TypeError"
+        "TypeError: query_features()"
     ),
     FEATURES.replace("def query_features(q):", "query_features = 3\ndef f(q):"): (
-        "query_features fails: TypeError: 'int' object is not callable"
+        "TypeError: 'int' object is not callable"
     ),
     ATTENTION.replace("(2 * out, after) if return_state else 2 * out", "2 * out"): (
-        "attention must return output and state with return_state=True, got Tensor"
+        "attention's result must be output and state with return_state=True"
     ),
     ATTENTION.replace("(2 * out, after)", "(out[..., :1], after)"): (
-        "attention must return (2, 3, 6, 4), got (2, 3, 6, 1)"
+        "attention's output must be (2, 3, 6, 4), got torch.float32 (2, 3, 6, 1)"
     ),
-    ATTENTION.replace("(2 * out, after)", "(out / 0, after)"): "attention must be finite, got ",
-    ATTENTION.replace("causal, state=None", "state=None"): "attention fails: TypeError",
+    ATTENTION.replace("(2 * out, after)", "(out / 0, after)"): "attention's output must be finite",
+    ATTENTION.replace("causal, state=None", "state=None"): "TypeError: attention()",
     ATTENTION.replace("2 * out, after", "out - out.mean(2, keepdim=True), after"): (
         "attention sees the future"
     ),
     ATTENTION.replace("state=state, ", ""): "attention does not continue from its state",
+    FEATURES.replace("(k):", "(k):\n    k = k.softmax(dim=-2)"): (
+        "key_features must be features of each token by itself"
+    ),
+    FEATURES.replace("(k):", "(k):\n    k = k - k.mean(2, keepdim=True)"): (
+        "key_features must be features of each token by itself"
+    ),
 }  # fmt: skip
 
 

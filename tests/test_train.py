@@ -12,7 +12,7 @@ from scripts import ambient
 from torch import nn
 from torch.testing import assert_close
 
-from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, distributed, measure, train
+from nala_min import Config, NaLaLM, NaLaViT, distributed, measure, train
 from nala_min.flags import UsageError, flag, parse_flags
 from nala_min.train import Recipe, fit
 
@@ -34,7 +34,7 @@ class Run(train.Settings):
     # fmt: on
 
     width: int | None = flag(None, "how wide it is")
-    shift: int | None = flag(None, "how far it moves", allow_zero=True)
+    shift: int | None = flag(None, "how far it moves", least=0)
     words: str = flag("", "what it says", affects_result=False)
 
 
@@ -57,13 +57,11 @@ def test_attentions_of_several_blocks_make_one_folder_without_commas():
 @pytest.mark.parametrize(
     ("attention", "names"), [("elu", ("elu", "elu")), ("nala,softmax", ("nala", "softmax"))]
 )
-def test_both_configs_accept_block_options(attention, names):
+def test_the_flags_set_the_sizes_of_a_model(attention, names):
     flags = ["--preset", "cpu", "--attention", attention, "--dropout", "0.25"]
-    options = train.block_options(parse_flags(Run, flags).config())
-    for config in (LMConfig(vocab_size=5, **options), ViTConfig(**options)):
-        sizes = (config.num_layers, config.num_heads, config.dim, config.dropout)
-        assert sizes == (2, 2, 8, 0.25)
-        assert config.attentions == names
+    config = Config(**train.block_options(parse_flags(Run, flags).config()))
+    sizes = (config.num_layers, config.num_heads, config.dim, config.dropout)
+    assert sizes == (2, 2, 8, 0.25) and config.attentions == names
 
 
 @pytest.mark.parametrize(
@@ -150,23 +148,10 @@ def test_only_some_flags_may_be_zero():
     flags = ["--dropout", "0", "--shift", "0", "--muon", "0", "--weight-decay", "0", "--seed", "0"]
     run = parse_flags(Run, flags)
     assert (run.dropout, run.shift, run.muon, run.weight_decay, run.seed) == (0, 0, 0, 0, 0)
-    with pytest.raises(UsageError, match=r"--dropout must be at least 0 and below 1, got -1"):
+    with pytest.raises(UsageError, match="--dropout must be at least 0 and below 1, got -1"):
         parse_flags(Run, ["--dropout", "-1"])
-    with pytest.raises(UsageError, match=r"--width must be positive and below .*, got 0"):
+    with pytest.raises(UsageError, match=r"--width must be at least 1 and below .*, got 0"):
         parse_flags(Run, ["--width", "0"])
-
-
-@pytest.mark.parametrize(
-    ("argv", "reason"),
-    [
-        (["--heads", "3"], "dim must be divisible by num_heads, got 8 and 3"),
-        (["--attention", "nala,fast"], "attention must be one of .*, got 'fast'"),
-        (["--attention", "nala,elu,nala"], "must be one name, or num_layers=2 names, got 3"),
-    ],
-)
-def test_blocks_that_do_not_fit_together_say_why(argv, reason):
-    with pytest.raises(UsageError, match=reason):
-        parse_flags(Run, ["--preset", "cpu", *argv])
 
 
 @pytest.fixture
@@ -207,7 +192,7 @@ def test_each_process_takes_its_own_card(name, machine, monkeypatch):
     machine(True, False)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UsageError, match="2 processes need as many CUDA cards, not 1"):
+    with pytest.raises(UsageError, match="one card per process"):
         train.choose_device(name)
     assert train.choose_device("cpu") == torch.device("cpu")
     taken = []
@@ -296,26 +281,13 @@ def test_a_recipe_without_sense_is_refused(wrong):
         Recipe(**{"steps": 5, "learning_rate": 0.1} | wrong)
 
 
-def test_a_recipe_without_warm_up_and_clipping():
-    """0 is off: full rate at once, and a step as with a limit that is never reached."""
-    assert Recipe(5, 0.1, warmup=0).learning_rate_at(0, 0.5) == 0.5
-    weights = []
-    for clip in (0.0, 1e9):
-        model = nn.Linear(2, 1, bias=False)
-        nn.init.ones_(model.weight)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        train.update(model, [optimizer], 100 * model(torch.ones(2)).sum(), clip)
-        weights.append(model.weight.tolist())
-    assert weights == [[[-99.0, -99.0]]] * 2
-
-
 def small_model(seed=0, dropout=0.0):
     torch.manual_seed(seed)
-    return NaLaLM(LMConfig(vocab_size=11, num_layers=1, num_heads=2, dim=16, dropout=dropout))
+    return NaLaLM(Config(vocab_size=11, num_layers=1, num_heads=2, dim=16, dropout=dropout))
 
 
 def small_vit():
-    return NaLaViT(ViTConfig(num_layers=1, num_heads=2, dim=16))
+    return NaLaViT(Config(num_layers=1, num_heads=2, dim=16))
 
 
 @pytest.mark.parametrize("make", [small_model, small_vit])
@@ -392,7 +364,9 @@ def test_a_step_never_waits_for_the_device(make, monkeypatch):
             call = partial(measure.smoothed_loss, model, images, labels)
     optimizers = train.make_optimizers(model, Recipe(3, 0.25, muon=0.5))
     for _ in range(2):
-        train.update(model, optimizers, call(), clip=1.0)
+        call().backward()
+        for optimizer in optimizers:
+            optimizer.step()
     assert all(parameter.grad.is_meta for parameter in model.parameters())
 
 
@@ -563,6 +537,17 @@ def test_a_step_is_clipped_adamw_at_the_recipe_s_learning_rate(tmp_path):
         assert_close(parameter, other, rtol=1e-9, atol=1e-9, msg=name)
 
 
+def test_a_recipe_without_warm_up_and_clipping(tmp_path):
+    """0 is off: full rate at once, and the same steps as with a limit that is never reached."""
+    assert Recipe(5, 0.1, warmup=0).learning_rate_at(0, 0.5) == 0.5
+    heads = {}
+    for clip in (0.0, 1e-3, 1e9):
+        recipe = Recipe(2, 0.01, warmup=0, clip=clip, beta2=0.5)
+        train_small(model := small_model(), tmp_path / f"{clip}.pt", recipe)
+        heads[clip] = model.head.weight
+    assert torch.equal(heads[0.0], heads[1e9]) and not torch.equal(heads[0.0], heads[1e-3])
+
+
 @pytest.mark.parametrize("muon", [None, 0.02])
 def test_frozen_and_unused_parameters_do_not_change(muon, tmp_path):
     """Also through a checkpoint."""
@@ -653,17 +638,6 @@ def test_compiled_training_is_the_same_training_and_either_resumes_the_other(
     expected, _ = train_small(small_model(), tmp_path / "whole.pt")
     for point, other in zip(history, expected, strict=True):
         assert point == pytest.approx(other, rel=1e-4)
-    assert [x for x in compiles if x != "graph"] == [torch.sin, model]
+    assert [x for x in compiles if x != "graph"] == [model]
     assert compiles[-1] == "graph"  # the compiled model also ran
     assert all(x is model for x in seen if x != "stopped")
-
-
-def test_without_a_compiler_training_continues_and_says_so(tmp_path, monkeypatch, capsys):
-    def fails(function):
-        raise RuntimeError("no C++ compiler\nin many lines")
-
-    monkeypatch.setattr(torch, "compile", fails)
-    history, _ = train_small(small_model(), tmp_path / "checkpoint.pt", compile=True)
-    assert history == train_small(small_model(), tmp_path / "whole.pt")[0]
-    out = capsys.readouterr().out.splitlines()
-    assert out.count("torch.compile does not work here (RuntimeError): training without it.") == 1

@@ -18,11 +18,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +28,7 @@ import numpy as np
 import torch
 
 from nala_min.course.diagnose import NotDone, Wrong, describe
-from nala_min.course.exercises import BUGS, EXERCISES, LESSONS, check_exercise
+from nala_min.course.exercises import BUGS, EXERCISES, HINTS, LESSONS, check_exercise, known
 
 __all__ = ["BUGS", "NotDone", "Wrong", "add_tests", "check", "hint", "mark", "report"]
 
@@ -38,12 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks" / "exercises"
 TIME_LIMIT = 60  # seconds for the import of a file, and for each of its exercises
 PRINT_LIMIT = 10_000_000  # bytes that a file may print; the first 10,000 are shown
-PACKAGES = str(Path(torch.__file__).parents[1])  # maybe on PYTHONPATH, which is not passed on
-CODE = """import sys; sys.path.append(sys.argv[1])
-from nala_min.course import checks; checks._run_steps(*sys.argv[2:])"""
-# The variables as they were before any file ran, without those that change how Python runs.
-ENVIRONMENT = {x: value for x, value in os.environ.items() if not x.startswith("PYTHON")}
-ENVIRONMENT["PYTHONHASHSEED"] = "0"
+CODE = "import sys; from nala_min.course import checks; checks._run_steps(*sys.argv[1:])"
 
 _hints_given: Counter[str] = Counter()
 _is_marking = False  # True in the fresh process, where a file may call checks.report
@@ -67,13 +60,15 @@ def report(lesson: int | str, path: str | os.PathLike | None = None) -> None:
         raise ValueError(f"lesson must be 1 to 7 or 'find_the_bug': {lesson!r}")
     file = f"lesson_{lesson}.py" if isinstance(lesson, int) else f"{lesson}.py"
     verdicts, printed = mark(path or FOLDER / file, LESSONS[lesson])
-    _print(f"  | {line}" for line in printed.splitlines())
-    _print(f"{name}: {verdict}" for name, verdict in verdicts.items())
+    for line in printed.splitlines():
+        print(f"  | {line}")
+    for name, verdict in verdicts.items():
+        print(f"{name}: {verdict}")
 
 
 def hint(name: str) -> None:
     """Print the next hint of an exercise. Raises ValueError if there is no such exercise."""
-    hints, given = _checker(name).hints, _hints_given[name]
+    hints, given = HINTS[known(name)], _hints_given[name]
     if given == len(hints):
         print(f"There are no more hints for {name}.")
         return
@@ -98,7 +93,7 @@ def add_tests(namespace: dict[str, object]) -> None:
             verdicts, printed = mark_once()
             verdict = verdicts.get(name) or next(iter(verdicts.values()))  # the import failed
             if verdict != "right":
-                _print(f"  | {line}" for line in printed.splitlines())
+                print(printed)
                 raise Wrong(verdict.removeprefix("wrong - "))
 
         return test
@@ -106,34 +101,15 @@ def add_tests(namespace: dict[str, object]) -> None:
     namespace.update({f"test_{name}": make_test(name) for name in names})
 
 
-def _checker(name: str) -> Callable:
-    if name not in EXERCISES:
-        raise ValueError(f"the exercise must be one of {', '.join(EXERCISES)}: {name!r}")
-    return EXERCISES[name]
-
-
-def _print(lines: Iterable[str]) -> None:
-    """Print lines; characters that the output cannot show are escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    for line in lines:
-        print(line.encode(encoding, "backslashreplace").decode(encoding))
-
-
 def check_name(namespace: dict[str, object], name: str, dtype: torch.dtype = torch.float32) -> None:
-    """Check the function called name in a student's file. It runs with PyTorch's default settings
-    and with dtype as the default dtype, whatever the caller's are; those are restored."""
+    """Check the function called name in a student's file, with dtype as the default dtype. The
+    caller's settings and random numbers are restored."""
     __tracebackhide__ = True
-    _checker(name)  # raises ValueError
-    before, threads = torch.get_default_dtype(), torch.get_num_threads()
+    known(name)
+    before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with (
-            torch.device("cpu"),
-            torch.inference_mode(False),  # also enables gradients
-            torch.autocast("cpu", enabled=False),
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(action="ignore"),  # pytest can be configured to raise them
-        ):
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):  # with gradients
             torch.default_generator.manual_seed(0)  # not those of GPUs, which are not restored
             check_exercise(namespace, name)
     except Wrong as error:
@@ -142,7 +118,6 @@ def check_name(namespace: dict[str, object], name: str, dtype: torch.dtype = tor
         raise Wrong(f"Its result cannot be checked: {describe(error, '')}") from error
     finally:
         torch.set_default_dtype(before)
-        torch.set_num_threads(threads)
 
 
 def mark(path: str | os.PathLike, names: Collection[str]) -> tuple[dict[str, str], str]:
@@ -171,12 +146,11 @@ def _run_process(path, steps):
     on those that it reached, and what the file printed."""
     with tempfile.TemporaryDirectory(prefix="nala_min_", ignore_cleanup_errors=True) as folder:
         printed, verdicts, timeout = (Path(folder, x) for x in ("printed", "verdicts", "timeout"))
-        command = [sys.executable, "-Bu", "-Xutf8", "-c", CODE, PACKAGES, folder, path]
-        options = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True}
-        options["stdin"] = subprocess.PIPE  # closes when the caller ends
+        command = [sys.executable, "-Bu", "-Xutf8", "-c", CODE, folder, path, str(TIME_LIMIT)]
+        options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        options["env"] = os.environ | {"PYTHONHASHSEED": "0"}
         with printed.open("wb") as stdout:
-            arguments = [*command, str(TIME_LIMIT), *steps]
-            process = subprocess.Popen(arguments, stdout=stdout, stderr=stdout, **options)
+            process = subprocess.Popen(command + steps, stdout=stdout, stderr=stdout, **options)
         with process:
             try:
                 while process.poll() is None and printed.stat().st_size < PRINT_LIMIT:
@@ -205,10 +179,7 @@ def _run_process(path, steps):
 def _run_steps(folder, path, time_limit, file, *names):
     """Run in the fresh process: each step adds a line with its verdict to folder/verdicts."""
     global _is_marking
-    _is_marking, caller = True, os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # The read returns when the caller is gone.
-    threading.Thread(target=lambda: os.read(caller, 1) or os._exit(1), daemon=True).start()
+    _is_marking = True
     sys.argv, sys.path[0] = [path], os.path.dirname(path)
     sys.path.append(str(ROOT))
     os.chdir(sys.path[0])
@@ -229,10 +200,8 @@ def _run_steps(folder, path, time_limit, file, *names):
             else:
                 check_name(vars(module), step, torch.get_default_dtype())
             verdict = "right"
-        except NotDone as error:
-            verdict = str(error)
         except Wrong as error:
-            verdict = f"wrong - {error}"
+            verdict = str(error) if isinstance(error, NotDone) else f"wrong - {error}"
         except BaseException as error:
             verdict = f"wrong - It raises {describe(error, path)}"
         print(verdict, file=verdicts)

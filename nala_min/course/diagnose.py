@@ -1,23 +1,12 @@
-"""What the checkers share: they call a function, compare its result and say what is wrong.
-
-Many mistakes are recognised by the value that they produce:
-assert_close(got, expected, what, {"What is wrong.": the value that this mistake produces}).
-"""
+"""What the checkers share: they call a function, compare its result and say what is wrong."""
 
 import inspect
 import math
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from functools import wraps
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-
-from nala_min import model
-from nala_min.measure import Recorder
 
 TOLERANCE = 1e-9  # relative and absolute; all numbers that are compared are float64
 
@@ -67,18 +56,15 @@ def call(student: Callable, *arguments: object) -> object:
 
 def _names(function, arguments):
     """The names of the arguments, or their numbers: a wrapper may take *args or be compiled."""
-    names = []
-    with suppress(TypeError, ValueError):
-        parameters = inspect.signature(function).parameters.values()
-        names = [x.name for x in parameters if x.kind == x.POSITIONAL_OR_KEYWORD]
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code else ()
     if len(names) < len(arguments):
         names = [f"argument {i}" for i in range(1, len(arguments) + 1)]
     return names[: len(arguments)]
 
 
 def valid_tensor(x: object, shape: tuple[int, ...], what: str, case="", why=None) -> Tensor:
-    """Return x if it is a finite float64 tensor of that shape, otherwise raise Wrong. why(bad)
-    returns a sentence with the reason; bad is True where x is not finite."""
+    """Return x if it is a finite float64 tensor of that shape. why(~x.isfinite()): the reason."""
     if not isinstance(x, Tensor):
         end = ": is a return missing?" if x is None else "."
         raise Wrong(f"{what} has type {type(x).__name__}, expected a tensor{end}")
@@ -190,73 +176,3 @@ def check_independence(student: Callable, out: Tensor, *tensors: Tensor) -> None
         alone = output(student, *(x[cut] for x in tensors), shape=out[cut].shape)
         if not close(alone, out[cut]):
             raise Wrong(f"{what} are mixed: the first gives a different output on its own.")
-
-
-def check_attention(student, reference, q, k, v, visible, case="", mistakes=None) -> Tensor:
-    """Return student(q, k, v) if it is the weighted mean of values that reference(q, k, v) is.
-    visible: as in check_weights. mistakes: {sentence: wrong weights}."""
-    out = output(student, q, k, v, shape=v.shape, case=case)
-    check_independence(student, out, q, k, v)
-    one_hot = torch.eye(v.shape[2], dtype=v.dtype).expand(*v.shape[:2], -1, -1)
-    weights = output(student, q, k, one_hot, shape=one_hot.shape, case=case)
-    for sentence, wrong in (mistakes or {}).items():
-        if close(weights, wrong):
-            raise Wrong(f"{sentence}{case}.")
-    check_weights(weights, visible, case)
-    assert_close(weights, reference(q, k, one_hot), f"The weight{case}")
-    assert_close(out, reference(q, k, v), f"The output{case}")
-    return out
-
-
-def check_linear(student: Callable, *chunk_size: int) -> None:
-    """Check that student(phi_q, phi_k, v) computes Eq. (5), in any form. With a chunk_size, which
-    is its last argument then, it is causal and computes Eq. (15)."""
-
-    @wraps(student)
-    def attend(phi_q, phi_k, v):
-        return student(phi_q, phi_k, v, *chunk_size)
-
-    def reference(phi_q, phi_k, v):
-        options = {"causal": bool(chunk_size), "mode": "parallel", "feature_map": "relu"}
-        return model.nala_attention(phi_q, phi_k, v, **options)
-
-    def run(phi_q, phi_k, case=""):
-        return output(attend, phi_q, phi_k, v, shape=v.shape, case=case)
-
-    (phi_q, phi_k), v = features(2, 2, 3, 7, 4), random_normal(2, 3, 7, 5)
-    visible, mistakes, case = torch.ones(7, 7).bool(), {}, ""
-    if chunk_size:
-        visible, case = visible.tril(), f" (7 tokens, chunk_size={chunk_size[0]})"
-        chunk = torch.arange(7) // chunk_size[0]  # of each token
-        late = (chunk[:, None] >= chunk).double() + (chunk[:, None] == chunk).tril()
-        sentence = "The state already holds the current chunk: read it first, then add"
-        mistakes = {sentence: F.normalize(phi_q @ phi_k.mT * late, p=1, dim=-1)}
-    out = check_attention(attend, reference, phi_q, phi_k, v, visible, case, mistakes)
-    if not close(run(phi_q / 1e6, phi_k / 1e6), out):
-        raise Wrong("Features a million times smaller change the output: an eps is too large.")
-    case = " (all keys zero)"
-    if run(phi_q, 0 * phi_k, case).any():
-        raise Wrong(f"The output is not 0{case}.")
-    gradients(attend, phi_q, 0 * phi_k, v, case=case)
-    phi_q[:, :, 3], case = 0.0, " (the query of token 3 is zero)"
-    assert_close(run(phi_q, phi_k, case), reference(phi_q, phi_k, v), f"The output{case}")
-    assert_gradients_close(attend, reference, phi_q, phi_k, v, case=case)
-
-
-def check_cost(student: Callable, *rest: int) -> None:
-    """Check that student(phi_q, phi_k, v, *rest) has linear cost and no loop over single tokens."""
-    size, tokens, costs, flops = 32, 512, [], []
-    for n in (tokens, 2 * tokens):
-        phi_q, phi_k, v = features(3, 1, 1, n, size)
-        with FlopCounterMode(display=False) as counter, Recorder() as recorder:
-            call(student, phi_q, phi_k, v, *rest)
-        costs.append(recorder)
-        flops.append(counter.get_total_flops())  # counts matrix products only
-    if costs[1].operations - costs[0].operations >= tokens:
-        raise Wrong("It loops over single tokens in Python: its number of operations grows with N.")
-    if costs[1].peak > 2.4 * costs[0].peak:
-        raise Wrong("Its memory is quadratic: twice the tokens need far more than twice as much.")
-    if costs[0].peak >= tokens * size * (size + 1) * 8:  # bytes
-        raise Wrong("It holds F x M numbers for every token at once: sum with a matrix product.")
-    if flops[1] > 2.4 * flops[0]:
-        raise Wrong("Its work is quadratic: add each key to the sum of phi_k^T [v 1] only once.")

@@ -1,7 +1,7 @@
 """The checkers of the exercises, lesson by lesson.
 
-The checker of an exercise is a function `check_<name>` below @exercise(hints). It looks for known
-mistakes first (shape, sign, mask) and compares numbers last; the right values come from model.py.
+The checker of an exercise is a function check_<name> below @exercise(hints). It looks for
+known mistakes first (shape, sign, mask) and compares numbers with model.py's last.
 """
 
 import math
@@ -13,6 +13,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nala_min import model
 from nala_min.course.diagnose import (
@@ -20,10 +21,7 @@ from nala_min.course.diagnose import (
     assert_close,
     assert_gradients_close,
     call,
-    check_attention,
-    check_cost,
     check_independence,
-    check_linear,
     check_weights,
     close,
     features,
@@ -32,6 +30,7 @@ from nala_min.course.diagnose import (
     random_normal,
     valid_tensor,
 )
+from nala_min.measure import Recorder
 
 LESSONS: dict[int | str, tuple[str, ...]] = {
     1: ("entropy", "softmax_weights", "entropy_slope"),
@@ -43,17 +42,16 @@ LESSONS: dict[int | str, tuple[str, ...]] = {
     7: ("decay_step", "delta_step"),
     "find_the_bug": ("attention_a", "attention_b", "attention_c"),
 }
-
-
 EXERCISES: dict[str, Callable] = {}  # {name: checker}
+HINTS: dict[str, list[str]] = {}  # {name: hints, from gentle to almost the answer}
 
 
-def exercise(hints: str) -> Callable:
-    """Register the decorated checker. hints: one per line, from gentle to almost the answer."""
+def exercise(hints: str, name: str = "") -> Callable:
+    """Register the decorated checker, check_<name>. hints: one per line."""
 
     def register(check: Callable) -> Callable:
-        EXERCISES[check.__name__.removeprefix("check_")] = check
-        check.hints = hints.splitlines()
+        exercise = name or check.__name__.removeprefix("check_")
+        EXERCISES[exercise], HINTS[exercise] = check, hints.splitlines()
         return check
 
     return register
@@ -87,7 +85,7 @@ If causal, set the scores above the diagonal to -inf before the softmax, not to 
 exp overflows: mask with -inf first, then subtract each row's largest score, or call softmax.""")
 def check_softmax_weights(student):
     def reference(q, k, causal):
-        return model.attention_weights(q, k, feature_map="softmax", causal=causal)
+        return model.attention_weights(q, k, "softmax", causal=causal)
 
     def why(bad):
         if scale > 1:
@@ -143,6 +141,76 @@ def check_entropy_slope(student):
             "c is missing in p = softmax(c * scores).": slope(other, mean),
         }
         assert_close(output(student, s, c, shape=(2, 3)), expected, f"The slope (c={c})", mistakes)
+
+
+def check_attention(student, reference, q, k, v, visible, case="", mistakes=None) -> Tensor:
+    """Return student(q, k, v) if it is the weighted mean of values that reference(q, k, v) is.
+    visible: as in check_weights. mistakes: {sentence: wrong weights}."""
+    out = output(student, q, k, v, shape=v.shape, case=case)
+    check_independence(student, out, q, k, v)
+    one_hot = torch.eye(v.shape[2], dtype=v.dtype).expand(*v.shape[:2], -1, -1)
+    weights = output(student, q, k, one_hot, shape=one_hot.shape, case=case)
+    for sentence, wrong in (mistakes or {}).items():
+        if close(weights, wrong):
+            raise Wrong(f"{sentence}{case}.")
+    check_weights(weights, visible, case)
+    assert_close(weights, reference(q, k, one_hot), f"The weight{case}")
+    assert_close(out, reference(q, k, v), f"The output{case}")
+    return out
+
+
+def check_linear(student: Callable, *chunk_size: int) -> None:
+    """Check that student(phi_q, phi_k, v) computes Eq. (5), in any form. With a chunk_size, which
+    is its last argument then, it is causal and computes Eq. (15)."""
+
+    @wraps(student)
+    def attend(phi_q, phi_k, v):
+        return student(phi_q, phi_k, v, *chunk_size)
+
+    def reference(phi_q, phi_k, v):
+        options = {"causal": bool(chunk_size), "mode": "parallel", "feature_map": "relu"}
+        return model.nala_attention(phi_q, phi_k, v, **options)
+
+    def run(phi_q, phi_k, case=""):
+        return output(attend, phi_q, phi_k, v, shape=v.shape, case=case)
+
+    (phi_q, phi_k), v = features(2, 2, 3, 7, 4), random_normal(2, 3, 7, 5)
+    visible, mistakes, case = torch.ones(7, 7).bool(), {}, ""
+    if chunk_size:
+        visible, case = visible.tril(), f" (7 tokens, chunk_size={chunk_size[0]})"
+        chunk = torch.arange(7) // chunk_size[0]  # of each token
+        late = (chunk[:, None] >= chunk).double() + (chunk[:, None] == chunk).tril()
+        sentence = "The state already holds the current chunk: read it first, then add"
+        mistakes = {sentence: F.normalize(phi_q @ phi_k.mT * late, p=1, dim=-1)}
+    out = check_attention(attend, reference, phi_q, phi_k, v, visible, case, mistakes)
+    if not close(run(phi_q / 1e6, phi_k / 1e6), out):
+        raise Wrong("Features a million times smaller change the output: an eps is too large.")
+    case = " (all keys zero)"
+    if run(phi_q, 0 * phi_k, case).any():
+        raise Wrong(f"The output is not 0{case}.")
+    gradients(attend, phi_q, 0 * phi_k, v, case=case)
+    phi_q[:, :, 3], case = 0.0, " (the query of token 3 is zero)"
+    assert_close(run(phi_q, phi_k, case), reference(phi_q, phi_k, v), f"The output{case}")
+    assert_gradients_close(attend, reference, phi_q, phi_k, v, case=case)
+
+
+def check_cost(student: Callable, *rest: int) -> None:
+    """Check that student(phi_q, phi_k, v, *rest) has linear cost and no loop over single tokens."""
+    size, tokens, costs, flops = 32, 512, [], []
+    for n in (tokens, 2 * tokens):
+        phi_q, phi_k, v = features(3, 1, 1, n, size)
+        with FlopCounterMode(display=False) as counter, Recorder() as recorder:
+            call(student, phi_q, phi_k, v, *rest)
+        costs.append(recorder)
+        flops.append(counter.get_total_flops())  # counts matrix products only
+    if costs[1].operations - costs[0].operations >= tokens:
+        raise Wrong("It loops over single tokens in Python: its number of operations grows with N.")
+    if costs[1].peak > 2.4 * costs[0].peak:
+        raise Wrong("Its memory is quadratic: twice the tokens need far more than twice as much.")
+    if costs[0].peak >= tokens * size * (size + 1) * 8:  # bytes
+        raise Wrong("It holds F x M numbers for every token at once: sum with a matrix product.")
+    if flops[1] > 2.4 * flops[0]:
+        raise Wrong("Its work is quadratic: add each key to the sum of phi_k^T [v 1] only once.")
 
 
 @exercise("""In (5), the query does not depend on i: what can be summed over the keys without it?
@@ -447,8 +515,7 @@ def check_chunked_attention(student):
 Together they get the sum of phi_i . phi_j over j: phi_i . z, where z is the sum of phi_j.""")
 def check_interference(student):
     def reference(phi_k):
-        weights = phi_k @ phi_k.mT  # (B, H, N, N)
-        own, total = weights.diagonal(dim1=-2, dim2=-1), weights.sum(dim=-1)
+        own, total = phi_k.square().sum(dim=-1), (phi_k @ phi_k.mT).sum(dim=-1)
         return torch.where(total > 0, 1 - own / total.masked_fill(total == 0, 1.0), 0.0)
 
     phi_k = features(2, 3, 7, 4)
@@ -542,25 +609,7 @@ def check_delta_step(student):
     assert_gradients_close(student, reference, state, k, v, share)
 
 
-@exercise("""Which tokens show the symptom, and which do not? What do they see?
-Follow key_mask to the end: where do the masked keys still count?""")
-def check_attention_a(student):
-    _check_causal_attention(student)
-
-
-@exercise("""Which tokens show the symptom? Are the two in the message in the same chunk?
-Write down which chunks states[:, :, c] sums, for c = 0. Which should it sum?""")
-def check_attention_b(student):
-    _check_causal_attention(student)
-
-
-@exercise("""What happens in (5) to a positive factor that all features of a query share?
-Compare the magnitude with Eq. (7): which part is the base, and which is the exponent?""")
-def check_attention_c(student):
-    _check_causal_attention(student)
-
-
-def _check_causal_attention(student):
+def check_causal_attention(student):
     """Check a causal norm-aware attention with a mask for padding, Eqs. (7) to (10) and (12)."""
 
     def check_case(mask, q, k, case=""):
@@ -589,6 +638,16 @@ def _check_causal_attention(student):
     gradients(lambda q, k, v: student(q, k, v, some_real), q, k, v)
 
 
+for name, hints in {
+    "attention_a": """Which tokens show the symptom, and which do not? What do they see?
+Follow key_mask to the end: where do the masked keys still count?""",
+    "attention_b": """Which tokens show the symptom? Are the two in the message in the same chunk?
+Write down which chunks states[:, :, c] sums, for c = 0. Which should it sum?""",
+    "attention_c": """What happens in (5) to a positive factor that all features of a query share?
+Compare the magnitude with Eq. (7): which part is the base, and which is the exponent?""",
+}.items():
+    exercise(hints, name)(check_causal_attention)
+
 BUGS = {  # the diagnoses that students choose from
     "padding in the normaliser": "A masked key adds no value, but still counts in the normaliser.",
     "heads share a normaliser": "The normaliser sums over the heads as well.",
@@ -602,6 +661,13 @@ BUGS = {  # the diagnoses that students choose from
 }
 # zlib.crc32 of "<function>: <bug>", so this file does not show the answers.
 ANSWERS = (1037124925, 2408625119, 2049225717)
+
+
+def known(name: str) -> str:
+    """Return name if it is an exercise, otherwise raise ValueError."""
+    if name not in EXERCISES:
+        raise ValueError(f"the exercise must be one of {', '.join(EXERCISES)}: {name!r}")
+    return name
 
 
 def check_exercise(namespace: dict[str, object], name: str) -> None:

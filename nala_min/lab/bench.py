@@ -1,10 +1,9 @@
-"""Speed and memory. `python -m nala_min.lab.bench` measures attention over more and more tokens,
-and decoding after longer and longer contexts, for NaLa and the fused softmax. It prints tables and
-writes a run card and a picture.
-"""
+"""Speed and memory of NaLa and the fused softmax, over more and more tokens, and of decoding after
+longer and longer contexts. `python -m nala_min.lab.bench` writes a run card and a picture."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -52,18 +51,14 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> dict[Any, Row]:
-    """Time calls in turn until budget seconds have passed: at least 3 and at most 50 times each, or
-    once if one run exceeds the budget. So a slow minute slows all of them. In each turn a call runs
-    twice and only the second run is timed.
-
-    Returns for each call the median, lowest and highest seconds, the number of timed runs, and the
-    peak bytes of the tensors that it makes: None for compiled code, where they cannot be counted.
-    """
-    timings, peaks = {}, {}
+    """Time calls in turn, so a slow minute slows all, until budget seconds have passed: 3 to 50
+    times each, or once if that exceeds the budget. Each timed run follows one that is not. Returns
+    for each call its seconds, number of runs, and peak bytes of tensors (None if compiled)."""
+    timings, rows = {}, {}
     for name, call in calls.items():  # the first turn
         with nullcontext() if "compiled" in name else Recorder() as recorder:
             call()
-        peaks[name] = recorder and recorder.peak
+        rows[name] = {"peak": recorder and recorder.peak}
         timings[name] = [seconds_of(call, device)]
     repeated = {name: call for name, call in calls.items() if timings[name][0] <= budget}
     start, turns = time.perf_counter(), 1
@@ -72,10 +67,8 @@ def take_turns(calls: dict[Any, Call], device: torch.device, budget: float) -> d
             call()
             timings[name].append(seconds_of(call, device))
         turns += 1
-    rows = {}
     for name, x in timings.items():
-        row = {"median": median(x), "low": min(x), "high": max(x), "runs": len(x)}
-        rows[name] = row | {"peak": peaks[name]}
+        rows[name] |= {"median": median(x), "low": min(x), "high": max(x), "runs": len(x)}
     return rows
 
 
@@ -103,11 +96,7 @@ def forms(causal: bool, compiled: bool) -> dict[str, Callable[..., Tensor]]:
 
 def passes(form: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Call]:
     """The two calls to time: the forward pass alone, and both passes."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return form(*inputs)
-
+    forward = torch.no_grad()(partial(form, *inputs))
     grad_output = torch.ones_like(forward())
 
     def forward_backward() -> tuple[Tensor, ...]:
@@ -148,8 +137,7 @@ def decode_calls(context: int, **kind: Any) -> dict[Any, Call]:
 
 
 def crossover(rows: list[Row], form: str = "nala") -> int | None:
-    """The smallest length from which form's causal forward and backward passes never take longer
-    than softmax's, or None."""
+    """The length from which form's causal training pass is never slower than softmax's, or None."""
     case = {"causal": True, "pass": "forward + backward"}
     softmax = {x["length"]: x["median"] for x in select(rows, form="softmax", **case)}
     times = {x["length"]: x["median"] for x in select(rows, form=form, **case)}
@@ -185,7 +173,7 @@ def main() -> None:
     budget = 0.5 if settings.quick else 4.0 if device.type == "cpu" else 1.0
     lengths = [2**i for i in range(6, 13 if settings.quick else 17)]
     kind = {"device": device, "dtype": getattr(torch, settings.dtype)}
-    compiled = not settings.quick and train.can_compile(device)
+    compiled = not settings.quick and bool(device.type == "cuda" or shutil.which("c++"))
     results: dict[str, Any] = {"attention": [], "decode": []}
     for length, causal in product(lengths, (True, False)):
         inputs, calls = heads(length, **kind), {}

@@ -1,14 +1,14 @@
 """Does norm-awareness help, and when? `python -m nala_min.lab.compare` trains each variant of a
 study with several seeds, writes a run card and a picture, and prints a table.
 
-The variants share everything but the attention: block, data and its order, steps, schedule, seeds.
-Each run uses one CPU thread, so its result does not depend on how many runs share the machine. An
-interrupted run resumes; a finished one is repeated if the task, the data or the code has changed.
+The variants share everything but the attention. A run uses one CPU thread, so its result does not
+depend on the others. It resumes if interrupted, and repeats if task, data or code have changed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import multiprocessing
 import os
@@ -42,10 +42,9 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
     identity = _identity(task, name)  # registers your FILE.py
     net, path = build_model(task, name, seed).to(device), folder / "checkpoint.pt"
     options = {x.name: getattr(task, x.name) for x in fields(Task)} | {"eval_every": task.steps}
-    bfloat16 = train.has_bfloat16(torch.device(device))
     history, seconds = train.fit(
         net,
-        train.Recipe(**options, bfloat16=bfloat16, seed=seed),
+        train.Recipe(**options, bfloat16=train.has_bfloat16(torch.device(device)), seed=seed),
         batch=partial(task.batch, seed),
         loss=task.loss,
         evaluate=task.evaluate,
@@ -55,16 +54,13 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
     )
     parameters = sum(x.numel() for x in net.parameters() if x.requires_grad)
     row = {"variant": name, "seed": seed, "parameters": parameters, "seconds": round(seconds, 1)}
-    row |= {key: value for key, value in history[-1].items() if key != "step"}
-    return row
+    return row | {key: value for key, value in history[-1].items() if key != "step"}
 
 
 def _identity(task: Task, name: str) -> dict[str, str]:
-    """Everything but the seed that determines a run's numbers. Files count by their content, not by
-    their name. Registers your FILE.py."""
-    modules = (model, fast, relatives, train, data, measure, studies)
-    files = [__file__, *(module.__file__ for module in modules)]
-    code = b"".join(Path(file).read_bytes() for file in files)
+    """Everything but the seed that determines a run's numbers. Registers your FILE.py."""
+    modules = (model, fast, relatives, train, data, measure, studies, sys.modules[__name__])
+    code = b"".join(Path(module.__file__).read_bytes() for module in modules)
     identity = {"variant": name, "task": repr(task), "data": task.data_info().get("sha256", "")}
     if relatives.is_file(name):
         channels = task.sizes[2] // task.sizes[1]
@@ -105,9 +101,8 @@ def _work(task: Task, keys: list[tuple[str, int]], folder: Path, device: str) ->
         path = _run_folder(folder, seed, _identity(task, name))
         path.mkdir(parents=True, exist_ok=True)
         try:
-            with Path(os.devnull).open("w", encoding="utf-8") as devnull:
-                with redirect_stdout(devnull), redirect_stderr(devnull):
-                    row = run(task, name, seed, path, device)
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                row = run(task, name, seed, path, device)
         except KeyboardInterrupt:
             return
         except UsageError as error:
@@ -122,9 +117,8 @@ def run_all(study: Study, folder: Path, workers: int, device: str) -> list[Row]:
     done = finished(study, folder)
     todo = [key for key in keys if key not in done]
     shares = [todo[i::workers] for i in range(min(workers, len(todo)))]
-    context = multiprocessing.get_context("spawn")
-    args = ((study.task, share, folder, device) for share in shares)
-    processes = [context.Process(target=_work, args=x) for x in args]
+    worker = partial(multiprocessing.get_context("spawn").Process, target=_work)
+    processes = [worker(args=(study.task, share, folder, device)) for share in shares]
     # Workers inherit this: between two runs, they ignore Ctrl-C and leave it to their parent.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for process in processes:
@@ -167,8 +161,7 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 
 def p_value(t: float, pairs: int) -> float:
-    """Two-sided p-value of a paired t-test: the probability, if there is no effect, that the mean
-    of this many differences is at least |t| standard errors from 0."""
+    """Two-sided p-value of a paired t-test: of a mean difference of t standard errors."""
     dof, steps = pairs - 1, 100_000
     x = (np.arange(steps) + 0.5) / steps * abs(t)
     integral = float(((1 + x * x / dof) ** (-pairs / 2)).mean()) * abs(t)
@@ -177,8 +170,7 @@ def p_value(t: float, pairs: int) -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values corrected for multiple tests (Holm 1979): with a threshold of 0.05, at most one
-    family of tests in twenty has a false positive."""
+    """p-values corrected for multiple tests (Holm 1979)."""
     corrected, running_max = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -186,8 +178,7 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-# The mean difference of two variants' results, half of its 95 % interval, and its p-value, which is
-# corrected for the number of questions.
+# A mean difference of two variants' results, half of its 95 % interval, and a corrected p-value.
 Answer = namedtuple("Answer", "variant baseline difference half_width p")
 
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from nala_min import LMConfig, NaLaLM, NaLaViT, ViTConfig, data, measure, plots
+from nala_min import ATTENTIONS, Config, NaLaLM, NaLaViT, data, measure, plots
 from nala_min import model as method  # a model is a network below
-from nala_min.model import ATTENTIONS, Config
 
 TEST_SEED = 10**6  # seed for test data: no run trains with it
+GROUPS, ITEMS, CHANNELS = 4, 16, 8  # of Sharpness: its items, and channels per value
 
 # --- Attentions -----------------------------------------------------------------------------------
 
@@ -45,19 +45,18 @@ def no_query_norm(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
 for name in ("lam 1", "lam 2", "lam 4", "tau 0", "tau 1", "alpha 2"):
     option, value = name.split()
     ATTENTIONS[name] = partial(method.nala_attention, **{option: float(value)})
-maps = {"query_features": method.query_features, "key_features": method.key_features}
-for which, name in (("query_features", "lam 1 of queries"), ("key_features", "lam 1 of keys")):
-    changed = maps | {which: partial(maps[which], lam=1.0)}
-    ATTENTIONS[name] = partial(method.linear_attention, **changed)
+maps = {"query_map": method.query_features, "key_map": method.key_features}
+for name, which in (("lam 1 of queries", "query_map"), ("lam 1 of keys", "key_map")):
+    one = {which: partial(maps[which], lam=1.0)}
+    ATTENTIONS[name] = partial(method.linear_attention, **maps | one)
 ATTENTIONS["no query norm"] = no_query_norm
 ATTENTIONS["no cosine map"] = ATTENTIONS["clipped"]
 ATTENTIONS["softmax, one norm"] = OneNorm
 
 
 def build_model(task: Task, name: str, seed: int) -> nn.Module:
-    """The initial model of a variant: an attention such as "elu" or your FILE.py; "elu, same
-    state", with half as many heads, so D features have NaLa's state size; or "elu, no convolution"
-    ("no convolution" for NaLa), whose local(v), Eq. (16), is 0."""
+    """The initial model of a variant: an attention; "elu, same state", with half as many heads; or
+    "elu, no convolution" ("no convolution" for NaLa), whose local(v), Eq. (16), is 0."""
     torch.manual_seed(seed)
     attention, _, change = (name, "", "") if name in ATTENTIONS else name.rpartition(", ")
     heads = {"same state": 0.5, "no convolution": 1.0, "": 1.0}[change]
@@ -74,12 +73,9 @@ def build_model(task: Task, name: str, seed: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Task:
-    """How a model is trained and tested.
-
-    Each task defines build(attention, heads), a new model with this factor of the task's heads;
-    batch(seed, step), inputs and targets that depend on nothing else; loss(model, inputs, targets);
-    and evaluate(model), results by name.
-    """
+    """How a model is trained and tested. Each task has build(attention, heads), a new model with
+    this factor of the task's heads; batch(seed, step), inputs and targets that depend on nothing
+    else; loss(model, inputs, targets); and evaluate(model), results by name."""
 
     steps: int
     learning_rate: float
@@ -88,14 +84,14 @@ class Task:
     schedule: str = "cosine"
     result: ClassVar[str]  # name of the result that the table shows
     drawn: ClassVar[tuple[str, ...]] = ()  # names of those in the picture, if others
+    title: ClassVar[str] = ""  # of the picture
     CAUSAL: ClassVar[bool] = True  # whether tokens see only the past
     sizes: ClassVar[tuple[int, int, int]]  # layers, heads, dim
 
-    def options(self, attention: str, heads: float) -> dict[str, Any]:
-        """For LMConfig or ViTConfig."""
+    def config(self, attention: str, heads: float, **sizes: int) -> Config:
         layers, count, dim = self.sizes
-        sizes = {"num_layers": layers, "num_heads": int(heads * count), "dim": dim}
-        return sizes | {"attention": attention}
+        sizes |= {"num_layers": layers, "num_heads": int(heads * count), "dim": dim}
+        return Config(attention=attention, **sizes)
 
     def data_info(self) -> dict[str, str]:
         """Name and checksum of the data, for the card."""
@@ -103,7 +99,7 @@ class Task:
 
     def draw(self, rows: list[dict[str, Any]]) -> Figure:
         """Plot a study's rows."""
-        return plots.study({name: rows for name in self.drawn or (self.result,)})
+        return plots.study({name: rows for name in self.drawn or (self.result,)}, self.title)
 
 
 class PairEmbedding(nn.Module):
@@ -124,8 +120,7 @@ class PairEmbedding(nn.Module):
 @dataclass(frozen=True)
 class Recall(Task):
     """Multi-query associative recall (Arora and others 2023, arXiv 2312.04927). The model reads
-    key-value pairs, one token each, then every key again in another order, and must answer with its
-    value. Softmax looks keys up; a state of fixed size must hold all pairs."""
+    key-value pairs, one token each, then every key again, and must answer with its value."""
 
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)  # one of them is drawn for each step
     symbols: int = 64  # number of keys, and of values
@@ -135,7 +130,7 @@ class Recall(Task):
 
     def build(self, attention: str, heads: float) -> NaLaLM:
         vocab_size = self.symbols * (self.symbols + 1)
-        model = NaLaLM(LMConfig(vocab_size=vocab_size, **self.options(attention, heads)))
+        model = NaLaLM(self.config(attention, heads, vocab_size=vocab_size))
         model.embed = PairEmbedding(self.symbols, self.sizes[2])
         model.head = nn.Linear(self.sizes[2], self.symbols, bias=False)
         nn.init.normal_(model.head.weight, std=0.02)
@@ -146,8 +141,7 @@ class Recall(Task):
         return self.examples(pairs, max(8, self.tokens // (2 * pairs)), seed, step)
 
     def examples(self, pairs: int, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens (count, 2 pairs): first the pairs, then their keys; and the values of these keys,
-        (count, pairs)."""
+        """Tokens (count, 2 pairs), pairs and then their keys; these keys' values (count, pairs)."""
         random = np.random.default_rng([seed, step, pairs])
         keys = random.random((count, self.symbols)).argsort(axis=1)[:, :pairs]
         values = random.integers(self.symbols, size=(count, pairs))
@@ -195,25 +189,19 @@ class SingleLayer(nn.Module):
 @dataclass(frozen=True)
 class Sharpness(Task):
     """A test of the claim: a long query asks for one item, a short one in the same direction for
-    the mean of many.
-
-    There are 16 items in 4 groups of 4. Each has a random value and a code for the item and its
-    group. A query is an item's code times 4, which asks for its value, or times 1/4, which asks for
-    the mean of its group or of all items. A kernel that ignores the norm answers both alike. Errors
-    are divided by the target's variance: answering 0 gives 1.
-    """
+    the mean of many. Each of 16 items, in 4 groups of 4, has a random value and a code for the item
+    and its group. A query is an item's code times 4 or 1/4. Errors are divided by the target's
+    variance: answering 0 gives 1."""
 
     of: int = 4  # number of items that a short query averages: its group, or all 16
     result = "error"
     drawn = ("error of one", "error of many")
-    GROUPS: ClassVar[int] = 4
-    ITEMS: ClassVar[int] = 16
-    CHANNELS: ClassVar[int] = 8  # per value
+    title = "Long queries ask for one item, short queries for the mean of many"
     CAUSAL: ClassVar[bool] = False
     sizes: ClassVar[tuple[int, int, int]] = (1, 1, 16)
 
     def build(self, attention: str, heads: float) -> SingleLayer:
-        return SingleLayer(self.GROUPS + self.ITEMS, int(self.sizes[2] / heads), attention)
+        return SingleLayer(GROUPS + ITEMS, int(self.sizes[2] / heads), attention)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         return self.examples(64, seed, step)
@@ -222,14 +210,14 @@ class Sharpness(Task):
         """Inputs (count, 16, 48): queries, codes and values; targets (count, 16, 9): the answer in
         units of its standard deviation, and that unit."""
         random = np.random.default_rng([seed, step])
-        group = np.arange(self.ITEMS) // (self.ITEMS // self.GROUPS)
-        codes = np.concatenate([np.eye(self.GROUPS)[group], np.eye(self.ITEMS)], axis=1) / 2**0.5
-        order = random.random((count, self.ITEMS)).argsort(axis=1)
+        group = np.arange(ITEMS) // (ITEMS // GROUPS)
+        codes = np.concatenate([np.eye(GROUPS)[group], np.eye(ITEMS)], axis=1) / 2**0.5
+        order = random.random((count, ITEMS)).argsort(axis=1)
         told = codes[order]
-        values = random.standard_normal((count, self.ITEMS, self.CHANNELS))
-        long = random.integers(2, size=(count, self.ITEMS, 1))
+        values = random.standard_normal((count, ITEMS, CHANNELS))
+        long = random.integers(2, size=(count, ITEMS, 1))
         asks = told * np.where(long, 4.0, 0.25)
-        group = group[order] if self.of < self.ITEMS else np.zeros_like(order)
+        group = group[order] if self.of < ITEMS else np.zeros_like(order)
         together = (group[:, :, None] == group[:, None, :]) / self.of
         unit = np.where(long, 1.0, self.of**-0.5)
         wanted = np.where(long, values, together @ values) / unit
@@ -238,9 +226,9 @@ class Sharpness(Task):
         return torch.from_numpy(inputs).float(), torch.from_numpy(targets).float()
 
     def errors(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        size = self.GROUPS + self.ITEMS
-        queries, codes, values = inputs.split([size, size, self.CHANNELS], dim=-1)
-        expected, unit = targets.split([self.CHANNELS, 1], dim=-1)
+        size = GROUPS + ITEMS
+        queries, codes, values = inputs.split([size, size, CHANNELS], dim=-1)
+        expected, unit = targets.split([CHANNELS, 1], dim=-1)
         return (model(queries, codes, values) / unit - expected).square().mean(dim=-1)  # (B, 16)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -251,7 +239,7 @@ class Sharpness(Task):
         device = next(model.parameters()).device
         inputs, targets = (x.to(device) for x in self.examples(512, TEST_SEED, 0))
         errors, long = self.errors(model, inputs, targets), targets[..., -1] == 1
-        asks = inputs[..., : self.GROUPS + self.ITEMS]
+        asks = inputs[..., : GROUPS + ITEMS]
         norms = torch.linalg.vector_norm(model.query(asks), dim=-1)
         found = {}
         for kind, chosen in (("one", long), ("many", ~long)):
@@ -283,8 +271,7 @@ class Text(Task):
 
     def build(self, attention: str, heads: float) -> NaLaLM:
         _, vocabulary, *_ = _text(self.file, self.block)
-        vocab_size = len(vocabulary.characters)
-        return NaLaLM(LMConfig(vocab_size=vocab_size, **self.options(attention, heads)))
+        return NaLaLM(self.config(attention, heads, vocab_size=len(vocabulary.characters)))
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         *_, training, _ = _text(self.file, self.block)
@@ -314,8 +301,7 @@ class Pictures(Task):
         return {"name": images.name, "sha256": images.sha256}
 
     def build(self, attention: str, heads: float) -> NaLaViT:
-        model = NaLaViT(ViTConfig(**self.options(attention, heads)))
-        return model.to(memory_format=torch.channels_last)
+        return NaLaViT(self.config(attention, heads)).to(memory_format=torch.channels_last)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         images = _images("cifar10", self.folder)

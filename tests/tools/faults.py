@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nala_min import checkpoint, data, runcard, synthetic, train  # noqa: E402
+from nala_min import data, runcard, synthetic, train  # noqa: E402
 from nala_min.flags import UsageError, run_script  # noqa: E402
 
 SCRIPTS = ("train_shakespeare", "train_cifar")
@@ -86,8 +86,8 @@ def child(script, phase, flags):
         descriptor = os.open(phase, os.O_RDWR | os.O_CREAT)
         os.pwrite(descriptor, b"-", 0)
         train.fit = during("training", train.fit)
-        checkpoint.Run.add_point = during("evaluation", checkpoint.Run.add_point)
-        checkpoint.write_atomically = during("writing", checkpoint.write_atomically)
+        train.Run.add_point = during("evaluation", train.Run.add_point)
+        train.write_atomically = during("writing", train.write_atomically)
     sys.argv = [f"{script}.py", *flags]
     run_script(module.main)
 
@@ -170,7 +170,7 @@ def tensors_of(value, name=""):
 def differences(folder, one, other):
     """Names of the parts that are not equal bit for bit in two finished runs: model, optimisers,
     history, the card's results. Times are not compared."""
-    saved = [checkpoint.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
+    saved = [train.load_checkpoint(folder / name / "checkpoint.pt") for name in (one, other)]
     differing = [name for name in saved[0] if name != "seconds" and name not in saved[1]]
     first, second = (tensors_of(each) for each in saved)
     differing += [name for name in first.keys() ^ second.keys()]
@@ -246,7 +246,8 @@ def stops(script, folder, times, rng, signals=("SIGINT", "SIGTERM")):
 
 
 def broken_pipes(script, folder, times, rng):
-    """Stop reading the output after a few lines, like `| head -1`. Returns the same as stops."""
+    """Stop reading the output after a few lines, like `| head -1`; then --resume. Returns the same
+    as stops."""
     lost = []
     for i in range(times):
         read, write = os.pipe()
@@ -256,7 +257,7 @@ def broken_pipes(script, folder, times, rng):
             for _ in range(rng.randrange(4)):
                 reader.readline()
         code, _ = job.wait()
-        lost += differences(folder, "whole", f"pipe{i}") if code == 0 else [f"exit code {code}"]
+        lost += lost_after(script, folder, f"pipe{i}") if code in (0, 1) else [f"exit code {code}"]
     return times, lost
 
 
@@ -283,8 +284,8 @@ def full_disk(script, folder, times, rng):
 
 
 def one_line(code, text, words):
-    """Whether a run failed with exit code 2, no traceback, and words in its last line."""
-    return code == 2 and "Traceback" not in text and words in text.rstrip().rsplit("\n", 1)[-1]
+    """Whether a run failed with exit code 1 or 2, no traceback, and words in its last line."""
+    return code in (1, 2) and "Traceback" not in text and words in text.rstrip().rsplit("\n", 1)[-1]
 
 
 def flipped(content):
@@ -313,7 +314,7 @@ def bad_checkpoints(script, folder, times, rng):
         before = path.read_bytes()
         for flags in ([], ["--resume"]):
             code, text = Job(script, folder, name, *flags).wait()
-            if not one_line(code, text, "cannot be read by this version"):
+            if not one_line(code, text, "cannot be read"):
                 lost.append(f"{name}: {text[-200:]}")
         lost += [f"{name} was overwritten"] * (path.read_bytes() != before)
     code, text = run(script, folder, "whole", "--lr", "0.5")
@@ -347,7 +348,7 @@ def killed_workers(script, folder, times, rng):
         job = Job(script, folder, name, "--dropout", 0, processes=2)
         path = job.checkpoint
         job.until(path.exists, True)
-        if job.until(lambda path=path: checkpoint.load_checkpoint(path)["step"] > 0, True):
+        if job.until(lambda path=path: train.load_checkpoint(path)["step"] > 0, True):
             time.sleep(rng.uniform(0, 0.5))
             if len(workers := children(job.process.pid)) == 2:
                 os.kill(rng.choice(workers), signal.SIGKILL)
@@ -399,7 +400,7 @@ def end_study(folder, name, end, rng):
     code = {"SIGKILL": -9, "a worker": 1}.get(end, 130)
     if job.process.returncode != code or words not in text or "Traceback" in text:
         lost.append(f"no hint on how to continue: {text[-300:]}")
-    steps = [checkpoint.load_checkpoint(path)["step"] for path in runs()]
+    steps = [train.load_checkpoint(path)["step"] for path in runs()]
     if steps.count(0) > (end == "a worker"):  # the killed worker saved nothing
         lost.append(f"steps: saved {steps}")
     return True, lost, left
@@ -433,7 +434,10 @@ ROWS = {  # each fault on the results page, and how it was tried
     "kill -9": ("`kill -9`", "at random moments of {phases}; then `--resume`"),
     "stop": ("Ctrl-C or SIGTERM", "at random moments; then `--resume`"),
     "closed terminal": ("a closed terminal (SIGHUP)", "at random moments; then `--resume`"),
-    "broken pipe": ("a closed output pipe (`head -1`)", "the run continues to its end"),
+    "broken pipe": (
+        "a closed output pipe (`head -1`)",
+        "the run stops at its next line; then `--resume`",
+    ),
     "full disk": (
         "a full disk",
         "the first or a later checkpoint goes to `/dev/full`; then `--resume`",
