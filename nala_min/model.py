@@ -54,7 +54,7 @@ def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # sums overflow or stop in less
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # half sums overflow, or stop at 256
 
 
 def query_power(norm: Tensor, lam=3.0, tau=0.5) -> Tensor:
@@ -84,10 +84,10 @@ def cosine_map(magnitude: Tensor, direction: Tensor, alpha=20.0) -> Tensor:
     """Encode each channel's sign as an angle, Eq. (9). Two (..., D) to (..., 2D).
     A channel adds a_q a_k cos(theta_q - theta_k) to phi_q . phi_k, Eq. (10): equal signs give
     cos(0) = 1, opposite signs cos(pi/2) = 0. We shift the paper's angles by pi/4: differences stay
-    the same, no feature is negative, and no sum over keys cancels. pi/4 tanh(x) + pi/4 is
-    pi/2 sigmoid(2x). A cosine near 0 is accurate as the sine of the complement."""
-    sin = torch.sin((math.pi / 2) * torch.sigmoid(2 * alpha * direction))  # of theta
-    cos = torch.sin((math.pi / 2) * torch.sigmoid(-2 * alpha * direction))  # of pi/2 - theta
+    the same, no feature is negative, and no sum over keys cancels. pi/4 tanh(x) + pi/4 equals
+    pi/2 sigmoid(2x), and cos(theta) is accurate near 0 if computed as sin(pi/2 - theta)."""
+    sin = torch.sin((math.pi / 2) * torch.sigmoid(2 * alpha * direction))  # sin(theta)
+    cos = torch.sin((math.pi / 2) * torch.sigmoid(-2 * alpha * direction))  # sin(pi/2 - theta)
     return torch.cat([magnitude * cos, magnitude * sin], dim=-1)
 
 
@@ -486,8 +486,8 @@ def check_tensor(name: str, x: Any, shape: tuple, like: Tensor, dtypes: tuple = 
     """x must have this shape (None: any size), like's device and precision, or one of dtypes."""
     if torch.compiler.is_compiling():  # a check would become a guard, and a new graph
         return
-    half = torch.float32, torch.bfloat16, torch.float16
-    dtypes = dtypes or ((torch.float64,) if like.dtype == torch.float64 else half)
+    lower = torch.float32, torch.bfloat16, torch.float16
+    dtypes = dtypes or ((torch.float64,) if like.dtype == torch.float64 else lower)
     fits = isinstance(x, Tensor) and x.ndim == len(shape) and x.device == like.device
     fits = fits and all(n in (None, m) for n, m in zip(shape, x.shape, strict=True))
     must_be = f"a {dtypes[0]} tensor {shape} on {like.device}"  # None: any size
