@@ -74,7 +74,7 @@ def attention(
 class _Attention(Function):
     @staticmethod
     def forward(ctx, call, q, k, v, state):
-        inputs, saved, kept, budget = (q, k, v, state), [], [], call.budget
+        ctx.call, inputs, saved, kept, budget = call, (q, k, v, state), [], [], call.budget
         square = q.shape[2] == v.shape[2]  # then out is laid out like v
         out = torch.empty_like(v) if square else v.new_empty(*q.shape[:3], v.shape[3])
         for queries, keys in call.steps:
@@ -88,7 +88,6 @@ class _Attention(Function):
             budget -= sum(x.numel() for x in features if x is not None)
             kept += features if budget >= 0 else []
         ctx.save_for_backward(*inputs, out, *saved, *kept)
-        ctx.call = call
         return out, state
 
     @staticmethod
