@@ -14,7 +14,7 @@ Measuring:
     measure.py      entropy, memory, norms and powers of a trained model, attention maps
     plots.py        every picture, in one style
     runcard.py      run cards: everything needed to repeat a result
-    lab/            speed, fair comparisons over several seeds, and the premise in trained models
+    lab/            speed, and fair comparisons over several seeds
 Teaching:
     course/         code that the lessons share, and the checkers of the exercises
 """
