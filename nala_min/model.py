@@ -312,9 +312,9 @@ class LocalConv(nn.Module):
         if x.ndim == 4:
             return self.conv(x.movedim(-1, 1)).movedim(1, -1), None  # (B, R, P, E)
         num_past = self.conv.kernel_size[0] - 1
-        past = x.new_zeros(len(x), num_past, x.shape[2]) if past is None else past
-        check_tensor("state", past, (len(x), num_past, x.shape[2]), x)
-        x = torch.cat([past, x], dim=1)
+        if past is not None:
+            check_tensor("state", past, (len(x), num_past, x.shape[2]), x)
+        x = F.pad(x, (0, 0, num_past, 0)) if past is None else torch.cat([past, x], dim=1)
         return self.conv(x.mT).mT, x[:, x.shape[1] - num_past :].clone()  # (B, N, E), (B, W - 1, E)
 
 
