@@ -1,31 +1,17 @@
 import multiprocessing
-import re
 import socket
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 import nala_min.model
 
-LEDGER = Path(__file__).parents[1] / "notebooks" / "README.md"
-QUICK = ("test_relatives", "test_ledger", "test_readme", "test_results")
-
 
 def pytest_configure():
-    """One thread: the models are small, and another process runs the notebooks."""
+    """One thread: the models are small."""
     torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items):
-    """Mark the tests of `-m quick`: those in the ledger, and all tests of some files."""
-    in_ledger = set(re.findall(r"`(test_\w+)`", LEDGER.read_text(encoding="utf-8")))
-    for item in items:
-        if item.module.__name__ in QUICK or item.function.__name__ in in_ledger:
-            item.add_marker(pytest.mark.quick)
-    items.sort(key=lambda item: item.module.__name__ == "test_notebooks")  # last: they take minutes
 
 
 RUNS = pytest.StashKey()  # notebook runs by path
@@ -52,7 +38,7 @@ def notebook_runs(request):
 
 @pytest.fixture
 def model():
-    """The module under test. test_bug_zoo.py passes broken copies of it to the same tests."""
+    """The module under test. test_5_bug_zoo.py passes broken copies of it to the same tests."""
     return nala_min.model
 
 

@@ -6,7 +6,10 @@ import sys
 import faults
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and /proc"),
+]
 SCRIPT = "train_shakespeare"
 
 

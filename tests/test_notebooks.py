@@ -93,6 +93,7 @@ def compare(old, new):
         assert now.shape == before.shape and distance(now, before) < 0.02, old.id
 
 
+@pytest.mark.slow
 @notebooks
 def test_a_notebook_shows_what_is_committed(path, notebook_runs):
     """The same words, numbers within 2 % and similar pictures. Tagged cells may vary, but must show
