@@ -1,403 +1,301 @@
-"""Mutation testing: do the tests catch every small fault in nala_min/model.py?
+"""Mutation testing: do the tests notice small faults in the package and in the scripts?
 
-`python tests/tools/mutate.py` makes mutants of model.py, copies with one change each, and runs the
-tests on each. A mutant is caught if a test fails or takes too long. A mutant that passes all tests
-shows behaviour that no test pins down, unless it is equivalent to model.py; EQUIVALENT gives the
-reason. An interrupted run resumes from runs/mutation, unless the package or the tests have changed.
+`python tests/tools/mutate.py` makes mutants, copies of a file with one small change each, and runs
+the fast tests of that file's room on each. A mutant is caught if a test fails or takes too long.
+One that passes all tests shows behaviour that no test pins down, unless it is equivalent to the
+original: equivalent.json gives the reason. `--out notebooks/results/mutation.json` updates the run
+card for the rooms that were tried.
 
-A mutant must be caught by what it does. Tests that read model.py's text, or results computed with
-it, are therefore left out. Docstrings, annotations, error messages, matrix products and returned
-values are not mutated.
+A mutant must be caught by what it does: tests that read the package's text are left out.
+Docstrings, annotations, messages and help texts (strings with a space) are not mutated.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import difflib
+import copy
 import faulthandler
-import hashlib
 import json
 import multiprocessing
 import os
-import re
+import random
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from importlib.machinery import SourceFileLoader
-from importlib.util import spec_from_file_location
-from itertools import chain, pairwise
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from queue import Queue
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
-MODEL = "nala_min/model.py"
-TESTS = ["tests/test_arguments.py", "tests/test_model.py"]
-TEST_TIMEOUT = 60  # seconds for one test, or for the import: several times the slowest
-MEMORY_LIMIT = 4 * 2**30  # bytes: an endless loop can also allocate endlessly
+TEST_TIMEOUT = 120  # seconds for one test: many times the slowest
+MEMORY_LIMIT = 6 * 2**30  # bytes: an endless loop can also allocate endlessly
 
-# Replacements. An operator becomes another of the same precedence, or nearly the same.
-OPERATORS = dict(["+-", "-+", "*/", "/*", "&|", "|&"])
-OPERATORS |= {"//": "*", "%": "//", "**": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">"}
-OPERATORS |= {"==": "!=", "!=": "==", "is": "is not", "is not": "is", "and": "or", "or": "and"}
-OPERATORS |= {"in": "not in", "not in": "in"}
+# Replacements, in both directions: operators, and functions of PyTorch and Python.
+SWAPS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.BitAnd: ast.BitOr, ast.And: ast.Or}
+SWAPS |= {ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn, ast.Lt: ast.LtE, ast.Gt: ast.GtE}
+SWAPS |= {new: old for old, new in SWAPS.items()}
+SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
 PAIRS = """tril triu  cos sin  clamp_min clamp_max  min max  amin amax  argmin argmax  sum mean
     all any  zeros ones  new_zeros new_ones  cumsum cumprod  exp exp2  log log2  tanh sigmoid
-    train eval"""
-FUNCTIONS = dict(zip(PAIRS.split()[::2], PAIRS.split()[1::2], strict=True))
+    train eval""".split()
+FUNCTIONS = dict(zip(PAIRS[::2], PAIRS[1::2], strict=True))
 FUNCTIONS |= {new: old for old, new in FUNCTIONS.items()}
 
-# Mutants that behave like model.py: {key, as printed for a survivor: reason}.
-EQUIVALENT: dict[str, str] = {
-    "decompose: `1.0` -> `2.0`": "0 divided by any number is 0",
-    "linear_attention: `64` -> `65`": "chunks of any size give the same numbers",
-    "recurrent: `True` -> `False`": "the three have as many tokens: check_form refuses others",
-    **dict.fromkeys(
-        (
-            "linear_attention: `k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0)`"
-            " -> `k.masked_fill(masked, 1.0), v.masked_fill(masked, 0.0)`",
-            "linear_attention: `v.masked_fill(masked, 0.0)` -> `v.masked_fill(masked, 1.0)`",
-            "softmax_attention: `0.0` -> `1.0`",
-        ),
-        "any finite number will do: a masked token has weight 0",
-    ),
+# {files of a room: (the nearest tests, how many mutants)}. The mutants are chosen at random.
+ROOMS = {
+    "model.py": ("1_equations 2_forms 3_safety 4_models arguments", 200),
+    "fast.py": ("fast 2_forms 3_safety", 60),
+    "relatives.py": ("6_relatives", 60),
+    "train.py": ("train checkpoint scripts", 60),
+    "flags.py, runcard.py, distributed.py": ("flags runcard scripts", 60),
+    "data.py, synthetic.py": ("data synthetic", 60),
+    "measure.py, plots.py": ("measure plots", 60),
+    "lab/": ("compare bench results", 60),
+    "course/": ("exercises", 60),
+    "train_cifar.py": ("scripts", 40),
+    "train_shakespeare.py": ("scripts", 40),
 }
+
+# Mutants that behave like the original: {key, as printed for a survivor: reason}.
+EQUIVALENT = json.loads((Path(__file__).parent / "equivalent.json").read_text(encoding="utf-8"))
 
 
 class Mutant(NamedTuple):
-    key: str  # "function: `old` -> `new`"
+    file: str
     line: int
-    text: str  # the whole file
+    text: str  # of the file
+    key: str  # "file function: `old` -> `new`"
 
 
-class Edit(NamedTuple):
-    """Replace the bytes from start to end by new."""
-
-    start: int
-    end: int
-    new: str
+# --- Mutants --------------------------------------------------------------------------------------
 
 
-class Source:
-    """A module's text, its syntax tree, and every edit that makes a mutant."""
-
-    def __init__(self, text: str) -> None:
-        self.bytes = text.encode("utf-8")  # ast counts columns in bytes
-        self.tree = ast.parse(text)
-        self.lines = [0]  # the byte offset of each line
-        for line in self.bytes.splitlines(keepends=True):
-            self.lines.append(self.lines[-1] + len(line))
-        imports = [x for x in ast.walk(self.tree) if isinstance(x, ast.Import | ast.ImportFrom)]
-        self.modules = {alias.asname or alias.name for x in imports for alias in x.names}
-
-    def start(self, node: ast.AST) -> int:
-        return self.lines[node.lineno - 1] + node.col_offset
-
-    def end(self, node: ast.AST) -> int:
-        return self.lines[node.end_lineno - 1] + node.end_col_offset
-
-    def text(self, start: int, end: int) -> str:
-        return self.bytes[start:end].decode("utf-8")
-
-    def replace(self, node: ast.AST, new: str | ast.AST) -> Edit:
-        new = new if isinstance(new, str) else self.text(self.start(new), self.end(new))
-        return Edit(self.start(node), self.end(node), new)
-
-    def walk(self, *nodes: ast.AST) -> Iterator[tuple[ast.AST, ...]]:
-        """Yield every node that has an effect, as the chain of nodes from the module to it."""
-        yield nodes
-        match nodes[-1]:
-            case ast.Raise() | ast.JoinedStr() | ast.Assign(targets=[ast.Name(id="must_be")]):
-                return
-            case ast.Call(func=ast.Name(id="require"), args=[condition, name, *_]):  # and a message
-                yield from chain(self.walk(*nodes, condition), self.walk(*nodes, name))
-                return
-        for field, value in ast.iter_fields(nodes[-1]):
-            children = value if isinstance(value, list) else [value]
-            if children and isinstance(children[-1], ast.Raise):
-                children = children[-1:]  # the statements before it build its message
-            for child in children:
-                is_docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
-                acts = field not in ("annotation", "returns") and not is_docstring
-                if isinstance(child, ast.AST) and acts:
-                    yield from self.walk(*nodes, child)
-
-    def edits(self, node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[Edit]:
-        """Yield the changes to node. above: the nodes that contain it."""
+def nodes_of(node: ast.AST, above: tuple[ast.AST, ...] = ()) -> Iterator[tuple[ast.AST, tuple]]:
+    """Yield each node that acts, and the nodes that contain it."""
+    yield node, above
+    for field, value in ast.iter_fields(node):
+        children = value if isinstance(value, list) else [value]
         match node:
-            case ast.BinOp(left=left, right=right) | ast.AugAssign(target=left, value=right):
-                yield from self.operator(left, right)
-            case ast.BoolOp(values=operands):
-                for left, right in pairwise(operands):
-                    yield from self.operator(left, right)
-            case ast.Compare(left=first, comparators=others):
-                for left, right in pairwise([first, *others]):
-                    yield from self.operator(left, right)
-            case ast.UnaryOp(operand=operand):
-                yield self.replace(node, operand)
-            case ast.Constant(value=bool(value)):
-                yield self.replace(node, str(not value))
-            case ast.Constant(value=int(value)):
-                yield self.replace(node, str(value + 1))
-            case ast.Constant(value=float(value)):
-                yield self.replace(node, str(2 * value or 1.0))
-            case ast.Constant(value=str(value)):
-                yield self.replace(node, json.dumps("XX" + value, ensure_ascii=False))
-            case ast.Call():
-                yield from self.call(node, is_statement=isinstance(above[-1], ast.Expr))
-            case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
-                yield from self.negation(test)
-            case ast.comprehension(ifs=tests):
-                yield from chain.from_iterable(map(self.negation, tests))
-            case ast.FunctionDef(decorator_list=names) | ast.ClassDef(decorator_list=names):
-                yield from (Edit(self.start(name) - 1, self.end(name), "") for name in names)
-        if isinstance(node, ast.stmt) and self.is_deletable(node, above):
-            yield self.replace(node, "pass")
-
-    def operator(self, left: ast.AST, right: ast.AST) -> Iterator[Edit]:
-        """Change the operator between two operands, which may be in brackets."""
-        start = self.end(left)
-        between = re.sub(
-            r"#.*", lambda x: " " * len(x[0].encode()), self.text(start, self.start(right))
-        )
-        match = re.search(r"is not|not in|[a-z]+|[^\s\w()]+", between)
-        old = match[0] if match[0] in OPERATORS else match[0].removesuffix("=")  # + of +=
-        if old in OPERATORS:
-            start += match.start()
-            yield Edit(start, start + len(old), OPERATORS[old])
-
-    def negation(self, test: ast.AST) -> Iterator[Edit]:
-        """Negate a condition, unless changing its operator does the same."""
-        exact = ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn
-        match test:
-            case ast.UnaryOp(op=ast.Not()):
+            case ast.JoinedStr() | ast.Raise() | ast.Expr(value=ast.Constant()):  # a message
                 return
-            case ast.Compare(ops=[op]) if isinstance(op, exact):
-                return
-        yield self.replace(test, f"(not ({self.text(self.start(test), self.end(test))}))")
-
-    def call(self, node: ast.Call, is_statement: bool) -> Iterator[Edit]:
-        """Call another function, or none, or drop a keyword."""
-        function, arguments = node.func, [*node.args, *node.keywords]
-        name = getattr(function, "attr", getattr(function, "id", ""))
-        if name in FUNCTIONS:
-            yield Edit(self.end(function) - len(name), self.end(function), FUNCTIONS[name])
-        owner = getattr(function, "value", None)
-        root = owner
-        while isinstance(root, ast.Attribute):
-            root = root.value
-        is_method = owner is not None and getattr(root, "id", None) not in self.modules
-        if is_method and getattr(owner, "id", "") != "self" and not is_statement:
-            yield self.replace(node, owner)  # x.method(...) -> x
-        elif len(arguments) == len(node.args) == 1 and name.islower() and not is_statement:
-            yield self.replace(node, node.args[0])  # function(x) -> x
-        for before, keyword in pairwise([None, *arguments]):
-            value = getattr(getattr(keyword, "value", None), "value", None)
-            # A bool is flipped elsewhere, which has the same effect.
-            if isinstance(keyword, ast.keyword) and not isinstance(value, bool):
-                start = self.end(before) if before else self.start(keyword)
-                end = (
-                    self.start(arguments[1]) if arguments[1:] and not before else self.end(keyword)
-                )
-                yield Edit(start, end, "")
-
-    def is_deletable(self, node: ast.stmt, above: tuple[ast.AST, ...]) -> bool:
-        """Whether node can be deleted without leaving a name undefined."""
-        functions = [x for x in above if isinstance(x, ast.FunctionDef)]
-        if not functions or not isinstance(node, ast.Raise | ast.Expr | ast.Assign | ast.AugAssign):
-            return False
-        seen = {x.arg for x in ast.walk(functions[-1]) if isinstance(x, ast.arg)}
-        names = [x for x in ast.walk(functions[-1]) if isinstance(x, ast.Name)]
-        seen |= {x.id for x in names if self.start(x) < self.start(node)}
-        assigned = [
-            x for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
-        ]
-        return {x.id for x in assigned} <= seen
-
-    def still_parses(self, outermost: ast.stmt, edit: Edit) -> bool:
-        """Whether the edited statement still parses. Parsing the whole module is far slower."""
-        first = min(x.lineno for x in [outermost, *getattr(outermost, "decorator_list", [])])
-        before = self.text(self.lines[first - 1], edit.start)
-        try:
-            ast.parse(before + edit.new + self.text(edit.end, self.end(outermost)))
-        except SyntaxError:
-            return False
-        return True
-
-    def key(self, nodes: tuple[ast.AST, ...], edit: Edit) -> str:
-        """Describe edit by the smallest piece of code around it that is unique in its function."""
-        scopes = [x for x in nodes if isinstance(x, ast.FunctionDef | ast.ClassDef)]
-        scope = self.text(self.start(scopes[-1]), self.end(scopes[-1])) if scopes else ""
-        start, end = edit.start, edit.end
-        for node in reversed(nodes):
-            if isinstance(node, ast.stmt) and hasattr(node, "body"):
-                break  # it would be too long
-            has_place = isinstance(node, ast.expr | ast.keyword | ast.stmt)
-            if has_place and self.start(node) <= edit.start and edit.end <= self.end(node):
-                start, end = self.start(node), self.end(node)
-                if scope.count(self.text(start, end)) == 1:
-                    break
-        where = ".".join(x.name for x in scopes) or "module"
-        new = self.text(start, edit.start) + edit.new + self.text(edit.end, end)
-        return " ".join(f"{where}: `{self.text(start, end)}` -> `{new}`".split())
+            case ast.Call(func=ast.Name(id="require")) if field == "args":
+                children = children[:2]  # the others are a message
+        if field not in ("annotation", "returns"):
+            for child in (x for x in children if isinstance(x, ast.AST)):
+                yield from nodes_of(child, (*above, node))
 
 
-def make_mutants(text: str) -> list[Mutant]:
-    """Every mutant of a module's text, in line order."""
-    source, mutants, times = Source(text), {}, Counter()
-    for nodes in source.walk(source.tree):
-        for edit in source.edits(nodes[-1], nodes[:-1]):
-            mutated = source.text(0, edit.start) + edit.new + source.text(edit.end, None)
-            if mutated not in mutants and source.still_parses(nodes[1], edit):
-                key = source.key(nodes, edit)
-                times[key] += 1
-                key += f" ({times[key]})" if times[key] > 1 else ""
-                mutants[mutated] = Mutant(key, source.text(0, edit.start).count("\n") + 1, mutated)
+def edits(node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str]]:
+    """Yield the changes to node: the node replaced, and its new text."""
+
+    def changed(**fields: object) -> str:
+        new = copy.copy(node)
+        vars(new).update(fields)
+        return ast.unparse(new)
+
+    match node:
+        case ast.BinOp(op=op) | ast.AugAssign(op=op) | ast.BoolOp(op=op) if type(op) in SWAPS:
+            yield node, changed(op=SWAPS[type(op)]())
+        case ast.Compare(ops=ops):
+            for i, op in enumerate(ops):
+                if type(op) in SWAPS:
+                    yield node, changed(ops=[*ops[:i], SWAPS[type(op)](), *ops[i + 1 :]])
+        case ast.UnaryOp(operand=operand):
+            yield node, ast.unparse(operand)
+        case ast.Constant(value=bool(value)):
+            yield node, str(not value)
+        case ast.Constant(value=int(value)):
+            yield node, str(value + 1)
+        case ast.Constant(value=float(value)):
+            yield node, str(2 * value or 1.0)
+        case ast.Constant(value=str(value)) if value and " " not in value:
+            yield node, repr("XX" + value)
+        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
+            if not isinstance(test, ast.UnaryOp | ast.Compare):  # else changed by itself
+                yield test, f"not ({ast.unparse(test)})"
+        case ast.Call(func=function, args=args, keywords=keywords):
+            name = getattr(function, "attr", getattr(function, "id", ""))
+            if name in FUNCTIONS:
+                text = ast.unparse(function)
+                yield function, text[: len(text) - len(name)] + FUNCTIONS[name]
+            if len(args) == 1 and not keywords and not isinstance(above[-1], ast.Expr):
+                yield node, ast.unparse(args[0])  # function(x) -> x
+            for i, keyword in enumerate(keywords):  # a bool is flipped, which has the same effect
+                if not isinstance(getattr(keyword.value, "value", None), bool):
+                    yield node, changed(keywords=keywords[:i] + keywords[i + 1 :])
+        case ast.FunctionDef(decorator_list=names):
+            yield from ((name, "lambda x: x") for name in names)
+        case ast.Raise() | ast.Expr() | ast.AugAssign():
+            yield node, "pass"
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield node, "pass"
+
+
+def make_mutants(file: str, text: str) -> list[Mutant]:
+    """Every mutant of a file, in line order."""
+    data, mutants, times = text.encode("utf-8"), {}, Counter()
+    starts = [0, *accumulate(map(len, data.splitlines(keepends=True)))]
+    for node, above in nodes_of(ast.parse(text)):
+        for old, new in edits(node, above):
+            start = starts[old.lineno - 1] + old.col_offset
+            end = starts[old.end_lineno - 1] + old.end_col_offset
+            new_text = f"({new})" if isinstance(old, ast.expr) else new
+            mutated = (data[:start] + new_text.encode("utf-8") + data[end:]).decode("utf-8")
+            try:
+                ast.parse(mutated)
+            except SyntaxError:
+                continue
+            names = [x.name for x in above if isinstance(x, ast.FunctionDef | ast.ClassDef)]
+            where = ".".join(names) or "module"
+            key = " ".join(f"{file} {where}: `{ast.unparse(old)}` -> `{new}`".split())
+            times[key] += 1
+            key += f" ({times[key]})" if times[key] > 1 else ""
+            mutants.setdefault(mutated, Mutant(file, old.lineno, mutated, key))
     return sorted(mutants.values(), key=lambda mutant: mutant.line)
 
 
 # --- Running the tests ----------------------------------------------------------------------------
 
 
-class MutantLoader(SourceFileLoader):
-    """Imports nala_min.model from another text, as if the file contained it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__("nala_min.model", str(ROOT / MODEL))
-        self.text = text
-
-    def get_code(self, fullname):
-        return compile(self.text, self.path, "exec", dont_inherit=True)
-
-    def find_spec(self, fullname, path=None, target=None):
-        same = fullname == self.name
-        return spec_from_file_location(fullname, self.path, loader=self) if same else None
-
-
-class OrderPlugin:
-    """A pytest plugin. Tests that caught other mutants come first, then one case of each test, then
-    all others. The name of the last test started goes to last_test."""
+class Plugin:
+    """For pytest: the tests of first come first, and last_test is the name of the last started."""
 
     def __init__(self, first: list[str], last_test) -> None:
-        self.rank, self.last_test = {test: i for i, test in enumerate(first)}, last_test
+        self.first, self.last_test = first, last_test
 
     def pytest_collection_modifyitems(self, items: list) -> None:
-        one_of_each = {item.function: item for item in reversed(items)}.values()
-        ranks = {item.nodeid: len(self.rank) for item in one_of_each} | self.rank
-        items.sort(key=lambda item: ranks.get(item.nodeid, len(ranks)))
+        items.sort(key=lambda x: [*self.first, x.nodeid].index(x.nodeid))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.last_test.value = nodeid.encode()
+        self.last_test.value = nodeid.encode()[:499]
 
 
-def run_tests(text: str, first: list[str], last_test) -> None:
-    """Run pytest with text as model.py. Called in its own process."""
+def run_tests(folder: str, tests: list[str], first: list[str], last_test) -> None:
+    """Run pytest in folder. Called in its own process."""
     import resource
 
     import pytest
 
-    os.chdir(ROOT)
-    output = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.setsid()
+    os.chdir(folder)
+    for output in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-    sys.meta_path.insert(0, MutantLoader(text))
+    sys.dont_write_bytecode = True  # a stale copy might be imported
+    sys.path[:] = [x for x in sys.path if x not in (str(ROOT), str(Path(__file__).parent))]
     faulthandler.dump_traceback_later(TEST_TIMEOUT, exit=True)  # until the first test starts
     options = f"-x -q --tb=no -p no:cacheprovider -o faulthandler_timeout={TEST_TIMEOUT}"
     options += " -o faulthandler_exit_on_timeout=true"
-    sys.exit(pytest.main([*options.split(), *TESTS], plugins=[OrderPlugin(first, last_test)]))
+    code = pytest.main([*options.split(), *tests], plugins=[Plugin(first, last_test)])
+    sys.exit(int(code))
 
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports torch only once
-CONTEXT.set_forkserver_preload(["torch", "pytest", "numpy"])
+CONTEXT.set_forkserver_preload(["torch", "pytest", "numpy", "matplotlib.pyplot"])
 
 
-def test_that_catches(mutant: Mutant, first: list[str]) -> str | None:
-    """The test that fails for mutant. first: tests that caught others, the latest first."""
+def test_that_catches(folder: Path, tests: list[str], first: list[str]) -> str | None:
+    """The test that fails in folder. first: tests that caught others, the latest first."""
     last_test = CONTEXT.Array("c", 500)
     last_test.value = b"import"
-    process = CONTEXT.Process(target=run_tests, args=(mutant.text, [*first], last_test))
+    process = CONTEXT.Process(target=run_tests, args=(str(folder), tests, [*first], last_test))
     process.start()
     process.join()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the tests left behind
     if not process.exitcode:
         return None
-    caught = last_test.value.decode()
+    caught = last_test.value.decode(errors="replace")
     first[:] = [caught, *(test for test in first if test != caught)]
     return caught
 
 
-def fingerprint(text: str) -> str:
-    """A hash of what a result depends on: the module, the rest of the package, and the tests."""
-    digest = hashlib.sha256(text.encode("utf-8"))
-    for path in [*sorted(ROOT.glob("nala_min/**/*.py")), *(ROOT / name for name in TESTS)]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def copy_of_project(folder: Path) -> Path:
+    """Copy the files that git knows or would add to folder."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in filter(os.path.isfile, listed.stdout.decode().split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(name, folder / name)
+    return folder
 
 
-def diff(old: str, new: str) -> str:
-    """The lines that differ, as in a unified diff."""
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
-    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+def try_room(name: str, flags: argparse.Namespace, folders: Queue[Path]) -> dict[str, Any]:
+    """Try mutants of the files of a room. Returns the room's part of the card."""
+    tests, count = ROOMS[name]
+    tests = [f"tests/test_{each}.py" for each in tests.split()]
+    patterns = [x + "*.py" * x.endswith("/") for x in name.split(", ")]
+    files = sorted(x for y in patterns for base in (ROOT, ROOT / "nala_min") for x in base.glob(y))
+    texts = {str(x.relative_to(ROOT)): x.read_text(encoding="utf-8") for x in files}
+    mutants = [x for file, text in texts.items() for x in make_mutants(file, text)]
+    chosen = random.Random(flags.seed).sample(mutants, min(flags.count or count, len(mutants)))
+    first: list[str] = []
+
+    def caught_by(mutant):
+        folder = folders.get()
+        (folder / mutant.file).write_text(mutant.text, encoding="utf-8")
+        try:
+            return test_that_catches(folder, tests, first)
+        finally:
+            (folder / mutant.file).write_text(texts[mutant.file], encoding="utf-8")
+            folders.put(folder)
+
+    file = min(texts)
+    if caught := caught_by(Mutant(file, 0, texts[file], "the original")):
+        sys.exit(f"{name}: the tests fail without a mutant: {caught}")
+    tried = [x for x in chosen if x.key not in EQUIVALENT]
+    with ThreadPoolExecutor(flags.jobs) as pool:
+        found = [*tqdm(pool.map(caught_by, tried), total=len(tried), unit="mutant", desc=name)]
+    survivors = [x for x, caught in zip(tried, found, strict=True) if caught is None]
+    for x in survivors:
+        print(f"{x.file}:{x.line} survived: {x.key}")
+    numbers = {"all": len(mutants), "mutants": len(tried), "caught": len(tried) - len(survivors)}
+    print(f"{name}: {numbers}", flush=True)
+    equivalent = {x.key: EQUIVALENT[x.key] for x in chosen if x.key in EQUIVALENT}
+    return numbers | {"equivalent": equivalent, "survivors": [x.key for x in survivors]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--every", type=int, default=1, metavar="K", help="only every K-th mutant")
-    parser.add_argument("--only", default="", metavar="TEXT", help="mutants with TEXT in their key")
+    parser.add_argument("rooms", nargs="*", default=[*ROOMS], help=f"of {', '.join(ROOMS)}")
+    parser.add_argument("--count", type=int, metavar="N", help="mutants per room")
+    parser.add_argument("--seed", type=int, default=1, help="of the choice")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel processes")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a run card")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write, or update, a run card")
     flags = parser.parse_args()
-    start = time.perf_counter()
-    os.environ["OMP_NUM_THREADS"] = "1"  # the jobs share the cores
+    sys.path.insert(0, str(ROOT))
+    from nala_min import runcard  # not above: the children must import their own copy
 
-    text = (ROOT / MODEL).read_text(encoding="utf-8")
-    mutants = make_mutants(text)
-    if unknown := EQUIVALENT.keys() - {mutant.key for mutant in mutants}:
-        sys.exit("EQUIVALENT lists mutants that no longer exist:\n" + "\n".join(sorted(unknown)))
-    selected = [mutant for mutant in mutants[:: flags.every] if flags.only in mutant.key]
-    log = ROOT / "runs" / "mutation" / f"{fingerprint(text)}.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    known = (
-        dict(map(json.loads, log.read_text(encoding="utf-8").splitlines())) if log.exists() else {}
-    )
-    if caught := test_that_catches(Mutant("original", 0, text), []):
-        sys.exit(f"The tests fail for the original model.py: {caught}")
-
-    todo = [x for x in selected if x.key not in known and x.key not in EQUIVALENT]
-    with ThreadPoolExecutor(flags.jobs) as pool, open(log, "a", encoding="utf-8") as file:
-        results = pool.map(partial(test_that_catches, first=[]), todo)
-        for mutant, caught in tqdm(zip(todo, results, strict=True), total=len(todo), unit="mutant"):
-            known[mutant.key] = caught
-            print(json.dumps([mutant.key, caught]), file=file, flush=True)
-
-    equivalent = {x.key: EQUIVALENT[x.key] for x in selected if x.key in EQUIVALENT}
-    tested = [x for x in selected if x.key not in equivalent]
-    survivors = [x for x in tested if known[x.key] is None]
-    for x in survivors:
-        print(f"\n{MODEL}:{x.line}  {x.key}\n{diff(text, x.text)}")
-    caught = len(tested) - len(survivors)
-    print(f"\n{len(selected)} mutants: {caught} caught, {len(equivalent)} equivalent,", end=" ")
-    print(
-        f"{len(survivors)} survivors; {caught / max(len(tested), 1):.1%} of the others were caught"
-    )
-    if flags.out is not None:
-        sys.path.insert(0, str(ROOT))
-        from nala_min import runcard
-
-        data_info = {"name": MODEL, "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
-        config = {"every": flags.every, "only": flags.only, "tests": TESTS}
-        results = {"mutants": len(selected), "caught": caught, "equivalent": equivalent}
-        results["survivors"] = [x.key for x in survivors]
-        seconds = time.perf_counter() - start
-        card = runcard.run_card(config, data_info, torch.device("cpu"), seconds, results)
-        card["command"] = card["command"].replace("mutate.py", "tests/tools/mutate.py")
-        runcard.write_json(flags.out, card)
+    os.chdir(ROOT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    start, folders = time.perf_counter(), Queue()
+    with tempfile.TemporaryDirectory() as temporary:
+        for i in range(flags.jobs):
+            folders.put(copy_of_project(Path(temporary) / str(i)))
+        rooms = {}
+        if flags.out and flags.out.exists():
+            rooms = runcard.read_json(flags.out)["results"].get("rooms", {})
+        for name in flags.rooms:
+            rooms[name] = try_room(name, flags, folders)
+            if flags.out:
+                config, seconds = {"seed": flags.seed}, time.perf_counter() - start
+                results = {"rooms": {x: rooms[x] for x in ROOMS if x in rooms}}
+                card = runcard.run_card(config, {}, torch.device("cpu"), seconds, results)
+                card["command"] = card["command"].replace("mutate.py", "tests/tools/mutate.py")
+                runcard.write_json(flags.out, card)
 
 
 if __name__ == "__main__":
