@@ -1,211 +1,218 @@
-"""The contents of the figures that nala_min/plots.py draws."""
+"""What the pictures of nala_min/plots.py show, with names and numbers that are visible on white."""
 
-import io
 import math
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
-from nala_min import Config, NaLaViT, entropy, measure, plots
+from nala_min import plots
+from nala_min.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, YELLOW
 
-LOSSES = {"train_loss": [3.0, 2.0, 1.5], "validation_loss": [4.0, 3.0, 2.75]}
-ACCURACY = {"test_accuracy": [0.25, 0.5, 0.625]}
-
-
-def small_vit(**options):
-    sizes = {"num_classes": 7, "num_layers": 2, "num_heads": 2, "dim": 32, "patch_size": 2}
-    return NaLaViT(Config(**sizes | options))
+DARK = {"axes.facecolor": "black", "figure.facecolor": "black", "text.color": "white"}
+DARK |= {"axes.labelcolor": "white", "xtick.color": "white", "savefig.dpi": 20}
 
 
-def noise(count=2, height=6, width=9):
-    """Random images, (count, 3, height, width) uint8."""
-    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
-
-
-def test_a_picture_is_written_as_a_complete_png(tmp_path):
-    plots.write(plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]}), tmp_path / "gap.png")
-    png = (tmp_path / "gap.png").read_bytes()
-    assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
-    assert list(tmp_path.iterdir()) == [tmp_path / "gap.png"]
-    assert imread(tmp_path / "gap.png").shape[:2] == (585, 960)  # 3.9 x 6.4 inches, 150 dpi
-
-
-def test_a_picture_depends_on_the_project_s_settings_alone(tmp_path):
-    """Not on the user's, which stay as they are."""
-
-    def drawn():
+@pytest.fixture(autouse=True)
+def settings():
+    """A user's own settings, which the pictures neither follow nor change."""
+    with matplotlib.rc_context(DARK):
         before = dict(matplotlib.rcParams)
-        plots.write(plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]}), tmp_path / "gap.png")
+        yield
         assert dict(matplotlib.rcParams) == before
-        return (tmp_path / "gap.png").read_bytes()
-
-    expected = drawn()
-    theirs = {"font.size": 30, "axes.facecolor": "black", "savefig.dpi": 20, "lines.linewidth": 9}
-    theirs |= {"text.usetex": True, "savefig.facecolor": "red", "savefig.bbox": "tight"}
-    with matplotlib.rc_context(theirs):
-        assert drawn() == expected
 
 
-def test_the_styles_differ_without_colour():
-    assert set(plots.STYLES) == {"nala", "split", "elu", "relu", "softmax"}
-    assert len({style["linestyle"] for style in plots.STYLES.values()}) == len(plots.STYLES)
-    assert len({style["color"] for style in plots.STYLES.values()}) == len(plots.STYLES)
+def axes_of(figure):
+    """The figure's axes. Its labels and lines are visible on white and do not overlap."""
+    assert figure.get_layout_engine() is not None
+    assert {to_rgb(x.get_facecolor()) for x in (figure, *figure.axes)} == {(1, 1, 1)}
+    colours = [x.get_color() for x in figure.findobj(Text) if x.get_text()]
+    assert max(max(to_rgb(colour)) for colour in colours) < 0.5
+    assert all(min(to_rgb(line.get_color())) < 0.5 for axes in figure.axes for line in axes.lines)
+    return figure.axes
 
 
-def test_entropy_gap_has_a_line_per_feature_map():
-    values = {name: [1.0 + i, 2.0] for i, name in enumerate(plots.STYLES)}
-    figure = plots.entropy_gap([0.1, 1.0], values)
+def lines(axes):
+    """The points of each line with a label."""
+    found = {line.get_label(): np.transpose(line.get_data()).tolist() for line in axes.lines}
+    return {label: points for label, points in found.items() if not label.startswith("_")}
+
+
+def looks(axes):
+    return [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+
+
+def dots(axes):
+    """Each row of dots: colour, numbers, row and mean, where a stroke of its colour stands."""
+    pairs = list(zip(axes.lines[::2], axes.lines[1::2], strict=True))
+    assert all(stroke.get_color() == x.get_color() for x, stroke in pairs)
+    data = [(x, *x.get_data(), stroke.get_xdata()) for x, stroke in pairs]
+    return [(x.get_color(), list(values), rows[0], mean[0]) for x, values, rows, mean in data]
+
+
+def texts(artists):
+    return [text.get_text() for text in artists]
+
+
+def test_a_picture_is_written_with_the_project_s_settings(tmp_path):
+    plots.write(plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]}), tmp_path / "gap.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["gap.png"]
+    pixels = matplotlib.image.imread(tmp_path / "gap.png")
+    assert pixels.shape == (585, 960, 4) and pixels[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_attentions_have_names_and_differ_in_colour_and_dashes():
+    styles = plots.STYLES.values()
+    assert [style["color"] for style in styles] == [BLACK, ORANGE, PURPLE, BLUE, GREEN]
+    assert len({style["linestyle"] for style in styles}) == 5
+    shown = [plots.display_name(name) for name in ("split", "relu", "lam 2")]
+    assert shown == ["NaLa, sign split", "linear, ReLU", "NaLa, λ = 2"]
+    assert plots.display_name("elu, same state") == "linear, elu + 1, same state"
+    assert plots.display_name("lam 4") == "NaLa, λ = 4"
+    assert plots.display_name("lam 1 of keys") == "NaLa, λ = 1 for keys"
+    assert plots.display_name("mine.py") == "mine.py"
+    names = "focused polar magnitude-aware hedgehog injective delta"
+    shown = "FLatten PolaFormer MALA Hedgehog InLine DeltaNet"
+    assert [plots.display_name(name) for name in names.split()] == shown.split()
+
+
+def test_entropy_gap_shows_the_effective_number_of_keys():
+    figure = plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0], "nala": [2.0, 1.0]})
     figure.draw_without_rendering()  # the second axis follows the first
-    axes = figure.axes[0]
-    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
-    assert list(drawn) == [plots.STYLES[name]["label"] for name in values]
-    for keys, entropies in zip(drawn.values(), values.values(), strict=True):
-        assert keys == pytest.approx([math.exp(x) for x in entropies])  # effective number of keys
-    colours = [line.get_color() for line in axes.get_lines()]
-    assert colours == [look["color"] for look in plots.STYLES.values()]
-    assert all(list(line.get_xdata()) == [0.1, 1.0] for line in axes.get_lines())
+    (axes,) = axes_of(figure)
+    low, high = pytest.approx(math.e), pytest.approx(math.e**2)
+    assert lines(axes) == {"softmax": [[0.1, low], [1, high]], "NaLa": [[0.1, high], [1, low]]}
+    assert looks(axes) == [(BLACK, "--"), (ORANGE, "-")]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert "norm" in axes.get_xlabel() and "keys" in axes.get_ylabel()
     (nats,) = axes.child_axes
-    low, high = axes.get_ylim()
-    assert nats.get_ylim() == pytest.approx((math.log(low), math.log(high)))
+    assert nats.get_ylim() == pytest.approx([math.log(x) for x in axes.get_ylim()])
 
 
-@pytest.mark.parametrize(
-    ("numbers", "panels"),
-    [
-        (LOSSES, {"cross-entropy (nats)": ["train loss", "validation loss"]}),
-        (
-            {"train_loss": LOSSES["train_loss"]} | ACCURACY,
-            {"cross-entropy (nats)": ["train loss"], "accuracy": ["test accuracy"]},
-        ),
-        (
-            ACCURACY | LOSSES,
-            {
-                "cross-entropy (nats)": ["train loss", "validation loss"],
-                "accuracy": ["test accuracy"],
-            },
-        ),
-    ],
-    ids=["losses", "a loss and an accuracy", "in another order"],
-)
-def test_curve_has_separate_panels_for_losses_and_accuracies(numbers, panels):
-    steps = [1, 10, 15]
-    history = [
-        {"step": step} | {name: values[i] for name, values in numbers.items()}
-        for i, step in enumerate(steps)
-    ]
-    figure = plots.curve(history, "Märchen, nala")
-    assert figure.get_suptitle() == "Märchen, nala"
-    drawn = {
-        axes.get_ylabel(): [line.get_label() for line in axes.get_lines()] for axes in figure.axes
-    }
-    assert drawn == panels
-    for line in (line for axes in figure.axes for line in axes.get_lines()):
-        assert list(line.get_xdata()) == steps
-        assert list(line.get_ydata()) == numbers[line.get_label().replace(" ", "_")]
-        look = (plots.BLUE, "--") if line.get_label() == "train loss" else (plots.ORANGE, "-")
-        assert (line.get_color(), line.get_linestyle()) == look
-    assert figure.axes[-1].get_xlabel() == "step"
+def test_curve_has_a_panel_for_losses_and_one_for_accuracies():
+    first = {"step": 1, "test_accuracy": 0.2, "train_loss": 3.0, "test_loss": 4.0}
+    last = {"step": 9, "test_accuracy": 0.5, "train_loss": 1.0, "test_loss": 2.0}
+    losses, accuracies = axes_of(plots.curve([first, last], "Märchen"))
+    assert losses.figure.get_suptitle() == "Märchen"
+    assert lines(losses) == {"train loss": [[1, 3], [9, 1]], "test loss": [[1, 4], [9, 2]]}
+    assert lines(accuracies) == {"test accuracy": [[1, 0.2], [9, 0.5]]}
+    assert looks(losses) == [(BLUE, "--"), (ORANGE, "-")]
+    assert losses.get_ylabel() == "cross-entropy (nats)" and accuracies.get_ylabel() == "accuracy"
 
 
-def test_attention_maps_frames_the_query_and_shows_its_weights():
+def test_attention_maps_frame_the_query_and_show_its_weights():
     """Images of 6 x 9 pixels have 3 x 5 patches. The query is patch (1, 2): 3.6 pixels from the
     left and 2 from the top."""
-    model, images = small_vit(), noise(2)
-    maps = measure.attention_maps(model, images)
-    figure = plots.attention_maps(images, maps, "nala")
-    assert "nala" in figure.get_suptitle()
-    panels = [axes for axes in figure.axes if axes.images]
-    assert len(panels) == 2 * (1 + len(maps))
+    images = torch.randint(256, (2, 3, 6, 9), dtype=torch.uint8)
+    maps = torch.rand(2, 3, 5, 3, 5)
+    maps[:, 1, 2] = torch.tensor([[[0, 0, 0, 0, 0], [2, 2, 2, 2, 0], [0, 0, 0, 0, 0]]]) / 8
+    *panels, bar = axes_of(plots.attention_maps(images, {"nala": maps}, "NaLa"))
+    assert [axes.get_title() for axes in panels] == ["image", "NaLa", "", ""]
     for axes in panels:
         (frame,) = axes.patches
-        assert frame.get_xy() == pytest.approx((3.6, 2.0))
-        assert (frame.get_width(), frame.get_height()) == pytest.approx((1.8, 2.0))
-        assert axes.images[0].get_extent() == [0, 9, 6, 0]
-    titles = [axes.get_title() for axes in panels[:4]]
-    assert titles == ["image", *(plots.STYLES[name]["label"] for name in maps)]
+        box = (*frame.get_xy(), frame.get_width(), frame.get_height())
+        assert box == pytest.approx((3.6, 2.0, 1.8, 2.0))
+        assert axes.images[0].get_extent() == [0, 9, 6, 0] and not len(axes.get_xticks())
     for i in range(2):
-        picture, *shown = panels[4 * i : 4 * i + 4]
-        assert (picture.images[0].get_array() == images[i].movedim(0, -1).numpy()).all()
-        for axes, weights in zip(shown, maps.values(), strict=True):
-            times = axes.images[0].get_array().data
-            assert times == pytest.approx(15 * weights[i, 1, 2].numpy())
-            assert axes.images[0].get_clim() == (1 / 16, 16)  # the middle is 1: uniform attention
-            patches = entropy(weights[i, 1, 2].flatten()).exp().item()
-            assert axes.get_xlabel() == f"effectively {patches:.0f} of 15"
+        picture, shown = (axes.images[0] for axes in panels[2 * i : 2 * i + 2])
+        assert (picture.get_array() == images[i].movedim(0, -1).numpy()).all()
+        assert shown.get_array().data == pytest.approx(15 * maps[i, 1, 2].numpy(), abs=1e-8)
+        assert shown.get_clim() == (1 / 16, 16)  # the middle is 1: uniform attention
+        assert panels[2 * i + 1].get_xlabel() == "effectively 4 of 15"
+    assert texts(bar.get_yticklabels()) == ["1/16", "1/4", "1", "4", "16"]
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 11), (32, 32)])
-def test_attention_maps_of_any_grid(height, width):
-    images = noise(1, height, width)
-    maps = measure.attention_maps(small_vit(num_layers=1), images)
-    plots.attention_maps(images, maps, "hybrid").savefig(io.BytesIO())
-
-
-def test_attention_stats_draws_medians_and_the_middle_90_percent():
-    nala = {"query_norm": [1.0, 2.0, 3.0, 4.0, 5.0], "entropy": [0.0, 1.0, 2.0, 3.0, 4.0]}
-    nala = nala | {"power": [2.0, 2.5, 3.0, 3.5, 4.0]}
-    softmax = {"query_norm": [2.0, 3.0, 4.0, 5.0, 9.0], "entropy": [1.0, 1.0, 1.0, 1.0, 1.0]}
-    figure = plots.attention_stats([nala, nala], [softmax, softmax], num_keys=64)
-    norm, power, entropies = figure.axes
-    labels = [axes.get_ylabel().split()[0] for axes in figure.axes]
-    assert labels == ["norm", "power", "entropy"]
-    for axes, looks in ((norm, ["nala", "softmax"]), (power, ["nala"])):
-        for bar, look in zip(axes.containers, looks, strict=True):
-            style = {"label": bar.get_label(), "color": bar[0].get_color()}
-            assert style.items() <= plots.STYLES[look].items()
-    assert [len(axes.containers) for axes in figure.axes] == [2, 1, 2]  # softmax has no power
-    middle, _, (bars,) = norm.containers[1]
-    assert list(middle.get_ydata()) == [4.0, 4.0]
-    assert [list(bar[:, 1]) for bar in bars.get_segments()] == [[2.0, 9.0]] * 2
-    assert list(power.containers[0][0].get_ydata()) == [3.0, 3.0]
-    assert list(entropies.containers[0][0].get_ydata()) == [2.0, 2.0]
-    (legend,) = (axes.get_legend() for axes in figure.axes if axes.get_legend())
-    assert [text.get_text() for text in legend.get_texts()] == ["NaLa", "softmax"]
-
-
-def test_attention_stats_draws_limits_and_the_range_where_tanh_varies():
-    """tanh varies for norms up to 2. Powers lie between 1.5 and 4.5, entropies below log(64)."""
-    row = {"query_norm": [1.0] * 5, "power": [2.0] * 5, "entropy": [0.5] * 5}
-    norm, power, axes = plots.attention_stats([row], [row], num_keys=64).axes
-    (line,) = (line for line in axes.get_lines() if line.get_linestyle() == ":")
-    assert list(line.get_ydata()) == [pytest.approx(4.159, abs=1e-3)] * 2
-    assert any("uniform over 64 keys: 4.16" in text.get_text() for text in axes.texts)
-    limits = [list(line.get_ydata()) for line in power.get_lines() if line.get_linestyle() == ":"]
-    assert limits == [[1.5, 1.5], [4.5, 4.5]]
-    assert [text.xy[1] for text in power.texts] == [1.5, 4.5]
-    assert [text.get_text().split()[0] for text in power.texts] == ["lowest", "highest"]
-    (shaded,) = norm.patches
-    box = shaded.get_window_extent().transformed(norm.transData.inverted())
+def test_attention_stats_show_medians_the_middle_90_percent_and_limits():
+    """tanh varies for norms up to 2. Powers lie between 1.5 and 4.5, entropies below log 64."""
+    nala = {"query_norm": [1, 2, 3, 4, 6], "power": [2, 2, 3, 4, 4], "entropy": [0, 1, 2, 3, 4]}
+    softmax = {"query_norm": [2, 3, 4, 5, 9], "entropy": [1, 1, 1, 1, 1]}
+    norm, power, entropies = axes_of(plots.attention_stats([nala] * 2, [softmax] * 2, 64))
+    found = []
+    for bar in (*norm.containers, *power.containers, *entropies.containers):
+        dot, _, (bars,) = bar
+        assert [round(x) for x in dot.get_xdata()] == [1, 2] == list(bar[0].axes.get_xticks())
+        found.append((dot.get_color(), dot.get_ydata()[0], *bars.get_segments()[1][:, 1]))
+    nala, softmax = [(ORANGE, 3, 1, 6), (BLACK, 4, 2, 9)], [(ORANGE, 2, 0, 4), (BLACK, 1, 1, 1)]
+    assert found == [*nala, (ORANGE, 3, 2, 4), *softmax]
+    assert texts(power.get_legend().get_texts()) == ["NaLa", "softmax"]
+    assert norm.get_xlabel() == "block"
+    dotted = [line.get_ydata()[0] for line in power.lines if line.get_linestyle() == ":"]
+    assert dotted == [1.5, 4.5] == [text.xy[1] for text in power.texts]
+    assert texts(entropies.texts) == ["uniform over 64 keys: 4.16"]
+    box = norm.patches[0].get_window_extent().transformed(norm.transData.inverted())
     assert (box.y0, box.y1) == (pytest.approx(0, abs=1e-9), pytest.approx(2))
 
 
-def test_seeds_draws_every_run_and_the_mean_of_each_attention():
+def test_speed_shows_causal_training_in_ms_and_mib_and_decoding():
+    def timed(form, length, median, peak, which="forward + backward", causal=True):
+        row = {"form": form, "length": length, "median": median, "peak": peak}
+        return row | {"causal": causal, "pass": which}
+
+    rows = [timed(form, 64, 0.002, 2**20) for form in ("softmax", "nala", "compiled", "readable")]
+    rows += [timed("nala", 512, 0.004, 2**21), timed("quadratic", 2048, 0.008, None)]
+    rows += [timed("nala", 9, 9.0, 9, which="forward"), timed("nala", 9, 9.0, 9, causal=False)]
+    results = {"attention": rows, "crossover": {"causal, forward + backward": 1024}}
+    results["decode"] = [{"form": "softmax_grown", "context": 128, "median": 0.007}]
+    time, memory, decoding = axes_of(plots.speed(results))
+    others = "softmax, fused", "NaLa, compiled", "NaLa, as in model.py"
+    expected = {name: [[64, 2]] for name in others} | {"NaLa": [[64, 2], [512, 4]]}
+    assert lines(time) == expected | {"NaLa, quadratic (13c)": [[2048, 8]]}
+    assert lines(memory) == {name: [[64, 1]] for name in others} | {"NaLa": [[64, 1], [512, 2]]}
+    assert lines(decoding) == {"softmax, growing cache": [[128, 7]]}
+    assert texts(time.get_xticklabels()) == ["64", "2k"]
+    assert time.texts[0].xy[0] == 1024 and "1,024" in time.texts[0].get_text()
+    assert "(MiB)" in memory.get_ylabel() and "(ms)" in time.get_ylabel()
+
+
+def test_seeds_show_every_run_and_the_mean_of_each_attention():
     def card(*losses):
         history = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses, start=1)]
         return {"results": {"history": history, "loss": losses[-1] + 0.5}}
 
-    runs = {"nala": [card(3.0, 1.0), card(5.0, 2.0)], "softmax": [card(2.0, 1.5)]}
-    left, right = plots.seeds(runs, "loss", "loss (nats)").axes
-    assert left.get_ylabel() == "loss (nats)" and "loss (nats)" in right.get_xlabel()
-    curves = {line.get_label(): list(line.get_ydata()) for line in left.get_lines()}
-    assert curves == {"NaLa": [4.0, 1.5], "softmax": [2.0, 1.5]}
-    assert all(list(line.get_xdata()) == [10, 20] for line in left.get_lines())
-    band = left.collections[0].get_datalim(left.transData)
-    assert (band.y0, band.y1) == (1.0, 5.0)
-    dots = [(list(x.get_xdata()), list(x.get_ydata())) for x in right.get_lines()[::2]]
-    assert dots == [([1.5, 2.5], [0, 0]), ([2.0], [1])]
-    assert [list(line.get_xdata()) for line in right.get_lines()[1::2]] == [[2.0] * 2] * 2
-    assert [text.get_text() for text in right.texts] == ["2.000", "2.000"]
-    labels = [text.get_text() for text in right.get_yticklabels()]
-    assert labels == ["NaLa", "softmax"]
-    assert right.yaxis_inverted()  # the first on top
-    looks = [plots.STYLES[name] for name in runs]
-    colours = [look["color"] for look in looks]
-    assert [line.get_color() for line in left.get_lines()] == colours
-    assert [line.get_linestyle() for line in left.get_lines()] == [x["linestyle"] for x in looks]
-    for lines in (right.get_lines()[::2], right.get_lines()[1::2]):
-        assert [line.get_color() for line in lines] == colours
+    cards = {"nala": [card(3.0, 1.0), card(5.0, 2.0)], "softmax": [card(2.0, 1.5)]}
+    left, right = axes_of(plots.seeds(cards, "loss", "loss (nats)"))
+    assert lines(left) == {"NaLa": [[10, 4], [20, 1.5]], "softmax": [[10, 2], [20, 1.5]]}
+    assert looks(left) == [(ORANGE, "-"), (BLACK, "--")]
+    band = left.collections[0].get_datalim(left.transData)  # from lowest to highest
+    assert (band.y0, band.y1) == (1, 5)
+    assert dots(right) == [(ORANGE, [1.5, 2.5], 0, 2), (BLACK, [2], 1, 2)]
+    assert texts(right.texts) == ["2.000", "2.000"] and right.texts[0].xy[0] == 2
+    assert texts(right.get_yticklabels()) == ["NaLa", "softmax"] and right.yaxis_inverted()
+    assert left.get_ylabel() == "loss (nats)" and right.get_xlabel() == "final loss (nats)"
+
+
+def test_premise_shows_entropies_against_both_norms_in_the_last_block():
+    points = {"query_norm": [[1, 2], [3, 4]], "key_norm": [[5, 6], [7, 8]]}
+    points["entropy"] = [[4, 3], [2, 1]]
+    rho = [(1, 1, 0.9, 0.9), (1, 2, -0.25, 0.5), (2, 2, 0.9, 0.9)]  # seed, block, query, key
+    names = ["variant", "seed", "block", "query_norm", "key_norm"]
+    rows = [dict(zip(names, (name, *x), strict=True)) for name in ("nala", "elu") for x in rho]
+    found = {"points": {"nala": points, "elu": points}, "correlations": rows}
+    grid = axes_of(plots.premise(found))
+    assert [axes.get_title() for axes in grid] == ["NaLa", "linear, elu + 1", "", ""]
+    for i, axes in enumerate(grid):
+        side, note = ("query", "-0.25") if i < 2 else ("key", "+0.50")
+        assert [list(line.get_xdata()) for line in axes.lines] == points[f"{side}_norm"]
+        assert [list(line.get_ydata()) for line in axes.lines] == points["entropy"]
+        assert texts(axes.texts) == [f"rank correlation {note}"]
+        assert axes.get_xlabel() == f"norm of the {side}"
+
+
+def test_recall_and_studies_show_the_runs_of_each_variant():
+    """Each in its colour, and others in grey, such as a user's own file."""
+    runs = [("nala", 1.0, 0.5), ("nala", 0.5, 0.25), ("no query norm", 0.5, 0.5), ("me.py", 0, 1)]
+    keys = ["variant", "accuracy at 4 pairs", "accuracy at 8 pairs"]
+    rows = [dict(zip(keys, run, strict=True)) for run in runs]
+    (axes,) = axes_of(plots.recall(rows, [4, 8]))
+    means = {"NaLa": [[4, 0.75], [8, 0.375]], "NaLa, no query norm": [[4, 0.5], [8, 0.5]]}
+    assert lines(axes) == means | {"me.py": [[4, 0], [8, 1]]}
+    assert looks(axes) == [(ORANGE, "-"), (YELLOW, "-"), (GREY, "-.")]
+    assert texts(axes.get_xticklabels()) == ["4", "8"] and axes.get_xscale() == "log"
+    (axes,) = axes_of(plots.study({keys[2]: rows}, "A title"))
+    nala = (ORANGE, [0.5, 0.25], 0, 0.375)
+    assert dots(axes) == [nala, (YELLOW, [0.5], 1, 0.5), (GREY, [1], 2, 1)]
+    assert texts(axes.get_yticklabels()) == ["NaLa", "NaLa, no query norm", "me.py"]
+    assert axes.yaxis_inverted() and axes.get_xlabel() == keys[2]
+    assert axes.figure.get_suptitle() == "A title"
