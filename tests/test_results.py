@@ -1,11 +1,14 @@
-"""notebooks/results/README.md: every number, table and verdict agrees with the run cards."""
+"""notebooks/results/README.md: every number and verdict is recomputed from the run cards, and the
+studies and scripts still have the recipes that the cards record."""
 
 import re
 import shlex
+from collections import Counter
 from dataclasses import fields, replace
-from functools import partial
+from fnmatch import filter as matching
+from functools import cache, partial
+from itertools import product
 from statistics import mean
-from typing import NamedTuple
 
 import faults
 import pytest
@@ -15,148 +18,40 @@ import train_shakespeare
 from nala_min import runcard
 from nala_min.flags import parse_flags
 from nala_min.lab import bench, compare
-from nala_min.lab.studies import STUDIES
+from nala_min.lab.studies import STUDIES, build_model
 
-PAGE = (runcard.RESULTS / "README.md").read_text(encoding="utf-8")
-PROSE = " ".join(PAGE.split()).replace(" %", "%")
+PAGE = (runcard.RESULTS / "README.md").read_text(encoding="utf-8").replace(" %", "%")
+PROSE = " ".join(PAGE.split())
 ATTENTIONS = ("nala", "softmax", "elu", "relu")
-LABELS = {"softmax": "softmax", "elu": "elu + 1", "relu": "ReLU"}
+OTHERS = ATTENTIONS[1:]
+SCRIPTS = {"shakespeare": train_shakespeare, "cifar": train_cifar}
+LOSS, POINTS = "{:+.3f} ± {:.3f}", "{:+.1f} ± {:.1f} points"
+FORMS = {"text": LOSS, "shakespeare": LOSS, "images": POINTS, "cifar": POINTS}
+OPENED = set()  # names of cards
 
 
+@cache
 def read(name):
+    OPENED.add(name)
     return runcard.read_json(runcard.RESULTS / f"{name}.json")
 
 
-def markdown(heading, rows):
-    """A table with a short rule below its heading."""
-    first, *others = (f"| {' | '.join(line)} |" for line in (heading, *rows))
-    return "\n".join([first, "|---|", *others])
-
-
-def assert_has_table(text):
-    assert f"\n\n{text}\n\n" in re.sub(r"(?m)^\|[ |-]+\|$", "|---|", PAGE)
-
-
-# --- The scripts' recipes -------------------------------------------------------------------------
-
-
-class Table(NamedTuple):
-    """How the page shows the runs of a script's default recipe with four attentions."""
-
-    result: str  # its key in the cards
-    heading: str  # its name on the page
-    form: str  # format of a result
-    difference: str  # format of a difference and its half-width
-    unit: int  # factor of the difference
-    better: int  # 1: higher is better; -1: lower
-    data: str
-
-
-TABLES = {
-    "shakespeare": Table(
-        "validation_loss", "loss", "{:.3f}", "{:+.3f} ± {:.3f}", 1, -1, "Tiny Shakespeare"
-    ),
-    "cifar": Table(
-        *("test_accuracy", "accuracy", "{:.1%}", "{:+.1f} ± {:.1f} points", 100, 1),
-        "CIFAR-10 (files in a folder)",
-    ),
-}
-
-
 def cards(task, attention):
-    """The committed cards of a task's default run with one attention, sorted by seed."""
-    paths = runcard.RESULTS.glob(f"{task}_cpu_{attention}_seed*.json")
-    return sorted((runcard.read_json(path) for path in paths), key=lambda c: c["config"]["seed"])
-
-
-def final_results(task, attention):
-    return [card["results"][TABLES[task].result] for card in cards(task, attention)]
+    """The cards of a script's default recipe with one attention, by seed."""
+    return [read(f"{task}_cpu_{attention}_seed{seed}") for seed in range(1, 6)]
 
 
 def default(task):
     return read(f"{task}_cpu_default")
 
 
-def verdict(task):
-    """NaLa against the others by a task's 95 % intervals, in the words of both pages."""
-    groups = {"ahead of": [], "behind": [], "level with": []}
-    for name, label in LABELS.items():
-        gap, half = compare.difference(final_results(task, name), final_results(task, "nala"))
-        lead = -gap * TABLES[task].better
-        group = "level with" if abs(lead) < half else "ahead of" if lead > 0 else "behind"
-        groups[group].append(label)
-    listed = {group: " and ".join(", ".join(x).rsplit(", ", 1)) for group, x in groups.items() if x}
-    return ", ".join(f"{group} {names}" for group, names in listed.items())
+def final_results(task, attention):
+    result = {"shakespeare": "validation_loss", "cifar": "test_accuracy"}[task]
+    return [card["results"][result] for card in cards(task, attention)]
 
 
-def small_tasks():
-    """The sentence of both pages about text and images."""
-    text, images = verdict("shakespeare"), verdict("cifar")
-    if text == images:
-        return f"On Shakespeare and on CIFAR-10, NaLa is {text}."
-    return f"On Shakespeare, NaLa is {text}; on CIFAR-10, it is {images}."
-
-
-@pytest.mark.parametrize("task", TABLES)
-def test_the_results_of_a_script_agree_with_its_run_cards(task):
-    table, rows, seen = TABLES[task], [], [card for x in ATTENTIONS for card in cards(task, x)]
-    for name in ATTENTIONS:
-        values, gap = final_results(task, name), ""
-        if name != "nala":
-            interval = compare.difference(values, final_results(task, "nala"))
-            gap = table.difference.format(*(table.unit * number for number in interval))
-        low, middle, high = map(table.form.format, (min(values), mean(values), max(values)))
-        rows.append([f"`{name}`", f"**{middle}**", f"{low} to {high}", gap])
-    heading = [f"attention, {table.heading}", "mean", "lowest to highest", "minus NaLa's"]
-    assert_has_table(markdown(heading, rows).replace("%", " %"))
-    section = PROSE[PROSE.index("## Text" if task == "shakespeare" else "## Images") :]
-    assert f" NaLa is {verdict(task)}. " in section and small_tasks() in PROSE
-    # The runs differ in attention and seed only.
-    same = {"attention": "", "seed": 0}
-    for card in seen:
-        assert (card["data"], card["versions"]) == (seen[0]["data"], seen[0]["versions"])
-        assert card["config"] | same == seen[0]["config"] | same
-        assert card["results"]["parameters"] == seen[0]["results"]["parameters"]
-        assert card["hardware"]["threads"] == 1 and card["data"]["name"] == table.data
-    runs = {(card["config"]["attention"], card["config"]["seed"]) for card in seen}
-    assert len(runs) == len(seen) == 5 * len(ATTENTIONS)
-
-
-@pytest.mark.parametrize(
-    ("task", "command"),
-    [
-        ("shakespeare", "python train_shakespeare.py"),
-        ("cifar", "python train_cifar.py --data-dir ."),
-    ],
-)
-def test_the_default_run_agrees_with_its_run_card(task, command):
-    card, form = default(task), TABLES[task].form
-    assert card["command"] == command
-    number = form.format(card["results"][TABLES[task].result])
-    assert f"reached {number} after {card['seconds']:.0f} s of training" in PROSE
-    assert card["config"] == cards(task, "nala")[0]["config"]
-    assert card["seconds"] < 300
-    assert f"({card['results']['parameters'] / 1e6:.2f} M parameters)" in PROSE
-
-
-# --- Studies --------------------------------------------------------------------------------------
-
-CARDS = {
-    path.stem.removeprefix("compare_"): runcard.read_json(path)
-    for path in sorted(runcard.RESULTS.glob("compare_*.json"))
-}
-# Columns of the tables of variants: {study: (heading, format)}.
-COLUMNS = {
-    "recall": ("recall ↑", "{:.2f}"),
-    "sharpness": ("one or its group ↓", "{:.3f}"),
-    "sharpness-all": ("one or all ↓", "{:.3f}"),
-    "text": ("text ↓", "{:.3f}"),
-    "images": ("images ↑", "{:.3f}"),
-}
-MAIN = (
-    *("nala", "softmax", "elu", "elu, same state", "relu", "relu, same state", "no query norm"),
-    "no cosine map, same state",
-)
+def runs_of(study):
+    return read(f"compare_{study}")["results"]["runs"]
 
 
 def base_of(study):
@@ -164,528 +59,389 @@ def base_of(study):
     return STUDIES.get(study) or STUDIES[study.partition("-")[0]]
 
 
-def runs_of(study):
-    return CARDS[study]["results"]["runs"]
-
-
 def results_of(study, variant, result=None):
+    if study in SCRIPTS:
+        return final_results(study, variant)
     return compare.values(runs_of(study), variant, result or base_of(study).task.result)
 
 
-def difference_of(study, variant, baseline="nala"):
-    """Mean difference of variant's result from the baseline's, and the 95 % half-width."""
-    return compare.difference(results_of(study, variant), results_of(study, baseline))
+def difference_of(study, variant, baseline="nala", other=None):
+    """Mean difference from the baseline's result, maybe in another study, and half its interval."""
+    return compare.difference(results_of(study, variant), results_of(other or study, baseline))
 
 
-def answers_of(study, questions=None):
-    asked = base_of(study)
-    asked = replace(asked, questions=questions) if questions else asked
-    return compare.answers(runs_of(study), asked)
+def verdict(study, *variants):
+    """Whether a variant is level with its baseline, better or worse."""
+    difference, half = difference_of(study, *variants)
+    is_better = (difference > 0) == study.startswith(("recall", "images", "cifar"))
+    return "level" if abs(difference) < half else "better" if is_better else "worse"
 
 
-def p_of(answer):
-    return "< 0.001" if answer.p < 0.001 else f"{answer.p:.3f}"
+@cache
+def p_of(study, variant):
+    asked = STUDIES.get(study) or replace(base_of(study), questions=((variant, "nala"),))
+    (p,) = [x.p for x in compare.answers(runs_of(study), asked) if x.variant == variant]
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_a_study_s_card_is_of_the_current_study(study):
-    """A card may have more variants: those that only an earlier commit can run."""
-    card, now = CARDS[study], STUDIES[study]
-    tried = card["config"]["variants"]
-    runs = [(row["variant"], row["seed"]) for row in runs_of(study)]
-    assert runs == [(v, seed) for seed in range(1, now.seeds + 1) for v in tried]
-    assert set(now.variants) <= set(tried) and card["config"]["seeds"] == now.seeds
-    task = {x.name: getattr(now.task, x.name) for x in fields(now.task) if x.repr}
-    task = {name: list(x) if isinstance(x, tuple) else x for name, x in task.items()}
-    assert task.items() <= card["config"]["task"].items()
-    assert card["command"] == f"python -m nala_min.lab.compare --study {study}"
+# --- What the page shows --------------------------------------------------------------------------
 
 
-def test_the_tables_of_variants_agree_with_their_cards():
-    tried = dict.fromkeys(row["variant"] for name in COLUMNS for row in runs_of(name))
-    current = {name for study in STUDIES.values() for name in study.variants}
-    rest = [name for name in tried if name not in MAIN]
-    rest = [*(x for x in rest if x in current), *(x for x in rest if x not in current)]
-    (first_gone,) = [x for x, before in zip(rest[1:], rest, strict=False)
-                     if before in current and x not in current]  # fmt: skip
-    assert f"from `{first_gone}` on" in PROSE
-    heading = ["attention", *(heading for heading, _ in COLUMNS.values())]
-    for names in (MAIN, rest):
-        rows = []
-        for name in names:
-            cells = []
-            for study, (_, form) in COLUMNS.items():
-                values = results_of(study, name)
-                shown = [form.format(f(values)) for f in (mean, min, max)] if values else []
-                cells.append("{} ({} to {})".format(*shown) if values else "")
-            rows.append([f"`{name}`", *cells])
-        assert_has_table(markdown(heading, rows))
+def average(study, variant, result=None, form="{:.2f}"):
+    return form.format(mean(results_of(study, variant, result)))
 
 
-def shown(study, variant, form="{:+.2f} ± {:.2f}", baseline="nala"):
-    return form.format(*difference_of(study, variant, baseline))
+def spread(form, values):
+    return f"{form.format(min(values))} to {form.format(max(values))}"
 
 
-def test_the_numbers_about_variants_agree_with_their_cards():
-    norms = {kind: results_of("sharpness", "nala", f"norm of {kind}") for kind in ("one", "many")}
-    channels = [mean(results_of("recall", f"nala, D = {n}")) for n in (4, 8, 32)]
-    (more,) = answers_of("recall-powers", (("lam 2", "nala"),))
-    three = "{:+.3f} ± {:.3f}"
-    for sentence in (
-        f"error is {shown('sharpness', 'no query norm').lstrip('+')} larger",
-        f"recalls {shown('recall', 'no cosine map, same state').lstrip('-')} less",
-        f"norm of {min(norms['one']):.1f} to {max(norms['one']):.1f} and short ones to"
-        f" {min(norms['many']):.2f} to {max(norms['many']):.2f}",
-        f"without the norm, recall changes by {shown('recall', 'no query norm')}",
-        f"start five times as large ({shown('recall', 'q and k 5 times as large')})",
-        f"λ = 1 for keys only, recall changes by {shown('recall', 'lam 1 of keys')}, for queries"
-        f" only by {shown('recall', 'lam 1 of queries')}",
-        "4 channels recall {:.2f}, four of 8 as much as two of 16 ({:.2f}), one of 32 less again"
-        " ({:.2f})".format(*channels),
-        "heads of 4 channels recall"
-        f" {shown('recall', 'no query norm, D = 4', baseline='nala, D = 4')} more",
-        f"With λ = 1, recall drops ({shown('recall', 'lam 1')})",
-        f"With λ = 2 it may rise ({shown('recall', 'lam 2', three)}",
-        f"λ = 2 recalls {more.difference:+.2f} ± {more.half_width:.2f} more (p = {more.p:.3f})",
-        f"one of its runs falls to {min(results_of('recall-powers', 'lam 2')):.2f}",
-        "recalls {:.0%} of 64 values instead of {:.0%}".format(
-            *(mean(results_of("recall", name)) for name in ("lam 1", "nala"))
-        ),
-        "NaLa falls to {:.2f} at 64 pairs, without the query norm to {:.2f}; elu + 1 with an"
-        " equally large state to {:.2f}; NaLa with ReLU instead of cosines, with the same state"
-        " size, to {:.2f}".format(
-            *(mean(results_of("recall", name))
-              for name in ("nala", "no query norm", "elu, same state", MAIN[-1]))
-        ),
-        "the query norm lie at {:.2f} and {:.2f}, elu + 1 with an equally large state at {:.2f} and"
-        " {:.2f}".format(
-            *(mean(results_of("sharpness", name, f"error of {kind}"))
-              for name in ("no query norm", "elu, same state") for kind in ("one", "many"))
-        ),
-    ):  # fmt: skip
-        assert sentence in PROSE, sentence
-    names = ("recall", "sharpness", "text")  # the default studies
-    rows = [row for name in names for row in runs_of(name)
-            if row["variant"] in STUDIES[name].variants]  # fmt: skip
-    minutes = sum(row["seconds"] for row in rows) / 2 / 60
-    assert f"takes about {minutes:.0f} minutes on two cores" in PROSE and minutes < 120
+def gap(study, *variants):
+    form = FORMS.get(study.partition("-")[0], "{:+.2f} ± {:.2f}")
+    unit = 100 if form == POINTS else 1
+    return form.format(*(unit * x for x in difference_of(study, *variants)))
 
 
-def test_the_readme_s_conclusions_follow_from_the_cards():
-    """Conclusions 1 and 2, and the claims about the norm, the cosine map and the settings."""
-    # Every run is ahead of elu + 1 and ReLU with equally large states; softmax recalls everything.
-    for name in ("elu, same state", "relu, same state"):
-        assert min(results_of("recall", "nala")) > max(results_of("recall", name))
-        assert max(results_of("sharpness", "nala")) < min(results_of("sharpness", name))
-    assert min(results_of("recall", "softmax")) == 1 > max(results_of("recall", "nala"))
-    # Where a query may have to average all keys, elu + 1 is better than NaLa and ReLU is worse.
-    ours, elu, relu = (
-        results_of("sharpness-all", name)
-        for name in ("nala", "elu, same state", "relu, same state")
-    )
-    assert mean(elu) < mean(ours) and min(relu) > max(ours)
-    # Without the norm, NaLa is as bad as ReLU; without the cosine map, it recalls far less.
-    norm, relu = (mean(results_of("sharpness", n)) for n in ("no query norm", "relu, same state"))
-    assert norm == pytest.approx(relu, abs=0.001)
-    for study, name, significant in (
-        ("sharpness", "no query norm", True),
-        ("recall", "no cosine map, same state", True),
-        ("sharpness", "no cosine map, same state", False),
-        ("sharpness", "magnitude-aware, same state", False),
-        ("recall", "no query norm", False),
-        ("recall", "q and k 5 times as large", False),
-    ):
-        middle, half = difference_of(study, name)
-        assert (abs(middle) > half) == significant, (study, name)
-    # No other lam, tau, alpha or tanh is significantly better; a few are significantly worse.
-    for study, worse in {
-        "recall": {"lam 1", "lam 1 of keys"},
-        "sharpness": {"alpha 2", "lam 1"},
-        "sharpness-all": {"alpha 2"},
-    }.items():
-        sign = 1 if study == "recall" else -1
-        for name in {row["variant"] for row in runs_of(study)}:
-            if name[:3] in ("lam", "tau", "alp", "tan"):
-                middle, half = difference_of(study, name)
-                assert sign * middle < half, (study, name)
-                assert name not in worse or sign * middle < -half
-
-
-VARIANT_LABELS = {
-    "softmax": "softmax",
-    "elu": "elu + 1",
-    "relu": "ReLU",
-    "split": "sign split",
-    "no query norm": "NaLa without its norm",
-    "no cosine map": "NaLa with ReLU for its cosines",
-    "one norm": "softmax with one norm",
-}
-
-
-def label_of(variant):
-    """A variant's name on the page."""
-    first, *rest = variant.removeprefix("softmax, ").split(", ")
-    return ", ".join([VARIANT_LABELS[first], *rest])
-
-
-def test_the_answers_of_text_and_images_are_their_cards():
-    """Neither the norm nor the cosine map holds NaLa back; softmax does not need the norm."""
-    rows, clear = [], {"text": [], "images": []}
-    forms = {"text": ("{:+.3f} ± {:.3f}", 1), "images": ("{:+.1f} ± {:.1f} points", 100)}
-    for pair in zip(answers_of("text"), answers_of("images"), strict=True):
-        cells = []
-        for study, x in zip(clear, pair, strict=True):
-            form, unit = forms[study]
-            cells += [form.format(unit * x.difference, unit * x.half_width), p_of(x)]
-            if x.p < 0.05:
-                clear[study].append(label_of(x.variant).replace(", same state", " (same state)"))
-        than = pair[0].baseline.replace("nala", "NaLa")
-        rows.append([label_of(pair[0].variant), than, *cells])
-    assert_has_table(
-        markdown(["attention", "minus", "text, loss", "p", "images, accuracy", "p"], rows)
-    )
-    named = (f"on {study} {', '.join(names) or 'none'}" for study, names in clear.items())
-    assert f"Significant after correction: {'; '.join(named)}." in PROSE
-    assert shorter_runs() in PROSE
-    p_values = {(x.variant, x.baseline): x.p for x in answers_of("text")}
-    for name in ("no query norm", "no cosine map, same state", "split"):
-        assert p_values[name, "nala"] > 0.05
-    assert p_values["softmax, one norm", "softmax"] > 0.05
-    for study, steps in (("text", "1,000 steps"), ("images", "500")):
-        assert f"{CARDS[study]['config']['task']['steps']:,}" in steps and steps in PROSE
-
-
-WITHOUT = ", no convolution"
+def small_tasks():
+    """The sentence of both pages about text and images."""
+    assert {verdict(task, name) for task in SCRIPTS for name in OTHERS} == {"level"}
+    return "On Shakespeare and on CIFAR-10, NaLa is level with softmax, elu + 1 and ReLU."
 
 
 def shorter_runs():
-    """The sentence of both pages about the text study, whose differences are significant."""
-    clear = {x.variant: -x.difference for x in answers_of("text") if x.p < 0.05}
-    bare = {x.variant.removesuffix(WITHOUT): -x.difference for x in answers_of("text-convolution")}
-    plain, bare = ([found[name] for name in LABELS] for found in (clear, bare))
-    assert min(plain) > 0  # NaLa is behind all three
+    """The sentence of both pages about the text study."""
+    text = [-difference_of("text", name)[0] for name in OTHERS]
+    bare = [-difference_of("text-convolution", x + BARE, BARE[2:])[0] for x in OTHERS]
     return (
-        "In runs a third as long, with eight seeds, it is"
-        f" {min(plain):.3f} to {max(plain):.3f} nats behind them on text, but level with λ = 1"
-        f" instead of 3. Without the block's convolution, it is {min(bare):.2f} to {max(bare):.2f}"
-        " behind."
+        f"In runs a third as long, with eight seeds, it is {spread('{:.3f}', text)} nats behind"
+        " them on text, but level with λ = 1 instead of 3. Without the block's convolution, it is"
+        f" {spread('{:.2f}', bare)} behind."
     )
 
 
-def test_the_power_holds_nala_back_on_text():
-    """With λ = 1 it is level with softmax, elu + 1 and ReLU, run with the same seeds."""
-    labels = {
-        "lam 1": "1 for queries and keys",
-        "lam 2": "2 for queries and keys",
-        "lam 1 of queries": "1 for queries only",
-        "lam 1 of keys": "1 for keys only",
-    }
-    found = {x.variant: x for x in answers_of("text-powers")}
-    rows = [
-        [labels[name], f"{x.difference:+.3f} ± {x.half_width:.3f}", p_of(x)]
-        for name, x in found.items()
-    ]
-    assert_has_table(markdown(["λ, instead of 3", "text, loss minus NaLa's", "p"], rows))
-    assert results_of("text", "nala") == results_of("text-powers", "nala")  # bit for bit
-    assert found["lam 1"].p < 0.05
-    others = []
-    for name, label in LABELS.items():
-        pair = results_of("text-powers", "lam 1"), results_of("text", name)
-        middle, half = compare.difference(*pair)
-        assert abs(middle) < half, label
-        others.append(f"{label} ({middle:+.3f} ± {half:.3f})")
-    assert "level with {}, {} and {}.".format(*others) in PROSE
-
-
-def test_runs_without_the_convolution_agree_with_their_card():
-    bare = {x.variant.removesuffix(WITHOUT): x for x in answers_of("text-convolution")}
-    kin = {"no query norm": "NaLa without its norm", "split": "NaLa with the sign split"}
-    rows = []
-    for name, label in {"nala": "NaLa", "lam 1": "NaLa, λ = 1", **kin, **LABELS}.items():
-        study = "text-powers" if name == "lam 1" else "text"
-        variant = f"{name}{WITHOUT}".removeprefix("nala, ")
-        losses = results_of(study, name), results_of("text-convolution", variant)
-        cells = [label, *(f"{mean(values):.3f}" for values in losses), "", ""]
-        if x := bare.get(name):
-            cells[3:] = f"{x.difference:+.3f} ± {x.half_width:.3f}", p_of(x)
-        rows.append(cells)
-    heading = ["attention", "with the convolution", "without", "without, minus NaLa's", "p"]
-    assert_has_table(markdown(heading, rows))
-    for name, x in bare.items():  # NaLa is last
-        assert (x.p > 0.05) if name in kin else (x.difference < 0 and x.p < 0.05)
-    losses = {name: results_of("text-convolution", name + WITHOUT) for name in bare}
-    softmax, one = losses.pop("softmax"), losses["lam 1"]
-    for theirs in losses.values():  # softmax is ahead of every linear attention
-        middle, half = compare.difference(softmax, theirs)
-        assert middle < -half
-    elu, relu = (compare.difference(one, losses[name]) for name in ("elu", "relu"))
-    assert all(abs(middle) < half for middle, half in (elu, relu))
-    sentence = "level with elu + 1 ({:+.3f} ± {:.3f}) and ReLU ({:+.3f} ± {:.3f})"
-    assert sentence.format(*elu, *relu) in PROSE
-    assert 0.4 < bare["lam 1"].difference / bare["softmax"].difference < 0.6  # "about half"
-
-
-def test_earlier_studies_agree_with_their_cards():
-    """Their code is gone; their findings stay, each in a sentence."""
-    loss, points = "{:+.3f} ± {:.3f}", "{:+.1f} ± {:.1f} points"
-    gate = {
-        name: compare.difference(results_of("text-gate", without), results_of("text", name))
-        for name, without in {"nala": "no gate", "softmax": "softmax, no gate"}.items()
-    }
-    assert all(middle < -half for middle, half in gate.values())
-    pairs = tuple((name, "nala") for name in ("lam 1", "lam 2"))
-    assert min(x.p for x in answers_of("images-powers", pairs)) > 0.05
-    images = {
-        name: [100 * x for x in difference_of("images-powers", name)] for name in ("lam 1", "lam 2")
-    }
-    for sentence in (
-        f"Loss minus NaLa's: softmax {shown('text-long', 'softmax', loss)},"
-        f" elu + 1 {shown('text-long', 'elu', loss)}, λ = 1 {shown('text-long', 'lam 1', loss)}.",
-        "its loss minus NaLa's is"
-        f" {shown('text-gate', 'softmax, no gate', loss, 'no gate')}. In runs this short, both are"
-        f" even better without a gate (NaLa {loss.format(*gate['nala'])}, softmax"
-        f" {loss.format(*gate['softmax'])})",
-        f"λ = 1 changes the accuracy by {points.format(*images['lam 1'])}, λ = 2 by"
-        f" {points.format(*images['lam 2'])}.",
-    ):
-        assert sentence in PROSE, sentence
-
-
-def test_other_learning_rates_agree_with_their_cards():
-    """None is significantly better, and the best of the three means gains little."""
-    ahead, gains = [], {"text": [], "images": []}
-    for study, sign in (("text", -1), ("images", 1)):
-        card = f"{study}-rates"
+def about_scripts():
+    yield small_tasks()
+    for task, form in {"shakespeare": "{:.3f}", "cifar": "{:.1%}"}.items():
         for name in ATTENTIONS:
-            usual = sign * mean(results_of(card, name))
-            for factor in ("half", "double"):
-                other = f"{name}, {factor} rates"
-                gains[study].append(sign * mean(results_of(card, other)) - usual)
-                middle, half = difference_of(card, other, baseline=name)
-                assert sign * middle < half, (study, other)
-            middle, half = difference_of(card, name) if name != "nala" else (0, 0)
-            if abs(middle) > half:
-                ahead.append(f"{LABELS[name]} on {study} ({middle:+.3f} ± {half:.3f})")
-    assert (
-        "Significantly better with other rates: none. The best of the three means is never more"
-        f" than {max(gains['text']):.3f} nats or {100 * max(gains['images']):.1f} points better"
-        " than with the rates as used. Significantly different from NaLa as used, in these short"
-        f" runs: {', '.join(ahead)}."
-    ) in PROSE
-    for study, steps in (("text-rates", "1,200 steps"), ("images-rates", "900")):
-        assert f"{CARDS[study]['config']['task']['steps']:,}" in steps and steps in PROSE
+            values, minus = final_results(task, name), gap(task, name) if name in OTHERS else ""
+            middle = form.format(mean(values))
+            yield f"| `{name}` | **{middle}** | {spread(form, values)} | {minus} |"
+        card, config = default(task), default(task)["config"]
+        (result,) = {"validation_loss", "test_accuracy"} & card["results"].keys()
+        reached = form.format(card["results"][result])
+        yield f"reached {reached} after {card['seconds']:.0f} s of training"
+        yield f"({card['results']['parameters'] / 1e6:.2f} M parameters)"
+        yield f"{config['steps']:,} steps of {config['batch']} "
+    yield f"32 images, {config['steps'] * 32 / 50_000:.1f} epochs."
 
 
-# --- The premise in trained models ----------------------------------------------------------------
+def about_variants():
+    columns = dict.fromkeys(("recall", "sharpness", "sharpness-all", "text", "images"), "{:.3f}")
+    columns["recall"], seconds = "{:.2f}", []
+    for name in dict.fromkeys(row["variant"] for study in columns for row in runs_of(study)):
+        values = [(form, results_of(study, name)) for study, form in columns.items()]
+        cells = [f"{form.format(mean(x))} ({spread(form, x)})" if x else "" for form, x in values]
+        yield f"| `{name}` | {' | '.join(cells)} |"
+    for study in ("recall", "sharpness", "text", "images"):
+        kept = STUDIES[study].variants
+        seconds.append(sum(row["seconds"] for row in runs_of(study) if row["variant"] in kept))
+    recall, change, small = partial(average, "recall"), partial(gap, "recall"), "nala, D = 4"
+    none, clipped, relu = "no query norm", "no cosine map, same state", "relu, same state"
+    one, many = (results_of("sharpness", "nala", f"norm of {kind}") for kind in ("one", "many"))
+    errors = [average("sharpness", name, f"error of {kind}")
+              for name in (none, "elu, same state") for kind in ("one", "many")]  # fmt: skip
+    yield from f"""
+its error is {gap("sharpness", none)[1:]} larger, the same as ReLU's
+it recalls {change(clipped)[1:]} less; on *one or its group* it is as good
+to a norm of {spread("{:.1f}", one)} and short ones to {spread("{:.2f}", many)}.
+without the norm, recall changes by {change(none)}.
+start five times as large ({change("q and k 5 times as large")}).
+for keys only, recall changes by {change("lam 1 of keys")}, for queries only by
+for queries only by {change("lam 1 of queries")}.
+Eight heads of 4 channels recall {recall(small)}, four of 8 as much as two of 16 (
+two of 16 ({recall("nala, D = 8")}), one of 32 less again ({recall("nala, D = 32")}), although
+heads of 4 channels recall {change("no query norm, D = 4", small)} more.
+With λ = 1, recall drops ({change("lam 1")}). With λ = 2 it may rise (
+With λ = 2 it may rise ({LOSS.format(*difference_of("recall", "lam 2"))}; more seeds
+at `ba010f6`), λ = 2 recalls {gap("recall-powers", "lam 2")} more (p =
+more (p = {p_of("recall-powers", "lam 2")}), though one of its runs
+one of its runs falls to {min(results_of("recall-powers", "lam 2")):.2f};
+NaLa recalls {recall("lam 1", form="{:.0%}")} of 64 values instead of
+64 values instead of {recall("nala", form="{:.0%}")}.
+NaLa falls to {recall("nala")} at 64 pairs, without the query norm to {recall(none)}; elu + 1
+elu + 1 with an equally large state to {recall("elu, same state")}; NaLa with ReLU instead of
+with the same state size, to {recall(clipped)}; ReLU falls from
+; ReLU falls from {recall(relu, "accuracy at 4 pairs")} to {recall(relu)}.
+the query norm lie at {errors[0]} and {errors[1]}, elu + 1 with an equally large state at
+with an equally large state at {errors[2]} and {errors[3]}.
+takes about {sum(seconds[:3]) / 120:.0f} minutes on two cores
+`--study images` another {seconds[3] / 120:.0f} minutes
+""".strip().splitlines()
 
-PREMISE = {study: read(f"premise_{study}") for study in ("text", "images")}
+
+BARE = ", no convolution"
+LABELS = {  # on the page
+    "softmax": "softmax", "elu": "elu + 1", "elu, same state": "elu + 1, same state",
+    "relu": "ReLU", "relu, same state": "ReLU, same state", "split": "sign split",
+    "no query norm": "NaLa without its norm",
+    "no cosine map, same state": "NaLa with ReLU for its cosines, same state",
+    "lam 1": "1 for queries and keys", "lam 2": "2 for queries and keys",
+    "lam 1 of queries": "1 for queries only", "lam 1 of keys": "1 for keys only",
+}  # fmt: skip
 
 
-def correlation(study, attention, norm):
-    """Mean correlation over seeds and blocks, then the lowest and the highest mean of a block."""
-    rows = [row for row in PREMISE[study]["results"]["correlations"] if row["variant"] == attention]
-    blocks = sorted({row["block"] for row in rows})
-    means = [mean(row[norm] for row in rows if row["block"] == block) for block in blocks]
-    return mean(means), min(means), max(means)
+def about_text_and_images():
+    def answer(study, *pair):
+        return f"{gap(study, *pair)} | {p_of(study, pair[0])}"
+
+    def losses(name, without, study="text"):
+        return f"{average(study, name, None, '{:.3f}')} | {average(bare, without, None, '{:.3f}')}"
+
+    bare, powers, one = "text-convolution", "text-powers", f"lam 1{BARE}"
+    for name, baseline in STUDIES["text"].questions:
+        label, than = LABELS.get(name, "softmax with one norm"), baseline.replace("nala", "NaLa")
+        answers = " | ".join(answer(study, name, baseline) for study in ("text", "images"))
+        yield f"| {label} | {than} | {answers} |"
+    yield from (f"| {LABELS[x]} | {answer(powers, x)} |" for x, _ in STUDIES[powers].questions)
+    others = {"lam 1": "NaLa, λ = 1", "split": "NaLa with the sign split"}
+    for name in ("lam 1", "no query norm", "split", *OTHERS):
+        usual = losses(name, name + BARE, powers if name == "lam 1" else "text")
+        label = others.get(name) or LABELS[name]
+        yield f"| {label} | {usual} | {answer(bare, name + BARE, BARE[2:])} |"
+        if name != "softmax":
+            assert verdict(bare, "softmax" + BARE, name + BARE) == "better"
+    gains = {"text-rates": [0.0], "images-rates": [0.0]}
+    for study, name, by in product(gains, ATTENTIONS, ("half", "double")):
+        change, _ = difference_of(study, f"{name}, {by} rates", name)
+        gains[study].append(change if study == "images-rates" else -change)
+        assert verdict(study, f"{name}, {by} rates", name) != "better"
+    yield from f"""
+{shorter_runs()}
+| NaLa | {losses("nala", BARE[2:])} | | |
+shortened to {STUDIES["text"].task.steps:,} steps on Tiny Shakespeare (loss in nats) and
+(loss in nats) and {STUDIES["images"].task.steps} on CIFAR-10 (accuracy).
+With λ = 1, NaLa is level with softmax ({gap(powers, "lam 1", "softmax", "text")}), elu + 1 (
+elu + 1 ({gap(powers, "lam 1", "elu", "text")}) and ReLU (
+and ReLU ({gap(powers, "lam 1", "relu", "text")}). But
+is level with elu + 1 ({gap(bare, one, f"elu{BARE}")}) and
+and ReLU ({gap(bare, one, f"relu{BARE}")}), and about half
+Loss minus NaLa's: softmax {gap("text-long", "softmax")}, elu + 1 {gap("text-long", "elu")}, λ = 1
+λ = 1 {gap("text-long", "lam 1")}.
+its loss minus NaLa's is {gap("text-gate", "softmax, no gate", "no gate")}. In
+even better without a gate (NaLa {gap("text-gate", "no gate", "nala", "text")}, softmax
+softmax {gap("text-gate", "softmax, no gate", "softmax", "text")}).
+λ = 1 changes the accuracy by {gap("images-powers", "lam 1")}, λ = 2 by
+λ = 2 by {gap("images-powers", "lam 2")}. Neither is significant
+{max(gains["text-rates"]):.3f} nats or {100 * max(gains["images-rates"]):.1f} points better than
+in these short runs: softmax on text ({gap("text-rates", "softmax")}). Cards:
+""".strip().splitlines()
 
 
-def test_the_premise_in_trained_models_agrees_with_its_cards():
-    norms = {"query_norm": "query's norm", "key_norm": "key's norm"}
-    shown = [(study, norm) for study in PREMISE for norm in norms]
-    rows = [
-        [f"`{name}`", *("{:+.2f} ({:+.2f} to {:+.2f})".format(*correlation(x, name, norm))
-                        for x, norm in shown)]
-        for name in ATTENTIONS
-    ]  # fmt: skip
-    heading = ["attention", *(f"{study}, {norms[norm]}" for study, norm in shown)]
-    assert_has_table(markdown(heading, rows))
-    for study, card in PREMISE.items():
-        assert card["config"]["seeds"] == CARDS[study]["config"]["seeds"]
-    rows = PREMISE["text"]["results"]["correlations"]
-    softmax = [row for row in rows if row["variant"] == "softmax"]
-    assert max(row["query_norm"] for row in softmax) < -0.8  # every block, every seed
-    assert abs(correlation("text", "softmax", "key_norm")[0]) < 0.2
-    assert all(abs(correlation("text", name, "query_norm")[0]) < 0.2 for name in ("nala", "elu"))
+def about_the_premise():
+    """Correlations: the mean over seeds and blocks, then the lowest and highest mean of a block."""
+    for name in ATTENTIONS:
+        cells = []
+        for study, norm in product(("text", "images"), ("query_norm", "key_norm")):
+            rows = read(f"premise_{study}")["results"]["correlations"]
+            rows = [row for row in rows if row["variant"] == name]
+            blocks = {row["block"] for row in rows}
+            means = [mean(x[norm] for x in rows if x["block"] == block) for block in blocks]
+            cells.append(f"{mean(means):+.2f} ({spread('{:+.2f}', means)})")
+        yield f"| `{name}` | {' | '.join(cells)} |"
 
-
-# --- Speed ----------------------------------------------------------------------------------------
 
 SPEED, EPYC, LONG = (read(f"speed_cpu_{x}")["results"] for x in ("float32", "epyc", "long"))
-PEERS = read("speed_cpu_peers")["results"]["peers"]
-BOTH_PASSES = {"pass": "forward + backward"}
-LONG_RUNS = {
-    window: {x: read(f"shakespeare_cpu_{x}_block{window}") for x in ("nala", "softmax")}
-    for window in (4096, 8192)
-}
+BOTH = {"pass": "forward + backward"}
+CAUSAL = {"causal": True, **BOTH}
 
 
-def ratio(rows, slow, fast, what="median", **which):
-    """slow's time, or memory, divided by fast's: two forms, or two contexts of one form."""
-    numbers = [bench.select(rows, **which, **one)[0][what] for one in (slow, fast)]
+def ratio(rows, slow, fast="nala", what="median", **which):
+    """One form's time, or memory, divided by another's."""
+    numbers = [bench.select(rows, form=form, **which)[0][what] for form in (slow, fast)]
     return numbers[0] / numbers[1]
 
 
-def form_ratio(rows, slow, fast, what="median", **which):
-    return ratio(rows, {"form": slow}, {"form": fast}, what, **which)
-
-
 def speedup(length, form="nala", causal=True, results=SPEED):
-    case = {"length": length, "causal": causal, **BOTH_PASSES}
-    return form_ratio(results["attention"], "softmax", form, **case)
-
-
-def format_ratio(number):
+    case = {"length": length, "causal": causal, **BOTH}
+    number = ratio(results["attention"], "softmax", form, **case)
     return f"{number:.2f}" if number < 10 else f"{number:.1f}"
 
 
-def cells(heading):
-    """The two-column table with this heading on the page, as a dict."""
-    (table,) = re.findall(rf"^\| {heading} \|\n\|---\|---\|\n((?:\|.+\n)+)", PAGE, re.MULTILINE)
-    return dict(line.strip("| ").split(" | ") for line in table.strip().splitlines())
-
-
-def test_softmax_s_relative_times_agree_with_the_run_cards():
-    lengths = (64, 256, 1024, 4096, 16384, 65536)
-    forms = {
-        "causal": ("nala", True),
-        "causal, sign split": ("split", True),
-        "causal, compiled": ("compiled", True),
-        "bidirectional": ("nala", False),
-        "bidirectional, compiled": ("compiled", False),
-        "causal, on an AMD EPYC": ("nala", True, EPYC),
-    }
-    rows = [
-        [name, *(format_ratio(speedup(n, *form)) for n in lengths)] for name, form in forms.items()
-    ]
-    assert_has_table(markdown(["softmax's time ÷ NaLa's", *(f"{n:,}" for n in lengths)], rows))
-
-
-def time_ratio(window):
-    """Time of a whole run with softmax, divided by NaLa's."""
-    runs = LONG_RUNS[window]
-    return runs["softmax"]["seconds"] / runs["nala"]["seconds"]
-
-
-def test_whole_runs_with_long_windows_agree_with_their_cards():
-    rows = []
-    for window, runs in LONG_RUNS.items():
-        ours, theirs = (run["config"] | {"attention": ""} for run in runs.values())
-        assert ours == theirs and (ours["block"], ours["batch"]) == (window, 1)
-        assert {run["hardware"]["threads"] for run in runs.values()} == {2}
-        losses = [run["results"]["validation_loss"] for run in runs.values()]
-        assert max(losses) - min(losses) < 0.01  # "about the same"
-        minutes = [run["seconds"] / 60 for run in runs.values()]
-        shown = [f"{x:.3f} after {y:.1f} min" for x, y in zip(losses, minutes, strict=True)]
-        rows.append([f"{window:,}", str(ours["steps"]), *shown, f"{time_ratio(window):.1f}"])
-    heading = ["windows of", "steps", "NaLa", "softmax", "time, softmax's ÷ NaLa's"]
-    assert_has_table(markdown(heading, rows))
-
-
-def test_the_other_speed_measurements_agree_with_the_run_cards():
-    decode = partial(ratio, SPEED["decode"])
-    after = partial(form_ratio, SPEED["decode"], fast="nala", context=16384)
-    case = {"length": 16384, "causal": True, **BOTH_PASSES}
-    steps = ["; ".join(f"{form_ratio(SPEED['steps'], form, 'softmax', block=256):.3f}"
-                       for form in ("nala", "elu"))]  # fmt: skip
-    held = {row["form"]: row["peak"] / 2**20 for row in LONG["long"]}
-    assert list(cells(r"\| measured").values()) == [
-        f"{SPEED['crossover']['causal, forward + backward']:,};"
-        f" compiled {bench.crossover(SPEED['attention'], 'compiled'):,}",
-        f"{form_ratio(SPEED['attention'], 'nala', 'softmax', 'peak', **case):.2f}",
-        f"{decode({'context': 16384}, {'context': 64}, form='nala'):.2f}",
-        f"{after(slow='softmax_grown'):.1f}",
-        f"{after(slow='softmax'):.1f}",
-        *steps,
-        f"{form_ratio(LONG['steps'], 'softmax', 'nala', block=16384):.2f}",
-        f"{form_ratio(LONG['long'], 'softmax', 'nala'):.0f}",
-        f"{held['nala']:.0f}; {held['softmax']:.0f}; {held['written out']:,.0f} MiB",
-    ]
-    share = form_ratio(SPEED["attention"], "product", "nala", **case | {"length": 4096})
-    assert f"alone takes {share:.0%} at 4,096 tokens" in PROSE
-    rows = read("speed_cpu_segments")["results"]["segments"]
-    ratios = [
-        form_ratio(rows, f"2^{i}", "2^17", causal=x) for x in (True, False) for i in range(15, 20)
-    ]
-    assert f"{min(ratios):.2f} to {max(ratios):.2f} times as long as 2^17" in PROSE
-    ranges = []
-    for form in ("softmax", "nala"):
-        which = {"form": form, "causal": True, **BOTH_PASSES}
-        ours, epyc = (bench.select(card["attention"], **which)[4:] for card in (SPEED, EPYC))
-        ratios = [a["median"] / b["median"] for a, b in zip(ours, epyc, strict=True)]
-        ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
-    assert "softmax takes {} times as long as on the EPYC, NaLa {}.".format(*ranges) in PROSE
-
-
-def test_the_times_of_other_libraries_agree_with_the_run_card():
-    expected = []
-    for form in ("fla_naive_chunk", "fast_transformers", "performer_pytorch"):
-        lengths = (2**i for i in range(10, 15))
-        ratios = [form_ratio(PEERS, form, "nala", length=n, **BOTH_PASSES) for n in lengths]
-        expected.append(f"{min(ratios):.3f} to {max(ratios):.3f}")
-    assert list(cells(r"library \| time ÷ ours").values()) == expected
+def long_runs(window):
+    """The cells of a row about two whole runs that differ in their attention."""
+    runs = [read(f"shakespeare_cpu_{x}_block{window}") for x in ("nala", "softmax")]
+    ours, theirs = (run["config"] | {"attention": ""} for run in runs)
+    assert ours == theirs and (ours["block"], ours["batch"]) == (window, 1)
+    ends = [(run["results"]["validation_loss"], run["seconds"] / 60) for run in runs]
+    cells = ["{:.3f} after {:.1f} min".format(*end) for end in ends]
+    return [f"{window:,}", str(ours["steps"]), *cells, f"{ends[1][1] / ends[0][1]:.1f}"]
 
 
 def speed_in_short():
     """From how many tokens causal NaLa is faster than the fused softmax, and by how much at 16,384;
     then the gain in training on long windows."""
-    crossover = SPEED["crossover"]["causal, forward + backward"]
-    assert crossover == EPYC["crossover"]["causal, forward + backward"]
-    epyc = format_ratio(speedup(16384, results=EPYC))
+    crossover = bench.crossover(SPEED["attention"])
+    assert crossover == bench.crossover(EPYC["attention"])
     return (
         f"from {crossover:,} tokens",
-        f"at 16,384 it is {format_ratio(speedup(16384))} times as fast ({epyc} on an AMD EPYC)."
-        f" On windows of 8,192 characters it trains {time_ratio(8192):.1f} times as fast, to"
+        f"at 16,384 it is {speedup(16384)} times as fast ({speedup(16384, results=EPYC)} on an AMD"
+        f" EPYC). On windows of 8,192 characters it trains {long_runs(8192)[-1]} times as fast, to"
         " about the same loss",
     )
 
 
-def test_speed_in_short():
-    for length in (16384, 32768, 65536):
-        which = {"length": length, "causal": True, **BOTH_PASSES}
-        assert form_ratio(SPEED["attention"], "nala", "softmax", "peak", **which) <= 2
-    assert "at most twice its memory from 16,384 tokens" in PROSE
-    assert f"Causal NaLa is faster than the fused softmax {speed_in_short()[0]}" in PROSE
+def about_speed():
+    for name, *form in (
+        ("causal", "nala"), ("causal, sign split", "split"), ("causal, compiled", "compiled"),
+        ("bidirectional", "nala", False), ("bidirectional, compiled", "compiled", False),
+        ("causal, on an AMD EPYC", "nala", True, EPYC),
+    ):  # fmt: skip
+        times = (speedup(n, *form) for n in (64, 256, 1024, 4096, 16384, 65536))
+        yield f"| {name} | {' | '.join(times)} |"
+    peers, on_epyc = read("speed_cpu_peers")["results"]["peers"], []
+    for name, form in (("flash-linear-attention 0.6.0", "fla_naive_chunk"),
+                       ("pytorch-fast-transformers 0.4.0", "fast_transformers"),
+                       ("performer-pytorch 1.1.4", "performer_pytorch")):  # fmt: skip
+        times = [ratio(peers, form, length=2**i, **BOTH) for i in range(10, 15)]
+        yield f"{name} | {spread('{:.3f}', times)} |"
+    for form in ("softmax", "nala"):
+        ours, epyc = (bench.select(x["attention"], form=form, **CAUSAL)[4:] for x in (SPEED, EPYC))
+        times = [a["median"] / b["median"] for a, b in zip(ours, epyc, strict=True)]
+        on_epyc.append(spread("{:.2f}", times))
+    decode = partial(ratio, SPEED["decode"], context=16384)
+    near, far = (bench.select(SPEED["decode"], form="nala", context=n)[0] for n in (64, 16384))
+    peak = partial(ratio, SPEED["attention"], "nala", "softmax", "peak", **CAUSAL)
+    step = partial(ratio, SPEED["steps"], fast="softmax", block=256)
+    segments = partial(ratio, read("speed_cpu_segments")["results"]["segments"], fast="2^17")
+    sizes = [segments(f"2^{i}", causal=x) for i in range(15, 20) for x in (True, False)]
+    held = {row["form"]: f"{row['peak'] / 2**20:,.0f}" for row in LONG["long"]}
+    assert max(peak(length=n) for n in (16384, 32768, 65536)) <= 2
+    yield from f"""
+faster than the fused softmax {speed_in_short()[0]} and uses at most twice its memory from 16,384
+at least as fast | {bench.crossover(SPEED["attention"]):,}; compiled
+; compiled {bench.crossover(SPEED["attention"], "compiled"):,} |
+peak memory at 16,384 tokens, NaLa's ÷ softmax's | {peak(length=16384):.2f} |
+÷ after 64 | {far["median"] / near["median"]:.2f} |
+with a growing cache, as in our code | {decode("softmax_grown"):.1f} |
+which our code lacks | {decode("softmax"):.1f} |
+elu + 1's ÷ softmax's | {step("nala"):.3f}; {step("elu"):.3f} |
+windows of 16,384: softmax's time ÷ NaLa's | {ratio(LONG["steps"], "softmax", block=16384):.2f} |
+forward and backward: softmax's time ÷ NaLa's | {ratio(LONG["long"], "softmax"):.0f} |
+(counted, not run) | {held["nala"]}; {held["softmax"]}; {held["written out"]} MiB |
+| {" | ".join(long_runs(4096))} |
+| {" | ".join(long_runs(8192))} |
+softmax takes {on_epyc[0]} times as long as on the EPYC, NaLa {on_epyc[1]}.
+elements of q take {spread("{:.2f}", sizes)} times as long as 2^17
+alone takes {ratio(SPEED["attention"], "product", length=4096, **CAUSAL):.0%} at 4,096 tokens
+""".strip().splitlines()
 
 
-def test_the_commands_for_a_gpu_are_accepted():
-    programs = {
-        "train_shakespeare.py": train_shakespeare,
-        "train_cifar.py": train_cifar,
-        "nala_min.lab.bench": bench,
-        "nala_min.lab.compare": compare,
-    }
-    (commands,) = re.findall(r"```bash\n(.+?)```", PAGE[PAGE.index("## On a GPU") :], re.DOTALL)
-    assert len(commands.splitlines()) == 7
-    for line in commands.splitlines():
-        name, *flags = [word for word in shlex.split(line)[1:] if word != "-m"]
-        assert parse_flags(programs[name].Settings, flags).device == "cuda"
-
-
-# --- Faults and mutants ---------------------------------------------------------------------------
-
-
-def test_the_table_of_faults_agrees_with_its_run_card():
+def about_faults():
     results = read("faults")["results"]
-    (rows,) = re.findall(r"^\| fault \|.+\n\|---.+\n((?:\|.+\n)+)", PAGE, re.MULTILINE)
-    assert rows.strip() == faults.table(results)
-    assert len(rows.strip().splitlines()) == len(faults.ROWS)
-    assert all(row.endswith("| nothing |") for row in rows.strip().splitlines())
-    assert results["compare"]["ended study"]["left"] == 0
-    for script in faults.SCRIPTS:
+    yield from faults.table(results).replace(" %", "%").splitlines()
+    assert faults.table(results).count("| nothing |") == len(faults.ROWS) == 10
+    for script in ("train_shakespeare", "train_cifar"):
         kills = results[script]["kill -9"]
         assert kills["times"] >= 20 and min(kills["phases"].values()) >= 5
 
 
-def test_the_mutation_score_agrees_with_its_run_card():
-    card = read("mutation")
-    results = card["results"]
-    survivors, equivalent = len(results["survivors"]), len(results["equivalent"])
-    assert results["mutants"] == results["caught"] + survivors + equivalent
-    share = results["caught"] / (results["caught"] + survivors)
-    assert share >= 0.95 and card["config"]["every"] == 2
-    sentence = (
-        f"Of {results['mutants']} mutants, every second one that it makes, {equivalent} appear"
-        f" equivalent to the original; the tests caught {results['caught']} of the other"
-        f" {results['caught'] + survivors} ("
-    )
-    assert sentence in PROSE
+ABOUT = [about_scripts, about_variants, about_text_and_images, about_the_premise, about_speed]
+ABOUT += [about_faults]
+
+
+@pytest.mark.parametrize("claims", ABOUT, ids=lambda function: function.__name__)
+def test_the_page_says_what_the_cards_say(claims):
+    assert [x for x in claims() if " ".join(x.split()) not in PROSE] == []
+
+
+def test_every_number_on_the_page_is_recomputed_and_every_card_is_used():
+    """Numbers with a decimal point; a card is used if a claim reads it."""
+    proved = set()
+    for claim in (re.escape(" ".join(x.split())) for claims in ABOUT for x in claims()):
+        for match in re.finditer(claim, PROSE):
+            proved |= {*range(*match.span())}
+    others = {x[0] for x in re.finditer(r"\d+\.\d+", PROSE) if x.start() not in proved}
+    assert others == {"0.05", "4.5", "1.88", "1.4697", "2.13"}  # levels, nanoGPT's, a version
+    names = {path.name for path in runcard.RESULTS.iterdir()}
+    assert all(matching(names, x) for x in re.findall(r"[\w*-]+\.(?:json|png)", PAGE))
+    elsewhere = {"mutation", "entropy_gap"}  # below, and in test_readme.py
+    assert {name[:-5] for name in names if name.endswith(".json")} == OPENED | elsewhere
+
+
+def test_the_conclusions_of_the_page_follow_from_the_cards():
+    """Verdicts on variants, compared with NaLa. No other setting beats the paper's."""
+    for study, expected, variants in (
+        ("recall", "level", "no query norm; q and k 5 times as large; lam 2"),
+        ("recall", "worse", "elu, same state; relu, same state; lam 1; lam 1 of keys"),
+        ("sharpness", "level", "no cosine map, same state; magnitude-aware, same state"),
+        ("sharpness", "worse", "elu, same state; relu, same state; no query norm; alpha 2; lam 1"),
+        ("sharpness-all", "worse", "relu, same state; no query norm; alpha 2"),
+        ("sharpness-all", "level", "elu, same state"),
+    ):
+        assert {verdict(study, name) for name in variants.split("; ")} == {expected}
+        tried = {row["variant"] for row in runs_of(study)}
+        settings = [name for name in tried if re.match("lam|tau|alpha|tanh", name)]
+        assert "better" not in {verdict(study, name) for name in settings}
+
+
+# --- Recipes, mutants and commands ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_a_script_s_default_recipe_is_that_of_its_cards(task):
+    first = default(task)
+    settings = vars(parse_flags(SCRIPTS[task].Settings, ["--preset", "cpu"]))
+    assert {name: settings[name] for name in first["config"]} == first["config"]
+    for name in ATTENTIONS:
+        for seed, card in enumerate(cards(task, name), 1):
+            assert card["config"] == first["config"] | {"attention": name, "seed": seed}
+            assert card["data"] == first["data"] and card["hardware"]["threads"] == 1
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_s_recipe_data_and_models_are_those_of_its_card(study, tmp_path):
+    """A card may have more variants: those that only an earlier commit can run."""
+    card, now, task = read(f"compare_{study}"), STUDIES[study], STUDIES[study].task
+    tried, seeds = card["config"]["variants"], range(1, now.seeds + 1)
+    found = [(row["seed"], row["variant"]) for row in runs_of(study)]
+    assert found == [*product(seeds, tried)]
+    recipe = runcard.to_plain({x.name: getattr(task, x.name) for x in fields(task) if x.repr})
+    assert recipe.items() <= card["config"]["task"].items()
+    assert now.quick == {"recall": 60, "sharpness": 300, "sharpness-all": 300}.get(study, 40)
+    if script := {"text": "shakespeare", "images": "cifar"}.get(study.partition("-")[0]):
+        assert card["data"]["sha256"] == default(script)["data"]["sha256"]
+    if script == "shakespeare":  # as many characters
+        (tmp_path / "text.txt").write_text(50 * "".join(map(chr, range(40, 105))), encoding="utf-8")
+        task = replace(task, file=tmp_path / "text.txt")
+    parameters = {row["variant"]: row["parameters"] for row in runs_of(study)}
+    for name in now.variants:
+        weights = build_model(task, name, 1).parameters()
+        assert sum(x.numel() for x in weights if x.requires_grad) == parameters[name]
+        twice = study.startswith("sharpness") and name.endswith(", same state")
+        assert parameters[name] == pytest.approx((1 + twice) * parameters[tried[0]], rel=0.01)
+
+
+@pytest.mark.skipif("files" not in read("mutation")["results"], reason="the card's old format")
+def test_the_mutation_scores_agree_with_their_card():
+    """One row per room: a file, or the folder lab/ or course/."""
+    tried, caught, least = Counter(), Counter(), {"model.py": 0.97, "lab/": 0.75, "course/": 0.75}
+    for file, found in read("mutation")["results"]["files"].items():
+        folder, _, name = file.rpartition("/")
+        room = {"nala_min/lab": "lab/", "nala_min/course": "course/"}.get(folder, name)
+        others = len(found["survivors"]) + len(found["equivalent"])
+        assert found["mutants"] == found["caught"] + others and all(found["equivalent"].values())
+        tried[room] += found["mutants"] - len(found["equivalent"])
+        caught[room] += found["caught"]
+    rows = re.findall(r"^\| `(\S+)` \| ([\d,]+) \| ([\d,]+) \| ([\d.]+%) \|$", PAGE, re.MULTILINE)
+    expected = [(x, f"{n:,}", f"{caught[x]:,}", f"{caught[x] / n:.1%}") for x, n in tried.items()]
+    assert sorted(rows) == sorted(expected) and {"model.py", "lab/", "course/"} <= tried.keys()
+    assert min(tried.values()) >= 40
+    assert [x for x, n in tried.items() if caught[x] / n < least.get(x, 0.85)] == []
+
+
+def test_the_commands_for_a_gpu_are_accepted():
+    programs = {x.__name__: x for x in (train_shakespeare, train_cifar, bench, compare)}
+    (commands,) = re.findall(r"```bash\n(.+?)```", PAGE[PAGE.index("## On a GPU") :], re.DOTALL)
+    assert len(commands.splitlines()) == 7
+    for line in commands.splitlines():
+        name, *flags = shlex.split(line.replace("-m ", ""))[1:]
+        assert parse_flags(programs[name.removesuffix(".py")].Settings, flags).device == "cuda"
