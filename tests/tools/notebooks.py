@@ -4,7 +4,6 @@ whose names begin with a PREFIX, or all, and writes the outputs into their files
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -24,8 +23,7 @@ def read(path):
 
 
 def slide_type(cell):
-    """The slide type of a cell for `jupyter nbconvert --to slides`: a heading begins a slide; other
-    text and pictures begin a slide below it."""
+    """For `jupyter nbconvert --to slides`: headings begin a slide, text and pictures one below."""
     if cell.id in ("setup", "imports", "check"):
         return "skip"
     if cell.cell_type == "markdown":
@@ -36,22 +34,14 @@ def slide_type(cell):
 def run(path, folder):
     """Run the notebook at path from top to bottom, in folder and in a fresh kernel. Returns it."""
     notebook = read(path)
-    client = NotebookClient(
-        notebook,
-        timeout=600,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(folder)}},
-        record_timing=False,
-        coalesce_streams=True,
-    )
+    options = {"timeout": 600, "record_timing": False, "coalesce_streams": True}
+    options["resources"] = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, kernel_name="python3", **options)
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the cores may be busy
     client.execute(env=one_thread, stderr=subprocess.DEVNULL)  # of the kernel, not of a cell
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-        }
-    )
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    notebook.metadata = nbformat.from_dict(metadata)
     for cell in notebook.cells:
         cell.metadata["slideshow"] = {"slide_type": slide_type(cell)}
         for output in cell.get("outputs", []):
@@ -62,10 +52,8 @@ def run(path, folder):
 def main():
     for path in NOTEBOOKS:
         if path.name.startswith(tuple(sys.argv[1:]) or ""):
-            start = time.perf_counter()
-            notebook = run(path, FOLDER)
-            path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-            print(f"{path.name}: {time.perf_counter() - start:.0f} s")
+            print(path.name)
+            path.write_text(nbformat.writes(run(path, FOLDER)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
