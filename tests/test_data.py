@@ -175,14 +175,6 @@ def test_wrong_bytes_are_detected_and_deleted(content, server):
     assert_fetched(server, 0)
 
 
-def test_an_interrupted_download_keeps_its_bytes(server, monkeypatch):
-    """Ctrl-C costs at most a block of 64 KiB."""
-    monkeypatch.setattr(data.tqdm, "update", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        data.fetch(server.source)
-    assert server.part.read_bytes() == CONTENT[: 2**16]
-
-
 @pytest.mark.parametrize("variable", ["", "other"])
 def test_the_cache_is_below_home_unless_xdg_says_otherwise(variable, tmp_path, monkeypatch):
     path = tmp_path / (variable or ".cache") / "nala_min" / "tinyshakespeare.txt"

@@ -62,6 +62,17 @@ def test_the_program_writes_the_committed_card(tmp_path, monkeypatch):
         (tmp_path / "results").mkdir(exist_ok=True)
 
 
+def test_a_smaller_lam_gives_larger_entropies_whatever_torch_s_defaults_are():
+    def entropies(lam):
+        torch.manual_seed(1)
+        norms = torch.tensor([0.5, 2.0], dtype=torch.float32)
+        return measure.entropy_against_norm("nala", norms, draws=5, lam=lam).tolist()
+
+    with ambient(torch.float64, "cpu"):
+        default = entropies(3.0)
+    assert default == entropies(3.0) < entropies(1.0)
+
+
 def test_recorder_counts_operations_and_peak_bytes_also_of_a_backward_pass():
     """Two tensors of 4,000 bytes, then a third after the first is freed."""
     x = torch.ones(1000)
@@ -186,9 +197,9 @@ def test_a_block_gives_its_own_weights_and_the_entropies_of_at_most_64_queries()
 
 
 def test_attention_maps_are_the_weights_of_the_last_block_s_own_queries():
-    model, images = small_vit(attention=("softmax", "elu")), noise()
+    model, images = small_vit(attention=("relu", "softmax", "elu"), num_layers=3), noise()
     maps = measure.attention_maps(model, images)
-    _, last = by_hand(model, images)
+    *_, last = by_hand(model, images)
     assert tuple(maps) == ("nala", "softmax", "relu")
     for name, actual in maps.items():
         expected = weights_by_hand(name, *last).mean(dim=1)
