@@ -1,4 +1,4 @@
-"""Broken copies of model.py, to prove that the tests can fail."""
+"""Broken copies of model.py, to prove that tests can fail."""
 
 import inspect
 import sys
