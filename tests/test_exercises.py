@@ -381,7 +381,7 @@ ODD = """\ufefffrom __future__ import annotations
 import os, random, sys, numpy, torch, helper
 print(torch.get_default_dtype(), torch.get_num_threads(), {"pytest", "IPython"} & {*sys.modules})
 print(os.getcwd() == os.path.dirname(__file__) == sys.path[0], sys.argv == [__file__])
-print(os.environ["PYTHONHASHSEED"], numpy.random.rand(), random.random())
+print(os.environ.get("PYTHONHASHSEED"), numpy.random.rand(), random.random())
 torch.set_default_dtype(torch.float64)
 """
 
