@@ -5,7 +5,6 @@ import hashlib
 import math
 import pickle
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from torch.testing import assert_close
 import train_cifar
 import train_shakespeare
 from nala_min import ATTENTIONS, NaLaLM, NaLaViT, key_features, query_features, runcard
-from nala_min.lab import compare
 from nala_min.model import Config, nala_attention
 from nala_min.relatives import register, rotary_angles, rotary_attention, rotate
 
@@ -307,14 +305,3 @@ def test_one_block_of_an_image_model_may_use_it(folder):
     first, second = train_cifar.build_model(settings.config() | {"classes": range(10)}).blocks
     assert first.attention.attend is ATTENTIONS["nala"]
     assert second.attention.attend is ATTENTIONS["mine.py"]
-
-
-def test_a_study_compares_it(folder, monkeypatch):
-    recall = compare.STUDIES["recall"]
-    task = replace(recall.task, steps=2, pairs=(4, 64), tokens=256)
-    study = replace(recall, task=task, variants=("nala",), seeds=1)
-    monkeypatch.setitem(compare.STUDIES, "recall", study)
-    flags = ["--study", "recall", "--attention", "mine.py", "--workers", "1"]
-    assert run_here(compare, folder, *flags).returncode == 0
-    card = runcard.read_json(folder / "runs" / "compare" / "recall.json")
-    assert [row["variant"] for row in card["results"]["runs"]] == ["nala", "mine.py"]
