@@ -241,8 +241,7 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
     block, with the config; only there, parameters are trained. The file is executed like any Python
     script, from a fixed seed, and tried on a few tokens of dim channels.
 
-    Raises ValueError, with a one-line message, if the file cannot be read or run, or if its
-    functions are missing or wrong.
+    Raises ValueError, in one line, if the file cannot be run, or its functions are wrong.
     """
     path = os.fspath(path)
     folder = str(Path(path).absolute().parent)
@@ -271,8 +270,7 @@ def _attention_of(module: ModuleType, dim: int, causal: bool) -> Callable:
     """The attention that module defines, tried on a few tokens."""
     for name, x in vars(module).items():
         weights = x.parameters() if isinstance(x, nn.Module) else [x] * isinstance(x, Tensor)
-        where = "in a class, made once per block: here it is not trained"
-        require(not any(weight.requires_grad for weight in weights), name, where, type(x))
+        require(not any(w.requires_grad for w in weights), name, "in a class, to be trained", x)
     names = [x for x in ("query_features", "key_features", "attention") if hasattr(module, x)]
     if names not in (["query_features", "key_features"], ["attention"]):
         needed = "query_features and key_features, or attention"

@@ -49,8 +49,8 @@ def run_card(
 @lru_cache  # as it was when the run began
 def code_sha256(*others: Path) -> str:
     """Hash of the code on which every run depends, and of others. Comments do not count."""
-    names = ("model", "fast", "relatives", "train", "data", "measure")
-    paths = [*(Path(__file__).with_name(f"{name}.py") for name in names), *others]
+    names = "model.py fast.py relatives.py train.py data.py measure.py".split()
+    paths = *map(Path(__file__).with_name, names), *others
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in paths)
     return hashlib.sha256("\n".join(map(ast.unparse, trees)).encode("utf-8")).hexdigest()
 

@@ -64,8 +64,7 @@ def _identity(task: Task, name: str) -> dict[str, str]:
         channels = task.sizes[2] // task.sizes[1]
         identity["attention"] = relatives.register(name, channels, causal=task.CAUSAL)
         identity["variant"] = Path(name).name
-    code = runcard.code_sha256(Path(studies.__file__), Path(__file__))
-    return identity | {"code": code}
+    return identity | {"code": runcard.code_sha256(Path(studies.__file__), Path(__file__))}
 
 
 def _run_folder(folder: Path, seed: int, identity: dict[str, str]) -> Path:
