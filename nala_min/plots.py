@@ -264,30 +264,6 @@ def seeds(cards: dict[str, list[dict]], result: str, label: str) -> Figure:
 
 
 @_styled
-def premise(results: dict[str, Any]) -> Figure:
-    """Entropy against the norms of the query and the key, one point per token and head, one column
-    per attention. results: from a card of nala_min.lab.premise."""
-    points, rows = results["points"], results["correlations"]
-    fig, grid = figure(2, len(points), width=9.6, height=5.2, sharey=True)
-    fig.suptitle("Last block of trained models: one point per token and head")
-    last = max(row["block"] for row in rows)
-    correlations = {r["variant"]: r for r in rows if (r["seed"], r["block"]) == (1, last)}
-    for column, (name, found) in zip(grid.T, points.items(), strict=True):
-        column[0].set_title(STYLES[name]["label"])
-        for axes, side in zip(column, ("query", "key"), strict=True):
-            norms, entropies = np.array(found[f"{side}_norm"]), np.array(found["entropy"])
-            colour = STYLES[name]["color"]
-            axes.plot(norms.T, entropies.T, ".", color=colour, markersize=2.5, alpha=0.6)
-            axes.set(xlabel=f"norm of the {side}")
-            note = f"rank correlation {correlations[name][f'{side}_norm']:+.2f}"
-            axes.annotate(note, (0.04, 0.03), xycoords="axes fraction")
-    lowest = min(np.min(found["entropy"]) for found in points.values())
-    for axes in grid[:, 0]:
-        axes.set(ylabel="entropy (nats)", ylim=(lowest - 0.6, None))
-    return fig
-
-
-@_styled
 def recall(rows: list[dict], pairs: Sequence[int]) -> Figure:
     """Accuracy against the number of pairs, for VARIANT_STYLES and a user's files: the mean over
     seeds, in a band from lowest to highest. rows: the runs of a card of nala_min.lab.compare."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import modulefinder
 import os
 import sys
 from collections.abc import Callable
@@ -232,38 +233,44 @@ def is_file(name: str) -> bool:
 
 def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
     """Register the attention that the file at path defines, under the name path. Returns the
-    file's SHA-256.
+    SHA-256 of the file and of its neighbours that it imports.
 
     The file defines query_features(q) and key_features(k), (..., D) to non-negative (..., F), for
     linear_attention; or attention(q, k, v, *, causal, state=None, return_state=False), which takes
-    and returns the same as nala_attention, with any object as its state. It is executed like any
-    Python script, and tried on a few tokens of dim channels.
+    and returns the same as nala_attention, with any object as its state. A class is made once per
+    block, with the config; only there, parameters are trained. The file is executed like any Python
+    script, from a fixed seed, and tried on a few tokens of dim channels.
 
-    Raises ValueError, with a one-line message, if the file cannot be read or run, or if its
-    functions are missing or wrong.
+    Raises ValueError, in one line, if the file cannot be run, or its functions are wrong.
     """
     path = os.fspath(path)
+    folder = str(Path(path).absolute().parent)
+    finder = modulefinder.ModuleFinder([folder], excludes=["nala_min"])
     try:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    spec = importlib.util.spec_from_file_location(f"attention_{digest[:12]}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
-    try:
+        finder.run_script(path)  # runs nothing: finds what is imported
+        files = sorted(x.__file__ for x in finder.modules.values() if x.__file__)
+        digest = hashlib.sha256(b"".join(Path(x).read_bytes() for x in files)).hexdigest()
+        for name in finder.modules.keys() - {"__main__"}:  # not another folder's of the same name
+            sys.modules.pop(name, None)
+        spec = importlib.util.spec_from_file_location(f"attention_{digest[:12]}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            sys.path.insert(0, folder)
+            spec.loader.exec_module(module)
+            sys.path.remove(folder)
             ATTENTIONS[path] = _attention_of(module, dim, causal)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: {kind}{str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: {kind}{str(error).partition(chr(10))[0]}") from error
     return digest
 
 
 def _attention_of(module: ModuleType, dim: int, causal: bool) -> Callable:
     """The attention that module defines, tried on a few tokens."""
+    for name, x in vars(module).items():
+        weights = x.parameters() if isinstance(x, nn.Module) else [x] * isinstance(x, Tensor)
+        require(not any(w.requires_grad for w in weights), name, "in a class, to be trained", x)
     names = [x for x in ("query_features", "key_features", "attention") if hasattr(module, x)]
     if names not in (["query_features", "key_features"], ["attention"]):
         needed = "query_features and key_features, or attention"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
 import platform
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,12 +37,22 @@ def run_card(
         "command": shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": config,
         "data": data,
+        "code": code_sha256(),
         "versions": versions | {"numpy": numpy.__version__},
         "hardware": {"device": _device_name(device), "threads": threads, "processes": processes},
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds, 1),
         "results": results,
     }
+
+
+@lru_cache  # as it was when the run began
+def code_sha256(*others: Path) -> str:
+    """Hash of the code on which every run depends, and of others. Comments do not count."""
+    names = "model.py fast.py relatives.py train.py data.py measure.py".split()
+    paths = *map(Path(__file__).with_name, names), *others
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in paths)
+    return hashlib.sha256("\n".join(map(ast.unparse, trees)).encode("utf-8")).hexdigest()
 
 
 def _device_name(device: torch.device) -> str:

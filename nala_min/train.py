@@ -6,6 +6,7 @@ import io
 import math
 import random
 import statistics
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -23,9 +24,9 @@ from tqdm import tqdm
 from nala_min import distributed, relatives
 from nala_min.flags import UsageError, flag, interrupts
 from nala_min.model import ATTENTIONS, Config, in_mode
-from nala_min.runcard import check_writable, to_plain, write_atomically
+from nala_min.runcard import check_writable, code_sha256, to_plain, write_atomically
 
-FORMAT = 4  # version of checkpoints: incremented when a model, or what Run saves, changes
+FORMAT = 5  # version of checkpoints: incremented when a model, or what Run saves, changes
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES: dict[str, Callable[[float], float]] = {  # rate / peak, after a fraction of the run
     "linear": lambda done: 1 - done,
@@ -131,6 +132,8 @@ def load_run(settings: Settings, *names: str) -> dict[str, Any]:
         except ValueError as error:
             raise UsageError(f"{error}: give the run's own file with --attention") from error
         ATTENTIONS[name] = ATTENTIONS[path]
+    if saved["extra"]["code"]["sha256"] != code_sha256():
+        print("note: nala_min's code has changed since this run", file=sys.stderr)
     return saved
 
 
@@ -292,7 +295,7 @@ class Run:
         extras = saved["extra"], self.extra
         before, now = map(_identity, extras)
         for name in extras[0] | extras[1]:
-            if before.get(name) != now.get(name):
+            if repr(before.get(name)) != repr(now.get(name)):  # NaN equals itself
                 values = (extra.get(name) for extra in extras)
                 old, new = (x["name"] if "sha256" in str(x) else f"{x}"[:99] for x in values)
                 change = f"{name} = {old}, " + (f"not {new}" if new != old else "since changed")
@@ -315,6 +318,8 @@ class Run:
         if distributed.rank() == 0:
             with in_mode(self.model, training=False):
                 numbers = to_plain(evaluate(self.model))
+            if taken := {"step", "train_loss"} & numbers.keys():
+                raise ValueError(f"evaluate must call its numbers something else than {taken}")
             numbers = {"train_loss": statistics.fmean(self.losses), **numbers}
             self.history.append({"step": self.step, **numbers})
             shown = (f"{name.replace('_', ' ')} {x:.3f}" for name, x in numbers.items())
@@ -363,14 +368,16 @@ def fit(
     device, rank = next(model.parameters()).device, distributed.rank()
     is_cuda = device.type == "cuda"  # elsewhere, an asynchronous copy may outlive its source
     optimizers, peaks = make_optimizers(model, recipe), (recipe.learning_rate, recipe.muon)
-    run = Run(model, optimizers, Path(checkpoint), to_plain(extra))
+    code = {"name": "nala_min", "sha256": code_sha256()}
+    run = Run(model, optimizers, Path(checkpoint), to_plain(extra | {"code": code}))
     stops: list[int] = []  # signals that asked the run to stop after the current step
     with ExitStack() as stack:
         stack.enter_context(interrupts(lambda number, frame: stops.append(number)))
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         run.begin(resume)
         net = torch.compile(model) if compile else model
-        net = DistributedDataParallel(net) if distributed.world_size() > 1 else net
+        if distributed.world_size() > 1:  # static: a parameter may be unused
+            net = DistributedDataParallel(net, static_graph=True)
         stack.enter_context(in_mode(model, training=True))
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if recipe.bfloat16:  # TF32 is much faster, and more precise than bfloat16

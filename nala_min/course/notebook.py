@@ -5,6 +5,7 @@ import inspect
 import io
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -24,11 +25,12 @@ def begin(seed: int = 0) -> None:
     matplotlib.rcParams.update(plots.RC_PARAMS)
 
 
-def show(figure: Figure, text: str) -> None:
-    """Show figure and, folded below it, text: a description for readers who cannot see it."""
-    png = base64.b64encode(_png(figure)).decode()
-    size = {"alt": text, "width": round(96 * figure.get_figwidth())}  # some viewers ignore alt
-    display({"image/png": png, "text/plain": text}, metadata={"image/png": size}, raw=True)
+def show(figure: Figure | Path, text: str) -> None:
+    """Show figure, or a PNG, and, folded below it, text: what a reader who cannot see it reads."""
+    png = figure.read_bytes() if isinstance(figure, Path) else _png(figure)
+    size = {"alt": text, "width": round(0.64 * Image.open(io.BytesIO(png)).width)}  # 96 / 150 dpi
+    bundle = {"image/png": base64.b64encode(png).decode(), "text/plain": text}
+    display(bundle, metadata={"image/png": size}, raw=True)
     details = f"<details><summary>Description</summary>\n\n{text}\n\n</details>"
     display({"text/markdown": details, "text/plain": text}, raw=True)
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nala_min import data, fast, measure, model, plots, relatives, runcard, train
+from nala_min import plots, relatives, runcard, train
 from nala_min.flags import UsageError, flag, parse_flags, run_script
 from nala_min.lab import studies
 from nala_min.lab.studies import STUDIES, Study, Task, build_model
@@ -59,14 +59,12 @@ def run(task: Task, name: str, seed: int, folder: Path, device: str = "cpu") -> 
 
 def _identity(task: Task, name: str) -> dict[str, str]:
     """Everything but the seed that determines a run's numbers. Registers your FILE.py."""
-    modules = (model, fast, relatives, train, data, measure, studies, sys.modules[__name__])
-    code = b"".join(Path(module.__file__).read_bytes() for module in modules)
     identity = {"variant": name, "task": repr(task), "data": task.data_info().get("sha256", "")}
     if relatives.is_file(name):
         channels = task.sizes[2] // task.sizes[1]
         identity["attention"] = relatives.register(name, channels, causal=task.CAUSAL)
         identity["variant"] = Path(name).name
-    return identity | {"code": hashlib.sha256(code).hexdigest()}
+    return identity | {"code": runcard.code_sha256(Path(studies.__file__), Path(__file__))}
 
 
 def _run_folder(folder: Path, seed: int, identity: dict[str, str]) -> Path:
