@@ -219,8 +219,8 @@ BROKEN = {  # content of a file: a part of the message
     "x = 1": "neither",
     "def query_features(q): return q": "got query_features",
     FEATURES + "\n" + ATTENTION: "got query_features, key_features, attention",
-    "def f(:": "does not run: SyntaxError",
-    "raise SystemExit": "does not run: SystemExit",
+    "def f(:": "SyntaxError: ",
+    "raise SystemExit": "SystemExit: ",
     FEATURES.replace("q.exp()", "q"): "query_features must be finite and non-negative",
     FEATURES.replace("q.exp()", "q.sum(-1)"): "query_features's result",
     FEATURES.replace("q.exp()", "q.exp()[..., 1:]"): "RuntimeError: ",
@@ -296,7 +296,7 @@ def test_a_text_model_trains_with_it_and_samples_until_the_file_changes(folder):
     assert_mistake(run_text(folder, *sample), train_shakespeare, "mine.py has changed")
     assert_mistake(run_text(folder, *mine, "--resume"), train_shakespeare, "since changed")
     (folder / "mine.py").unlink()
-    assert_mistake(run_text(folder, *sample), train_shakespeare, "mine.py cannot be read")
+    assert_mistake(run_text(folder, *sample), train_shakespeare, "No such file")
 
 
 def test_one_block_of_an_image_model_may_use_it(folder):
@@ -305,3 +305,26 @@ def test_one_block_of_an_image_model_may_use_it(folder):
     first, second = train_cifar.build_model(settings.config() | {"classes": range(10)}).blocks
     assert first.attention.attend is ATTENTIONS["nala"]
     assert second.attention.attend is ATTENTIONS["mine.py"]
+
+
+def test_a_neighbour_is_imported_and_is_a_part_of_the_file(folder):
+    """Also from another folder; its random numbers are the same in each process."""
+    (folder / "sub").mkdir()
+    helper = folder / "sub" / "helper.py"
+    helper.write_text("import torch\nP = torch.randn(4, 9)", encoding="utf-8")
+    source = "from helper import P\ndef query_features(q): return (q @ P.to(q)).exp()\n"
+    (folder / "sub" / "own.py").write_text(source + "key_features = query_features", "utf-8")
+    digest, tensors = register("sub/own.py", D, causal=True), qkv()
+    first = ATTENTIONS["sub/own.py"](*tensors)
+    assert register("sub/own.py", D, causal=True) == digest
+    assert_close(ATTENTIONS["sub/own.py"](*tensors), first)
+    helper.write_text("import torch\nP = torch.zeros(4, 9) + 0.1", encoding="utf-8")
+    assert register("sub/own.py", D, causal=True) != digest
+    assert not torch.equal(ATTENTIONS.pop("sub/own.py")(*tensors), first)
+
+
+def test_parameters_that_nothing_would_train_are_refused(folder):
+    source = "import torch\nW = torch.nn.Linear(8, 16)\ndef query_features(q): return W(q).exp()\n"
+    (folder / "mine.py").write_text(source + "key_features = query_features", encoding="utf-8")
+    with pytest.raises(ValueError, match="W must be in a class"):
+        register("mine.py", D, causal=True)

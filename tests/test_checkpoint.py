@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import training
-from training import EXTRA, SIGNALS, batch, evaluate, loss, noting, small_model, train_small
+from training import EXTRA, SAVED, SIGNALS, batch, evaluate, loss, noting, small_model, train_small
 
 from nala_min import runcard, train
 from nala_min.flags import UsageError, run_script
@@ -129,7 +129,7 @@ def test_a_checkpoint_is_written_before_the_first_step_and_around_each_evaluatio
     first, second, third = [(0, 0, 0)] * 3, [(3, 0, 1)] * 3, [(6, 0, 2)]
     assert seen == [*first, (3, 3, 0), *second, (6, 3, 1), *third, (7, 1, 2)]
     saved = train.load_checkpoint(path)
-    assert (saved["format"], saved["losses"], saved["extra"]) == (4, [], EXTRA)
+    assert (saved["format"], saved["losses"], saved["extra"]) == (5, [], SAVED)
 
 
 @pytest.mark.parametrize("failing", [3, 7])
@@ -153,8 +153,8 @@ def flip_a_bit(path):
     [
         flip_a_bit,
         lambda path: path.write_bytes(path.read_bytes()[:2000]),
-        lambda path: torch.save({"format": 5, "extra": EXTRA}, path),
-        lambda path: torch.save({"format": 4, "extra": argparse.Namespace()}, path),  # code
+        lambda path: torch.save({"format": 4, "extra": SAVED}, path),
+        lambda path: torch.save({"format": 5, "extra": argparse.Namespace()}, path),  # code
         lambda path: path.unlink() or path.mkdir(),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(damage, finished):
 
 
 def test_a_checkpoint_of_another_script_or_of_nobody_is_refused(finished):
-    assert train.load_checkpoint(finished, "text", "dim")["extra"] == EXTRA
+    assert train.load_checkpoint(finished, "text", "dim")["extra"] == SAVED
     with pytest.raises(UsageError, match="version or script"):
         train.load_checkpoint(finished, "text", "patch")
     finished.unlink()

@@ -183,23 +183,6 @@ def test_seeds_show_every_run_and_the_mean_of_each_attention():
     assert left.get_ylabel() == "loss (nats)" and right.get_xlabel() == "final loss (nats)"
 
 
-def test_premise_shows_entropies_against_both_norms_in_the_last_block():
-    points = {"query_norm": [[1, 2], [3, 4]], "key_norm": [[5, 6], [7, 8]]}
-    points["entropy"] = [[4, 3], [2, 1]]
-    rho = [(1, 1, 0.9, 0.9), (1, 2, -0.25, 0.5), (2, 2, 0.9, 0.9)]  # seed, block, query, key
-    names = ["variant", "seed", "block", "query_norm", "key_norm"]
-    rows = [dict(zip(names, (name, *x), strict=True)) for name in ("nala", "elu") for x in rho]
-    found = {"points": {"nala": points, "elu": points}, "correlations": rows}
-    grid = axes_of(plots.premise(found))
-    assert [axes.get_title() for axes in grid] == ["NaLa", "linear, elu + 1", "", ""]
-    for i, axes in enumerate(grid):
-        side, note = ("query", "-0.25") if i < 2 else ("key", "+0.50")
-        assert [list(line.get_xdata()) for line in axes.lines] == points[f"{side}_norm"]
-        assert [list(line.get_ydata()) for line in axes.lines] == points["entropy"]
-        assert texts(axes.texts) == [f"rank correlation {note}"]
-        assert axes.get_xlabel() == f"norm of the {side}"
-
-
 def test_recall_and_studies_show_the_runs_of_each_variant():
     """Each in its colour, and others in grey, such as a user's own file."""
     runs = [("nala", 1.0, 0.5), ("nala", 0.5, 0.25), ("no query norm", 0.5, 0.5), ("me.py", 0, 1)]

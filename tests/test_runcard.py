@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -70,12 +71,30 @@ def test_a_run_card_describes_the_run(monkeypatch):
     assert card == {
         "command": "python script.py --prompt 'a b' --steps 3",
         "config": {"dim": 16},
+        "code": runcard.code_sha256(),
         "data": {"name": "x"},
         "versions": versions | {"numpy": np.__version__},
         "hardware": {"threads": torch.get_num_threads(), "processes": 1},
         "seconds": 1.3,
         "results": {"loss": 0.1},
     }
+
+
+def test_a_run_knows_the_code_that_it_depends_on(tmp_path, monkeypatch):
+    """The method, the training, the data and the measurements, but not comments."""
+    names = [f"{x}.py" for x in ("model", "fast", "relatives", "train", "data", "measure")]
+    for name in names:
+        shutil.copy(Path(runcard.__file__).with_name(name), tmp_path)
+    monkeypatch.setattr(runcard, "__file__", str(tmp_path / "runcard.py"))
+    hash_now = runcard.code_sha256.__wrapped__
+    before = hash_now()
+    for path in map(tmp_path.joinpath, names):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text + "\n# a comment\n", encoding="utf-8")
+        assert hash_now() == before
+        path.write_text(text + "\nx = 1\n", encoding="utf-8")
+        assert hash_now() != before
+        path.write_text(text, encoding="utf-8")
 
 
 def test_a_run_card_names_another_device_and_counts_processes(monkeypatch):

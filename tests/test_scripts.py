@@ -147,7 +147,8 @@ def test_a_run_says_what_it_trained_on_what_and_writes_nothing_else(script, fini
     assert card["config"] == DEFAULT | SIZES[script] | {"weight_decay": 0.02}
     assert f"{card['results']['parameters']:,} parameters" == size
     saved = train.load_checkpoint(folder / script.__name__ / "checkpoint.pt")
-    assert saved["extra"] == card["config"] | {"data": card["data"]} | extra
+    extra |= {"data": card["data"], "code": {"name": "nala_min", "sha256": card["code"]}}
+    assert saved["extra"] == card["config"] | extra
     written = sorted(path.name for path in (folder / script.__name__).iterdir())
     assert written == ["card.json", "checkpoint.pt", *pictures]
 

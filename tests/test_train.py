@@ -218,7 +218,7 @@ def test_each_process_trains_on_its_share_and_only_the_first_writes(rank, tmp_pa
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: rank)
     monkeypatch.setattr(distributed, "gather", lambda value=None: [value, value])
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda net: net)
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda net, **options: net)
     seen, path = [], tmp_path / "checkpoint.pt"
     recording = noting(lambda model, inputs, targets: seen.append(inputs), loss)
     history, _ = train_small(small_model(), path, loss=recording)

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from nala_min import Config, NaLaLM
+from nala_min.runcard import code_sha256
 from nala_min.train import Recipe, fit
 
 EXTRA = {"attention": "nala", "dim": 16, "text": "märchen.txt"}
+SAVED = EXTRA | {"code": {"name": "nala_min", "sha256": code_sha256()}}
 SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
 
 
