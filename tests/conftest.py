@@ -6,8 +6,6 @@ from functools import partial
 import pytest
 import torch
 
-import nala_min.model
-
 
 def pytest_configure():
     """One thread: the models are small."""
@@ -34,12 +32,6 @@ def pytest_collection_finish(session):
 def notebook_runs(request):
     """A future for each selected notebook, run from top to bottom."""
     return request.config.stash[RUNS]
-
-
-@pytest.fixture
-def model():
-    """The module under test. test_5_bug_zoo.py passes broken copies of it to the same tests."""
-    return nala_min.model
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,6 @@ that change PyTorch's defaults."""
 
 import io
 import itertools
-import os
-import subprocess
-import sys
 import urllib.request
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import SimpleNamespace
@@ -37,20 +34,8 @@ def flags_of(sizes):
     return [*HERE, *itertools.chain(*flags)]
 
 
-def run_process(script, folder, *flags):
-    """Run script, a module, with flags in a new process, from folder."""
-    return subprocess.run(
-        [sys.executable, script.__file__, *map(str, flags)],
-        cwd=folder,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment(folder),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-
-
 def run_here(script, folder, *flags):
-    """The same in this process: faster, and monkeypatch works."""
+    """Run script, a module, with flags, from folder; in this process, where monkeypatch works."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     code = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

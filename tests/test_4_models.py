@@ -90,6 +90,7 @@ def test_initial_weights(kind):
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             want = 0.005 if module in ends else 0.02
             assert module.weight.std().item() == pytest.approx(want, rel=0.1)
+    assert (net.head.bias is None) == (kind == "LM")  # as in GPT-2
 
 
 @every_variant

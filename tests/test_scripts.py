@@ -1,6 +1,7 @@
 """train_shakespeare.py and train_cifar.py as a user sees them: what they train on, measure, write,
 print and refuse. With small models, in this process and without a network."""
 
+import functools
 import hashlib
 import runpy
 import shutil
@@ -33,12 +34,14 @@ CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 both = pytest.mark.parametrize("script", SIZES, ids=lambda script: script.__name__)
 
 
+few_digits = functools.cache(functools.partial(data.drawn_images, 40, 30))
+
+
 def few_images(patch):
     """20 per file, of which 8 for the curve, instead of 10,000 and 1,000; and few digits."""
-    digits = data.drawn_images(40, 30)
     patch.setattr(data, "IMAGES_PER_FILE", 20)
     patch.setattr(train_cifar, "CURVE_TEST_IMAGES", 8)
-    patch.setattr(data, "drawn_images", lambda: digits)
+    patch.setattr(data, "drawn_images", few_digits)
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +259,14 @@ def test_a_mistake_is_one_line_that_names_the_flag_or_file(script, folder, monke
 
 
 # --- Text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "batch", "steps"), [(64, 8, 3400), (256, 4, 3400), (8192, 1, 425), (5_000_000, 1, 1)]
+)
+def test_longer_windows_mean_fewer_windows_then_fewer_steps(block, batch, steps):
+    settings = train_shakespeare.Settings(preset="cpu", device="cpu", block=block)
+    assert (settings.batch, settings.steps) == (batch, steps)
 
 
 def test_a_batch_is_windows_of_the_first_nine_tenths(folder):

@@ -72,13 +72,14 @@ def child(script, sent="", phase="", count="", rank=""):
         task = replace(study.task, steps=1000)
         module.STUDIES["sharpness"] = replace(study, task=task, variants=COMPARED, seeds=1)
     data.IMAGES_PER_FILE = COUNT
-    phases, codes = [""], {function.__code__: name for name, function in PHASES.items()}
+    began, phases, codes = False, [""], {x.__code__: name for name, x in PHASES.items()}
 
     def at_call(frame, event, arg):
-        nonlocal count
+        nonlocal count, began
+        began |= frame.f_code is train.Run.begin.__code__ and event == "return"
         if frame.f_code in codes and event in ("call", "return"):
             phases.append(codes[frame.f_code]) if event == "call" else phases.pop()
-        count -= phases[-1] == phase
+        count -= began and phases[-1] == phase
         if count == 0:
             sys.setprofile(None)
             os.write(2, b"\nFAULT\n")

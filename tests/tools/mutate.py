@@ -106,6 +106,8 @@ def edits(node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, 
         return ast.unparse(new)
 
     match node:
+        case ast.Expr(value=ast.Constant()):  # a docstring
+            return
         case ast.BinOp(op=op) | ast.AugAssign(op=op) | ast.BoolOp(op=op) if type(op) in SWAPS:
             yield node, changed(op=SWAPS[type(op)]())
         case ast.Compare(ops=ops):
