@@ -1,4 +1,5 @@
 import multiprocessing
+import signal
 import socket
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -8,8 +9,9 @@ import torch
 
 
 def pytest_configure():
-    """One thread: the models are small."""
+    """One thread: the models are small. Ctrl-C works, even if pytest runs in the background."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 RUNS = pytest.StashKey()  # notebook runs by path
