@@ -42,6 +42,7 @@ PHASES = {
     "evaluation": train.Run.add_point,
     "writing": train.write_atomically,
 }
+CALLS = {"training": 400_000, "evaluation": 400_000, "writing": 1500}  # about as many as in a run
 ENDS = {  # of compare: its exit code, and what it says; "a worker": kill -9 of one
     "SIGKILL": (-9, ""),
     "a worker": (1, "error: a worker was killed"),
@@ -63,7 +64,8 @@ def prepare(folder):
 
 
 def child(script, sent="", phase="", count="", rank=""):
-    """Run script. With sent, send this process that signal at the count-th call within a phase."""
+    """Run script. With sent, send this process that signal at the count-th call within a phase,
+    after the first checkpoint."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if nohup started faults.py
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or a shell, in the background
     module = importlib.import_module(f"nala_min.lab.{script}" if script == "compare" else script)
@@ -72,14 +74,15 @@ def child(script, sent="", phase="", count="", rank=""):
         task = replace(study.task, steps=1000)
         module.STUDIES["sharpness"] = replace(study, task=task, variants=COMPARED, seeds=1)
     data.IMAGES_PER_FILE = COUNT
-    began, phases, codes = False, [""], {x.__code__: name for name, x in PHASES.items()}
+    codes = {function.__code__: name for name, function in PHASES.items()}
+    began, phases = False, [""]
 
     def at_call(frame, event, arg):
         nonlocal count, began
         began |= frame.f_code is train.Run.begin.__code__ and event == "return"
         if frame.f_code in codes and event in ("call", "return"):
             phases.append(codes[frame.f_code]) if event == "call" else phases.pop()
-        count -= began and phases[-1] == phase
+        count -= began and "training" in phases and phases[-1] == phase
         if count == 0:
             sys.setprofile(None)
             os.write(2, b"\nFAULT\n")
@@ -164,7 +167,8 @@ def refused(code, text, words):
 def send(signals, script, folder, name, rng, hits):
     """One of signals at a random call within the phase that was hit least often."""
     sent, phase = signals[len(hits) % len(signals)], min(PHASES, key=hits.count)
-    code, text = run(script, folder, name, fault=(sent, phase, int(10 ** rng.uniform(0, 4)), 0))
+    fault = (sent, phase, rng.randint(1, CALLS[phase]), 0)
+    code, text = run(script, folder, name, fault=fault)
     if "\nFAULT\n" not in text:
         return None, [] if code == 0 else [text]
     clear = code == 130 and ": --resume continues from" in text.rstrip().rsplit("\n", 1)[-1]
@@ -278,7 +282,7 @@ def killed_workers(script, folder, times, rng):
     lost, gaps = [], [0.0]
     for i in range(times):
         name, count = f"worker{i}", (1, 2, 4)[i % 3]
-        fault = ("SIGKILL", "training", rng.randrange(5000, 20_000), rng.randrange(2))
+        fault = ("SIGKILL", "training", rng.randint(100_000, 300_000), rng.randrange(2))
         code, text = run(script, folder, name, *PLAIN, processes=2, fault=fault)
         lost += [] if code and "SIGKILL" in text else [text]
         code, text = run(script, folder, name, *PLAIN, processes=count)
