@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -254,15 +255,14 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
             sys.modules.pop(name, None)
         spec = importlib.util.spec_from_file_location(f"attention_{digest[:12]}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), patch.object(sys, "path", [folder, *sys.path]):
             torch.manual_seed(0)
-            sys.path.insert(0, folder)
             spec.loader.exec_module(module)
-            sys.path.remove(folder)
             ATTENTIONS[path] = _attention_of(module, dim, causal)
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: {kind}{str(error).partition(chr(10))[0]}") from error
+        line, *_ = str(error).splitlines() or [""]
+        raise ValueError(f"{path}: {kind}{line}") from error
     return digest
 
 

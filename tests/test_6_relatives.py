@@ -5,6 +5,7 @@ import hashlib
 import math
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -265,8 +266,10 @@ def test_a_file_is_registered_under_its_name(folder, causal):
 @pytest.mark.parametrize("source", BROKEN)
 def test_an_invalid_file_is_rejected_in_one_line(folder, source):
     (folder / "mine.py").write_text(source, encoding="utf-8")
+    path = [*sys.path]
     with pytest.raises(ValueError) as error:
         register("mine.py", D, causal=True)
+    assert sys.path == path
     message = str(error.value)
     assert message.startswith("mine.py") and "\n" not in message and BROKEN[source] in message
     assert "mine.py" not in ATTENTIONS

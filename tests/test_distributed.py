@@ -57,6 +57,7 @@ def child(folder):
     """One of two processes."""
     rank, drawn, model = distributed.rank(), [], small_model()
     assert distributed.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    model.unused = torch.nn.Parameter(torch.ones(2))  # as a class attention may have
     drawing = noting(lambda *_: drawn.append(torch.rand(()).item()), loss)
     train_small(model, folder / "parts.pt", loss=drawing)
     torch.save({"model": model.state_dict(), "drawn": drawn}, folder / f"{rank}.pt")

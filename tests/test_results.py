@@ -351,6 +351,8 @@ def about_mutants():
     for name, found in rooms.items():
         tried, caught = found["mutants"], found["caught"]
         assert tried == caught + len(found["survivors"]) and all(found["equivalent"].values())
+        assert caught / tried >= {"model.py": 0.97, "lab/": 0.75, "course/": 0.75}.get(name, 0.85)
+        assert tried + len(found["equivalent"]) >= 40
         yield f"| `{name}` | {tried} | {caught} | {caught / tried:.1%} |"
 
 

@@ -159,8 +159,7 @@ def make_mutants(file: str, text: str) -> list[Mutant]:
                 ast.parse(mutated)
             except SyntaxError:
                 continue
-            names = [x.name for x in above if isinstance(x, ast.FunctionDef | ast.ClassDef)]
-            where = ".".join(names) or "module"
+            where = ".".join(x.name for x in above if hasattr(x, "decorator_list")) or "module"
             key = " ".join(f"{file} {where}: `{ast.unparse(old)}` -> `{new}`".split())
             times[key] += 1
             key += f" ({times[key]})" if times[key] > 1 else ""
@@ -200,8 +199,7 @@ def run_tests(folder: str, tests: list[str], first: list[str], last_test) -> Non
     faulthandler.dump_traceback_later(TEST_TIMEOUT, exit=True)  # until the first test starts
     options = f"-x -q --tb=no -p no:cacheprovider -o faulthandler_timeout={TEST_TIMEOUT}"
     options += " -o faulthandler_exit_on_timeout=true"
-    code = pytest.main([*options.split(), *tests], plugins=[Plugin(first, last_test)])
-    sys.exit(int(code))
+    sys.exit(pytest.main([*options.split(), *tests], plugins=[Plugin(first, last_test)]))
 
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports torch only once
@@ -226,9 +224,8 @@ def test_that_catches(folder: Path, tests: list[str], first: list[str]) -> str |
 
 def copy_of_project(folder: Path) -> Path:
     """Copy the files that git knows or would add to folder."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
-    )
+    command = "git ls-files -coz --exclude-standard".split()
+    listed = subprocess.run(command, capture_output=True, check=True)
     for name in filter(os.path.isfile, listed.stdout.decode().split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(name, folder / name)
@@ -265,7 +262,7 @@ def try_room(name: str, flags: argparse.Namespace, folders: Queue[Path]) -> dict
     for x in survivors:
         print(f"{x.file}:{x.line} survived: {x.key}")
     numbers = {"all": len(mutants), "mutants": len(tried), "caught": len(tried) - len(survivors)}
-    print(f"{name}: {numbers}", flush=True)
+    print(f"{name}: {numbers}")
     equivalent = {x.key: EQUIVALENT[x.key] for x in chosen if x.key in EQUIVALENT}
     return numbers | {"equivalent": equivalent, "survivors": [x.key for x in survivors]}
 
@@ -287,9 +284,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for i in range(flags.jobs):
             folders.put(copy_of_project(Path(temporary) / str(i)))
-        rooms = {}
-        if flags.out and flags.out.exists():
-            rooms = runcard.read_json(flags.out)["results"].get("rooms", {})
+        updates = flags.out and flags.out.exists()
+        rooms = runcard.read_json(flags.out)["results"]["rooms"] if updates else {}
         for name in flags.rooms:
             rooms[name] = try_room(name, flags, folders)
             if flags.out:
