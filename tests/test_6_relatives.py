@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import train_cifar
 import train_shakespeare
-from nala_min import ATTENTIONS, NaLaLM, NaLaViT, key_features, query_features, runcard
+from nala_min import ATTENTIONS, NaLaLM, NaLaViT, key_features, query_features, runcard, train
 from nala_min.model import Config, nala_attention
 from nala_min.relatives import register, rotary_angles, rotary_attention, rotate
 
@@ -294,6 +294,12 @@ def test_a_text_model_trains_with_it_and_samples_until_the_file_changes(folder):
     assert sampled.stdout.startswith("Line") and len(sampled.stdout) == 4 + 30 + 1
     assert run_text(folder, *sample).stdout == sampled.stdout
     assert run_text(folder, *mine, "--resume").returncode == 0
+    assert "changed" not in sampled.stderr
+    with pytest.MonkeyPatch.context() as patch:  # an edited method
+        patch.setattr(train, "code_sha256", lambda: "other")
+        assert "nala_min's code has changed" in run_text(folder, *sample).stderr
+        edited = run_text(folder, *mine, "--resume")
+    assert_mistake(edited, train_shakespeare, "code = nala_min, since changed")
 
     (folder / "mine.py").write_text(EXAMPLE + "# another", encoding="utf-8")
     assert_mistake(run_text(folder, *sample), train_shakespeare, "mine.py has changed")

@@ -175,6 +175,18 @@ def test_a_checkpoint_of_another_script_or_of_nobody_is_refused(finished):
         train_small(small_model(), finished, resume=True)
 
 
+def test_a_run_s_description_may_hold_nan(path):
+    extra = EXTRA | {"temperature": float("nan")}
+    history, _ = train_small(small_model(), path, extra=extra)
+    assert train_small(small_model(), path, extra=extra, resume=True)[0] == history
+
+
+@pytest.mark.parametrize("name", ["step", "train_loss"])
+def test_an_evaluation_does_not_replace_our_numbers(path, name):
+    with pytest.raises(ValueError, match=name):
+        train_small(small_model(), path, evaluate=lambda model: {name: 0.5})
+
+
 def test_no_run_is_overwritten(path):
     """Neither unfinished nor finished, with the same flags or others."""
     with pytest.raises(KeyboardInterrupt):
