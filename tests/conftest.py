@@ -1,6 +1,5 @@
 import multiprocessing
 import signal
-import socket
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -39,16 +38,3 @@ def notebook_runs(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def loopback_only(monkeypatch):
-    """Tests must not use the network."""
-    connect = socket.socket.connect
-
-    def guarded(self, address):
-        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise OSError(f"a test wants to connect to {address}")
-        return connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)

@@ -19,13 +19,9 @@ HERE = ["--preset", "cpu", "--device", "cpu"]
 
 def environment(folder):
     """Variables for an empty cache, no network and one thread: the cores may be busy."""
-    proxies = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    return {
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "MPLCONFIGDIR": FONTS,
-        **proxies,
-        "OMP_NUM_THREADS": "1",
-    }
+    variables = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    variables |= {"XDG_CACHE_HOME": str(folder / "cache"), "MPLCONFIGDIR": FONTS}
+    return variables | {"OMP_NUM_THREADS": "1"}
 
 
 def flags_of(sizes):
@@ -65,22 +61,6 @@ def ambient(dtype, device):
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-def assert_independent_of_defaults(make):
-    """make() returns the same tensors under any of PyTorch's defaults."""
-    expected = make()
-    for dtype, device in (
-        (torch.bfloat16, "cpu"),
-        (torch.float64, "cpu"),
-        (torch.float32, "meta"),
-        (torch.float64, "meta"),
-    ):
-        with ambient(dtype, device):
-            actual = make()
-        for one, other in zip(actual, expected, strict=True):
-            assert (one.dtype, one.device) == (other.dtype, other.device)
-            assert torch.equal(one, other)
 
 
 def files_below(folder):

@@ -143,14 +143,10 @@ def test_a_mode_runs_its_own_form(monkeypatch):
     assert calls == [("parallel",)] * 2 + [whole, whole, step, chunks, chunks, step]
 
 
-def test_compiled_attention_has_a_power_of_2_of_chunks(monkeypatch):
-    """Otherwise torch.compile would make a graph for each number of chunks."""
-    counts, form = [], model.accumulate
-    monkeypatch.setattr(model, "accumulate", lambda x, **y: counts.append(len(x)) or form(x, **y))
-    for num_tokens in (2, 130, 300):
-        qkv = random_qkv(num_tokens)
-        want = model.nala_attention(*qkv, causal=True, mode="chunked")
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert_close(model.nala_attention(*qkv, causal=True), want)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
-    assert counts == [1, 1, 3, 4, 5, 8]
+def test_no_form_keeps_a_state_per_token():
+    """Not for the gradients either: fast.py, and the readable chunked form."""
+    qkv, sizes = [torch.randn(1, 1, 512, 16, requires_grad=True) for _ in range(3)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda x: x):
+        for mode in ("auto", "chunked"):
+            model.nala_attention(*qkv, causal=True, mode=mode, chunk_size=64)
+    assert max(sizes) < 512 * 32 * 17 / 4

@@ -3,7 +3,6 @@ code's rotary positions, (17); and your own file, as in the README, in a script 
 
 import hashlib
 import math
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -15,11 +14,10 @@ import torch.nn.functional as F
 from scripts import assert_mistake, flags_of, run_here
 from torch.testing import assert_close
 
-import train_cifar
 import train_shakespeare
-from nala_min import ATTENTIONS, NaLaLM, NaLaViT, key_features, query_features, runcard, train
+from nala_min import ATTENTIONS, key_features, query_features, runcard, train
 from nala_min.model import Config, nala_attention
-from nala_min.relatives import register, rotary_angles, rotary_attention, rotate
+from nala_min.relatives import register, rotary_attention, rotate
 
 B, H, N, D = 2, 3, 7, 4
 PARAMETERS = {"polar": "exponent", "delta": "share"}  # the others have none
@@ -144,20 +142,11 @@ def test_bfloat16_is_rounded_only_at_the_end(name, causal):
     assert_close(attend(*tensors, causal=causal), want.bfloat16(), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_both_models_train_with_it(name):
-    """A language model and an image model, which can be pickled."""
-    sizes = {"num_layers": 1, "num_heads": 2, "dim": 8, "attention": name}
-    lm, tokens = NaLaLM(Config(vocab_size=7, **sizes)), torch.randint(7, (2, 9))
-    lm(tokens)[0].sum().backward()
-    layer = lm.blocks[0].attention
-    assert layer.project.weight.grad[: 2 * 8].abs().sum() > 0
-    if name in PARAMETERS:  # one per channel or head, which begins at 0
-        parameter = getattr(layer.attend, PARAMETERS[name])
-        assert parameter.shape == {"polar": (2, 1, 4), "delta": (2,)}[name]
-        assert (parameter == 0).all() and parameter.grad.abs().sum() > 0
-    vit, images = NaLaViT(Config(**sizes)), torch.randn(2, 3, 9, 12)
-    assert torch.equal(pickle.loads(pickle.dumps(vit))(images), vit(images))
+@pytest.mark.parametrize(("name", "shape"), [("polar", (2, 1, 4)), ("delta", (2,))])
+def test_parameters_begin_at_0_one_per_channel_or_head(name, shape):
+    """test_4_models.py trains them."""
+    parameter = getattr(ATTENTIONS[name](Config(num_heads=2, dim=8)), PARAMETERS[name])
+    assert parameter.shape == shape and (parameter == 0).all()
 
 
 # --- Rotary positions, as in the released code ----------------------------------------------------
@@ -193,17 +182,6 @@ def test_rotary_turns_only_the_numerator(feature_map):
     got = rotary_attention(q, k, v, torch.arange(N)[:, None], feature_map)
     assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert rotate(torch.randn(3, 4), torch.rand(3, 2).double()).dtype == torch.float32
-
-
-def test_rotary_angles_split_the_channels_between_the_axes():
-    """(17) for images: half of the angles encode the row and half the column, and the last
-    frequency of each is 1 / 10,000."""
-    positions = torch.tensor([[0, 0], [0, 3], [2, 0], [5, 7]])
-    want = [[r, r / 1e4, s, s / 1e4] for r, s in positions.tolist()]
-    assert_close(rotary_angles(positions, 8), torch.tensor(want, dtype=torch.float64))
-    assert_close(rotary_angles(positions, 4), positions.double())  # one frequency each
-    with pytest.raises(ValueError, match="divisible by 4"):
-        rotary_angles(positions, 6)
 
 
 # --- Your own file --------------------------------------------------------------------------------
@@ -306,14 +284,6 @@ def test_a_text_model_trains_with_it_and_samples_until_the_file_changes(folder):
     assert_mistake(run_text(folder, *mine, "--resume"), train_shakespeare, "since changed")
     (folder / "mine.py").unlink()
     assert_mistake(run_text(folder, *sample), train_shakespeare, "No such file")
-
-
-def test_one_block_of_an_image_model_may_use_it(folder):
-    settings = train_cifar.Settings(preset="cpu", attention="nala,mine.py", layers=2)
-    assert settings.out.name == "cifar_cpu_nala-mine_seed1_layers2"
-    first, second = train_cifar.build_model(settings.config() | {"classes": range(10)}).blocks
-    assert first.attention.attend is ATTENTIONS["nala"]
-    assert second.attention.attend is ATTENTIONS["mine.py"]
 
 
 def test_a_neighbour_is_imported_and_is_a_part_of_the_file(folder):

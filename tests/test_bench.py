@@ -123,11 +123,10 @@ def test_the_crossover_is_where_nala_stays_at_least_as_fast(softmax, nala, lengt
         assert bench.table(rows).splitlines()[-1].split() == last.split()
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_rows_name_the_mask_that_was_measured_and_flags_reach_all(quick, tmp_path, monkeypatch):
+def test_rows_name_the_mask_that_was_measured_and_flags_reach_all(tmp_path, monkeypatch):
     """A call is said to take 64 s, or 128 s if its first output is not the first value: it sees
-    more than the past. Without --quick, all forms return their values."""
-    inputs, budgets, heads, forms = [], set(), bench.heads, bench.forms
+    more than the past."""
+    inputs, budgets, heads = [], set(), bench.heads
 
     def take_turns(calls, device, budget):
         budgets.add(budget)
@@ -137,37 +136,25 @@ def test_rows_name_the_mask_that_was_measured_and_flags_reach_all(quick, tmp_pat
             rows[name] = dict.fromkeys(("median", "low", "high", "peak"), 128 if sees_all else 64)
         return rows
 
-    def values(causal, compiled):
-        return dict.fromkeys([*forms(causal, False), *["compiled"] * compiled], lambda q, k, v: v)
-
     changes = {"take_turns": take_turns, "HEADS": 1, "DIM": 8}
     changes["heads"] = lambda n, **kind: inputs.append(heads(n, **kind)) or inputs[-1]
-    if not quick:
-        changes |= {"forms": values, "decode_calls": lambda n, **_: {("softmax", n): None}}
     for name, value in changes.items():
         monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench.shutil, "which", lambda name: "/usr/bin/c++")
-    dtype, flags = "float32", ["--device", "cpu"]
-    if quick:
-        dtype, flags = "bfloat16", [*flags, "--quick", "--dtype", "bfloat16"]
+    flags = ["--device", "cpu", "--quick", "--dtype", "bfloat16"]
     result = run_here(bench, tmp_path, *flags)
     assert (result.returncode, result.stderr) == (0, "")
-    path = tmp_path / "runs" / "speed" / f"speed_cpu_{dtype}.json"
+    path = tmp_path / "runs" / "speed" / "speed_cpu_bfloat16.json"
     card, results = runcard.read_json(path), runcard.read_json(path)["results"]
     assert card["command"] == f"python -m nala_min.lab.bench {' '.join(flags)}"
-    assert card["config"] == {"seed": 1, "batch": 1, "heads": 1, "dim": 8, "dtype": dtype}
-    assert {q.dtype for q, _, _ in inputs} == {getattr(torch, dtype)} and path.with_suffix(
-        ".png"
-    ).exists()
-    assert budgets == {0.5 if quick else 4.0}
-    lengths = [2**i for i in range(6, 13 if quick else 17)]
+    assert card["config"] == {"seed": 1, "batch": 1, "heads": 1, "dim": 8, "dtype": "bfloat16"}
+    assert {q.dtype for q, _, _ in inputs} == {torch.bfloat16} and budgets == {0.5}
+    assert path.with_suffix(".png").exists()
+    lengths = [2**i for i in range(6, 13)]
     for causal in (True, False):
         rows = bench.select(results["attention"], causal=causal, **{"pass": "forward"})
-        assert {row["median"] for row in rows} == {128 if quick and not causal else 64}
-        expected = {"nala": lengths, "quadratic": lengths[: 6 * causal]}
-        expected["compiled"] = [] if quick else lengths
-        for form in expected:
-            assert [row["length"] for row in rows if row["form"] == form] == expected[form]
+        assert {row["median"] for row in rows} == {64 if causal else 128}
+        for form, expected in {"nala": lengths, "quadratic": lengths[: 6 * causal]}.items():
+            assert [row["length"] for row in rows if row["form"] == form] == expected
     assert [x["context"] for x in results["decode"] if x["form"] == "softmax"] == lengths[::2]
     assert {row["median"] for row in results["decode"]} == {0.5}  # per token
     assert results["crossover"] == {"causal, forward + backward": 64}

@@ -3,15 +3,17 @@ their names, published statistics, and no run done twice."""
 
 import math
 import os
-import random
+import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import faults
 import numpy as np
 import pytest
 import torch
@@ -47,22 +49,21 @@ def test_recall_queries_every_key_once_and_expects_its_value():
 
 
 def test_recall_counts_correct_answers():
-    class Oracle(torch.nn.Linear):
-        """Looks up every queried key but the first."""
+    """Of an oracle that looks up every queried key but the first."""
 
-        def forward(self, tokens):
-            pairs = tokens.shape[1] // 2
-            keys, values = tokens // 65, tokens % 65
-            indices = (keys[:, :, None] == keys[:, None, :pairs]).float().argmax(-1)
-            values = values.gather(1, indices)
-            values[:, pairs] = (values[:, pairs] + 1) % 64
-            return F.one_hot(values, 64).float(), None
+    def look_up(tokens):
+        keys, values, pairs = tokens // 65, tokens % 65, tokens.shape[1] // 2
+        indices = (keys[:, :, None] == keys[:, None, :pairs]).float().argmax(-1)
+        values = values.gather(1, indices)
+        values[:, pairs] = (values[:, pairs] + 1) % 64
+        return F.one_hot(values, 64).float(), None
 
+    (oracle := torch.nn.Linear(1, 1)).forward = look_up
     right = {f"accuracy at {n} pairs": 1 - 1 / n for n in (4, 8, 16, 32, 64)}
-    assert RECALL.evaluate(Oracle(1, 1)) == pytest.approx(right)
+    assert RECALL.evaluate(oracle) == pytest.approx(right)
     tokens, values = RECALL.examples(4, 6, seed=1, step=0)
-    expected = F.cross_entropy(Oracle(1, 1)(tokens)[0][:, 4:].transpose(1, 2), values)
-    assert_close(RECALL.loss(Oracle(1, 1), tokens, values), expected)
+    expected = F.cross_entropy(oracle(tokens)[0][:, 4:].transpose(1, 2), values)
+    assert_close(RECALL.loss(oracle, tokens, values), expected)
 
 
 @pytest.mark.parametrize("of", [4, 16])
@@ -188,16 +189,6 @@ def test_without_the_query_norm_the_power_is_4_5():
     phi_q = model.cosine_map(direction.abs() ** 4.5, direction)
     expected = model.linear_attention(q, k, v, lambda _: phi_q, model.key_features)
     assert_close(ATTENTIONS["no query norm"](q, k, v), expected)
-
-
-def test_softmax_with_one_norm_depends_only_on_a_query_s_direction():
-    attend = build_model(RECALL, "softmax, one norm", 1).blocks[0].attention.attend
-    q, k, v = torch.randn(3, 1, 2, 6, 16)
-    assert attend.norm.tolist() == [4.0, 4.0]
-    with torch.no_grad():
-        attend.norm.copy_(torch.tensor([0.5, 2.0]))
-    expected = ATTENTIONS["softmax"](attend.norm[:, None, None] * F.normalize(q, dim=-1), k, v)
-    assert_close(attend(100 * q, k, v, causal=False), expected)
 
 
 def test_no_convolution_stays_zero_in_training(tmp_path):
@@ -353,11 +344,40 @@ def test_a_run_is_repeated_only_if_task_data_or_code_have_changed(tmp_path, monk
     assert not repeats()
 
 
+SMALL_STUDY = """from dataclasses import replace
+from nala_min.flags import run_script
+from nala_min.lab import compare
+study = compare.STUDIES["sharpness"]
+small = replace(study, task=replace(study.task, steps=1000), variants=("nala", "elu"), seeds=1)
+compare.STUDIES = {"sharpness": small}
+run_script(compare.main)"""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_ctrl_c_saves_every_run_and_ends_every_worker(tmp_path):
-    """test_faults.py kills a worker or the parent."""
-    assert faults.end_study(tmp_path, "study", "SIGINT", random.Random(1)) == (True, [], 0)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("killed", ["SIGINT", "SIGKILL", "worker"])
+def test_an_ended_study_saves_its_runs_and_leaves_no_process(killed, tmp_path):
+    """communicate returns once all processes that can print have ended."""
+    flags = ["--study", "sharpness", "--workers", "2", "--out", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SMALL_STUDY, *flags], cwd=runcard.RESULTS.parents[1],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    while len(saved := [*tmp_path.glob("*/*/checkpoint.pt")]) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    pid = process.pid
+    if killed == "worker":
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        is_worker = [b"spawn_main" in Path(f"/proc/{x}/cmdline").read_bytes() for x in children]
+        pid = int(children[is_worker.index(True)])
+    os.kill(pid, getattr(signal, killed, signal.SIGKILL))
+    printed = process.communicate(timeout=60)[0].decode()
+    expected = {"SIGINT": (130, "interrupted"), "SIGKILL": (-9, "")}
+    code, words = expected.get(killed, (1, "error: a worker was killed"))
+    assert process.returncode == code and words in printed and "Traceback" not in printed, printed
+    steps = [train.load_checkpoint(path)["step"] for path in saved]
+    assert steps.count(0) <= (killed == "worker"), printed  # a killed worker saves nothing
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -375,20 +395,3 @@ def test_flags_set_seeds_steps_data_and_workers(monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     assert [compare.Settings(device=x).workers for x in ("cpu", "cuda")] == [3, 1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [("--data missing.txt", "missing.txt"), ("--attention wrong.py", "wrong.py"),
-     ("--attention elu", "FILE.py, got elu"), ("--workers 0", "from 1 to 10000, got 0"),
-     ("--seeds 21", "from 1 to 20, got 21"), ("--out a", "text.png cannot be written")],
-)  # fmt: skip
-def test_every_mistake_is_one_line_before_the_first_study(flags, words, tmp_path, monkeypatch):
-    text = SMALL if "data" not in flags else replace(SMALL, task=TEXT)
-    monkeypatch.setattr(compare, "STUDIES", {"recall": SMALL, "sharpness": SMALL, "text": text})
-    monkeypatch.setattr(compare, "run_all", lambda *_: pytest.fail("trained"))
-    (tmp_path / "a" / "text.png").mkdir(parents=True)
-    (tmp_path / "wrong.py").write_text("1 / 0", encoding="utf-8")
-    result = run_here(compare, tmp_path, *flags.split())
-    assert result.returncode == 2 and result.stderr.startswith("compare.py: error: ")
-    assert words in result.stderr and result.stderr.count("\n") == 1

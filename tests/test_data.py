@@ -12,13 +12,11 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import chain, product
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import assert_independent_of_defaults
 
 from nala_min import data, runcard
 from nala_min.data import CIFAR10, SHAKESPEARE, Source, Vocabulary
@@ -135,21 +133,9 @@ def test_without_a_download_the_stand_in_is_announced(answer, why, server, capsy
     assert server.ranges == ["bytes=0-"]  # no endless retries
 
 
-def test_a_silent_server_is_given_up_after_20_seconds(server, monkeypatch):
-    monkeypatch.setattr(data.urllib.request, "urlopen", asked := Mock(side_effect=TimeoutError))
-    with pytest.raises(OSError, match="nothing after 0 bytes"):
-        data.fetch(server.source)
-    assert asked.call_args.kwargs == {"timeout": 20}
-
-
 def test_a_broken_download_resumes_at_once_while_more_arrives(server):
     server.answers = [BROKEN_OFF, rest(HALF, HALF + 5), rest(HALF + 5)]
     assert_fetched(server, 0, HALF, HALF + 5)
-
-
-def test_a_server_that_ignores_the_range_sends_the_whole_file_again(server):
-    server.part.write_bytes(CONTENT[:HALF])
-    assert_fetched(server, HALF)
 
 
 @pytest.mark.parametrize("no_more", [b"", response(CONTENT[:10], length=len(CONTENT))])
@@ -173,17 +159,6 @@ def test_wrong_bytes_are_detected_and_deleted(content, server):
     assert not server.part.exists()
     server.answers, server.ranges = [response(CONTENT)], []
     assert_fetched(server, 0)
-
-
-@pytest.mark.parametrize("variable", ["", "other"])
-def test_the_cache_is_below_home_unless_xdg_says_otherwise(variable, tmp_path, monkeypatch):
-    path = tmp_path / (variable or ".cache") / "nala_min" / "tinyshakespeare.txt"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(CONTENT)
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / variable) if variable else "")
-    assert data.fetch(source_of(SHAKESPEARE, CONTENT)) == path
 
 
 def test_a_given_file_is_read_byte_for_byte_and_has_no_stand_in(tmp_path, monkeypatch):
@@ -377,17 +352,6 @@ def test_only_bytes_are_normalised():
         data.normalise(torch.zeros(1, 3, 4, 4))
 
 
-def test_data_do_not_depend_on_torch_s_defaults(folder):
-    def make():
-        _, training, _ = data.split_text("Der Rabe flog im Mai. " * 9, 8)
-        windows = data.random_windows(training, 8, 4, seed=1, step=0)
-        batch, labels = data.shuffled_batch(*data.load_images(folder).train, 2, seed=1, step=0)
-        shifted = data.augment(batch, 1, 0, shift=2, mirror=True)
-        return [training, *windows, labels, shifted, data.normalise(shifted)]
-
-    assert_independent_of_defaults(make)
-
-
 def read(folder, picture, kind="PNG", **options):
     """What read_picture returns for a file with a picture of Pillow's."""
     picture.save(folder / "picture", kind, **options)
@@ -418,10 +382,3 @@ def test_the_middle_square_is_taken_and_turned_as_the_camera_was_held(tmp_path):
         middle = np.rot90(image[top : top + 32, left : left + 32], turns)  # counterclockwise
         picture = read(tmp_path, Image.fromarray(image), exif=exif)
         assert torch.equal(picture, torch.from_numpy(middle.copy()).movedim(2, 0))
-
-
-def test_a_larger_picture_is_averaged_and_a_smaller_one_keeps_its_sides(tmp_path):
-    stripes = np.tile(np.array([0, 255, 255, 0], dtype=np.uint8), (128, 32))  # could alias
-    assert (read(tmp_path, Image.fromarray(stripes)).float() - 127.5).abs().max() < 12
-    sides = read(tmp_path, Image.fromarray(stripes[:4, 1:5]))
-    assert sides[:, :, :12].min() == 255 and sides[:, :, 20:].max() == 0

@@ -4,7 +4,6 @@ and no hand-in fools a checker or stops the marking."""
 import os
 import subprocess
 import sys
-import time
 from math import log, tanh
 
 import pytest
@@ -59,7 +58,6 @@ LOOPS = [
     (1, "softmax_weights", ([2.0, 0.0, 0.0, 0.0], [[log(3), 9, 9, 9], [0, 9, 9, 9]]), [0.75, 0.25]),
     (1, "entropy_slope", ([0.0, log(3)], 1.0), -3 / 16 * log(3) ** 2),
     (2, "linear_attention", ([1.0, 1.0], KEYS, VALUES), [4.8]),
-    (2, "linear_attention", ([0.0, 0.0], KEYS, VALUES), [0.0]),
     (2, "relative_change", ([3.0, 4.0], [3.0, 9.0]), 1.0),
     (2, "dropped_share", ([-1.0, 2.0, 1.0], [-2.0, -1.0, 4.0]), 0.25),
     (3, "query_magnitude", ([3.0, -4.0], 2.0, 0.5), [0.75 ** (1 + 2 * tanh(5)), 1.0]),
@@ -69,7 +67,6 @@ LOOPS = [
     (4, "split_product", ([2.0, 1.0], [0.1, 0.9], [3.0, 5.0], [0.9, -0.1]), 6.0),
     (5, "causal_attention", (KEYS, KEYS, VALUES), [[8.0], [4 + 4 / 11]]),
     (5, "recurrent_step", (STATE, [1.0, 1.0], [0.0, 4.0], [4.0]), ([6.0], [[8, 1], [40, 7]])),
-    (5, "recurrent_step", (STATE, [0.0, 0.0], [0.0, 0.0], [4.0]), ([0.0], STATE)),
     (6, "interference", ([[1.0, 0.0], [1.0, 3.0], [0.0, 0.0]],), [1 / 2, 1 / 11, 0.0]),
     (7, "decay_step", (STATE, [1.0, 2.0], [4.0, 5.0], [0.5, 0.25]), [[8.0, 5.5], [14.0, 10.75]]),
     (7, "delta_step", ([[1.0], [3.0]], [0.6, 0.8], [2.0], 0.5), [[0.7], [2.6]]),
@@ -144,7 +141,6 @@ softmax_weights
 entropy_slope
     return c * variance | wrong sign
     return -c * c * variance | too many
-    return -c * c * c * variance | variance of c * scores
     return -c * variance.sqrt() | standard deviation
     return -c * scores.var(dim=-1) | divided by N - 1
     return -c * scores.var(dim=-1, correction=0) | weighted by p.
@@ -158,7 +154,6 @@ linear_attention
     phi_k.sum(dim=2)[ -> phi_k.sum(dim=2).sum(dim=1, keepdim=True)[ | Heads are mixed
     phi_k.sum(dim=2)[ -> phi_k.sum(dim=2).sum(dim=0, keepdim=True)[ | Examples of a batch are mixed
     phi_q @ sums -> phi_q @ phi_k.mT @ v | memory is quadratic
-    phi_q @ sums -> torch.cat([x @ phi_k.mT @ v for x in phi_q.split(64, 2)], 2) | work is quadratic
     phi_q @ sums -> 0 * [k.sum() for k in phi_k.unbind(2)][0] + phi_q @ sums | loops over single
     phi_k.mT @ v -> (phi_k[..., None] * v[..., None, :]).sum(dim=2) | F x M numbers
 norm_microscope
@@ -166,9 +161,7 @@ norm_microscope
     (factor * q, k, v) -> (3.0 * q, k, v) | never called
     return torch.linalg.vector_norm(changed - out) / changed.norm() | the changed output
     return changed.norm() / out.norm() - 1 | difference of norms
-    return ((changed - out).norm() / out.norm()) ** 2 | square of
     return ((changed - out).norm(dim=-1) / out.norm(dim=-1)).mean() | mean over tokens
-    return (changed - out).abs().sum() / out.abs().sum() | sums absolute values
     return ((changed - out).norm() / out.norm()).item() | right
 dropped_share
     (torch.relu(-q) * torch.relu(-k)) -> ((q * k).abs() - q.relu() * k.relu()) | opposite signs
@@ -197,7 +190,6 @@ counterexample
     return torch.tensor([0.8, 0.6, 0.0]), keys | Channel 2 of the direction is 0
     return direction, keys * torch.tensor([1.0, 1.0, 0.0]) | Channel 2 is 0 in all keys
     return keys, direction | wrong order
-    return direction.tolist(), keys.tolist() | finite floating-point tensors
     return direction, keys * (torch.arange(8) > 0)[:, None] | key is zero
     return torch.tensor([0.7, 0.5, 0.5, 0.1]), keys[:, [0, 1, 2, 0]].double() | right
 cosine_features
@@ -216,14 +208,12 @@ recurrent_step
     return $DIVIDED | two tensors
     return numerator, state | not divided
     return $DIVIDED, state.detach() | right, but the gradient with respect to state
-    return numerator / (denominator + 1e-10), state | a million times smaller
     state = state + phi_k -> state = phi_k | forgets
     [v, torch.ones_like(v[..., :1])] -> [torch.ones_like(v[..., :1]), v] | first column
 chunked_attention
     (q @ k.mT).tril() -> (q @ k.mT) | in its future
     q @ state + -> q @ (state + k.mT @ value) + | already holds
     state = state + k.mT @ value -> state = k.mT @ value | which it should see
-    x.split(chunk_size, dim=2) -> x.split(x.shape[2], dim=2) | memory is quadratic
 interference
     return own / total | the others have the rest
     phi_k.square().sum -> phi_k.sum | sum of squares
@@ -244,7 +234,6 @@ delta_step
     share[..., None] * (v - read) -> v - share[..., None] * read | but not v
     share[..., None] * (v - read) -> share[..., None] * v - read | but not what
     (v - read) -> v | removes nothing
-    (v - read) -> -read | but writes nothing
 attention_a
     "padding in the normaliser" -> "eps too large" | 'eps too large' is wrong
     "padding in the normaliser" -> "a cold" | 'a cold' is not in
@@ -378,31 +367,26 @@ def test_a_file_that_cannot_be_read_and_a_process_that_cannot_start(tmp_path, mo
 
 
 ODD = """\ufefffrom __future__ import annotations
-import os, random, sys, numpy, torch, helper
-print(torch.get_default_dtype(), torch.get_num_threads(), {"pytest", "IPython"} & {*sys.modules})
+import os, sys, torch, helper
 print(os.getcwd() == os.path.dirname(__file__) == sys.path[0], sys.argv == [__file__])
-print(os.environ.get("PYTHONHASHSEED"), numpy.random.rand(), random.random())
 torch.set_default_dtype(torch.float64)
 """
 
 
 @pytest.mark.slow
 def test_a_file_is_marked_as_python_runs_it(tmp_path, monkeypatch):
-    """From its folder, with a byte order mark, a module next to it, a default dtype of its own and
-    a compiled function. It calls report itself. pytest shows no more than a sentence."""
+    """From its folder, with a byte order mark, a module next to it and a default dtype of its own.
+    It calls report itself. pytest shows no more than a sentence."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     (tmp_path / "helper.py").touch()
-    source = read(1, solved=True).replace("def entropy(", "@torch.jit.script\ndef entropy(")
-    source = source.replace("(scores, dim=-1)", "(scores, dim=-1).to(torch.get_default_dtype())")
-    source = source.replace("return -c * variance", "raise NotImplementedError")
+    source = read(1, solved=True).replace("return -c * variance", "raise NotImplementedError")
     verdicts, printed = mark(tmp_path, f"{ODD}{source}\nchecks.report(1, __file__)\n")
     done = {"entropy": "right", "softmax_weights": "right"}
     assert verdicts == done | {"entropy_slope": "not done yet"}
-    lines = ["torch.float32 1 set()", "True True", "0 0.5488135039273248 0.8444218515250481"]
-    assert printed.splitlines() == lines
+    assert printed == "True True\n"
     command = [sys.executable, "-m", "pytest", tmp_path / "mine.py"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=checks.ROOT).stdout
-    assert "1 failed, 2 passed" in shown and "Wrong: not done yet" in shown and lines[0] in shown
+    assert "1 failed, 2 passed" in shown and "Wrong: not done yet" in shown and printed in shown
     assert len(shown.splitlines()) < 50 and "raise " not in shown
 
 
@@ -424,14 +408,3 @@ def test_a_file_that_hangs_ends_or_floods_costs_no_more_than_its_mark(tmp_path, 
     }.items():
         verdicts, printed = mark(tmp_path, source)
         assert words in verdicts.pop("mine.py") and not verdicts and len(printed) <= 10_000
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="process groups are different on Windows")
-def test_marking_ends_what_the_file_has_started(tmp_path):
-    child = "import time\nwhile True: time.sleep(0.05), open('beat', 'ab').write(b'x')"
-    start = f"import os, subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])"
-    mark(tmp_path, f"{start}\nwhile not os.path.exists('beat'): pass")
-    size = (tmp_path / "beat").stat().st_size
-    time.sleep(1)
-    assert (tmp_path / "beat").stat().st_size == size

@@ -84,38 +84,20 @@ def test_it_equals_the_readable_form(segments, feature_map, causal):
 
 
 @both
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
-)
-def test_half_precision_is_rounded_only_at_the_end(dtype, bound, causal, monkeypatch):
-    """Also under autocast, and with texts of several segments."""
-    monkeypatch.setattr(fast, "SEGMENT", B * H * D * 16)
-    low = inputs(200, dtype=dtype)
-    high = [x.detach().double().requires_grad_() for x in low]
-    attention = functools.partial(nala_attention, causal=causal)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = outputs_and_grads(attention, low)
-    readable = functools.partial(attention, mode=READABLE[causal])
-    for x, y in zip(got, outputs_and_grads(readable, high), strict=True):
-        assert x.dtype == dtype
-        assert ((x.double() - y).square().mean() / y.square().mean()).sqrt() <= bound
-
-
-@both
 def test_any_layout(causal):
-    """Heads after tokens, as in a model, also in the output; one key for all; no text."""
+    """The output has that of the values, such as heads after tokens. No text is a text, too."""
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(40))
-    with torch.inference_mode():
-        assert nala_attention(q, k, v, causal=causal).stride() == v.stride()
-    k = k[:, :, :1].expand_as(k)
-    assert_agree([x.requires_grad_() for x in (q, k, v)], causal=causal)
-    assert_agree([x.detach()[..., :1].requires_grad_() for x in (q, k, v)], causal=causal)
+    assert nala_attention(q, k, v, causal=causal).stride() == v.stride()
+    assert_agree([x[..., :1].requires_grad_() for x in (q, k, v)], causal=causal)
     assert nala_attention(q[:0], k[:0], v[:0], causal=causal).shape == (0, H, 40, M)
 
 
 @both
 def test_a_long_text_needs_little_memory(causal, monkeypatch):
-    """Beyond inputs, outputs and gradients: one such tensor, KEPT features and a few segments."""
+    """Beyond inputs, outputs and gradients: one such tensor, KEPT features and a few segments. How
+    large these are was measured: see speed_cpu_segments.json."""
+    assert (fast.SEGMENT, fast.KEPT) == (2**17, 11 * 2**20)
+    assert (fast.LARGE_SEGMENT, fast.LARGE_KEPT) == (2**26, 2**28)
     monkeypatch.setattr(fast, "SEGMENT", 2**15)
     q, k, v = (torch.randn(1, 4, 4096, 32, requires_grad=True) for _ in range(3))
 

@@ -105,16 +105,6 @@ def test_settings_make_a_model_s_config_and_a_recipe(monkeypatch):
         assert (recipe.eval_every, recipe.bfloat16) == (1, native)
 
 
-def test_the_help_has_every_flag_and_its_values(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        toy("--help")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "A run of something small." in shown
-    assert "--shift SHIFT how far it moves (cpu: 1, gpu: 2)" in shown
-    assert "weights, data order and dropout (default: 1)" in shown
-    assert "--go-on whether it goes on" in shown and "False" not in shown
-
-
 WRONG = {
     Toy: """--bogus positional --steps --steps=1.5 --steps=0 --steps=2147483648 --lr=x --lr=9e-10
         --lr=nan --lr=inf --muon=-1e-9 --muon=nan --weight-decay=-1e-9 --dropout=-0.1 --dropout=1

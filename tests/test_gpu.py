@@ -4,11 +4,13 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F
+import training
 from torch.testing import assert_close
+from training import small_model, stopping_at, train_small
 
 from nala_min import Config, NaLaLM, NaLaViT, nala_attention, train
 
+signals_stay_inside = training.signals_stay_inside
 DEVICE = torch.accelerator.current_accelerator(check_available=True)
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 CONFIG = Config(num_layers=2, num_heads=2, dim=16, vocab_size=11, attention=("nala", "softmax"))
@@ -61,26 +63,14 @@ def test_a_model_its_gradients_and_its_text(make):
 
 
 def test_a_resumed_run_is_the_same_run_and_its_checkpoint_loads_anywhere(tmp_path):
-    net = NaLaLM(CONFIG).to(DEVICE)
-
-    recipe = train.Recipe(steps=7, learning_rate=0.01, warmup=2, eval_every=3)
-    options = {"extra": {}, "evaluate": lambda net: {}}
-    options["loss"] = lambda net, x, y: F.cross_entropy(net(x)[0].mT, y)
-
-    def weights(name, stop=None, resume=False):
-        def batch(step):
-            if step == stop:
-                raise KeyboardInterrupt
-            return TOKENS[:, step : step + 4], TOKENS[:, step + 1 : step + 5]
-
-        path = tmp_path / name
-        train.fit(deepcopy(net), recipe, batch=batch, checkpoint=path, resume=resume, **options)
-        return train.load_checkpoint(path)["model"]
+    def weights(name, **options):
+        train_small(small_model().to(DEVICE), tmp_path / name, evaluate=lambda net: {}, **options)
+        return train.load_checkpoint(tmp_path / name)["model"]
 
     expected = weights("whole.pt")
     with pytest.raises(KeyboardInterrupt):
-        weights("parts.pt", stop=4)
+        weights("parts.pt", batch=stopping_at(4))
     resumed = weights("parts.pt", resume=True)
     for name, tensor in expected.items():
         assert_close(resumed[name], tensor, rtol=0, atol=1e-6 if DEVICE.type == "mps" else 0)
-    NaLaLM(CONFIG).load_state_dict(resumed)  # on the CPU
+    small_model().load_state_dict(resumed)  # on the CPU

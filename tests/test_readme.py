@@ -1,5 +1,6 @@
 """README.md is short; its commands, code, links and numbers are right. The package is small."""
 
+import importlib
 import re
 import shlex
 from math import exp
@@ -7,8 +8,6 @@ from statistics import mean
 
 import pytest
 
-import train_cifar
-import train_shakespeare
 from nala_min import runcard
 from nala_min.flags import parse_flags
 from nala_min.lab import bench, compare
@@ -74,14 +73,14 @@ def test_its_sample_and_sentences_agree_with_the_run_cards():
 
 
 def test_its_commands_code_and_links_work():
-    """test_own_attention.py runs the commands for an attention of your own."""
-    scripts = {"train_shakespeare.py": train_shakespeare, "train_cifar.py": train_cifar}
-    commands = re.findall(r"^(?:python|torchrun).+?(train_\w+\.py)(.*)$", README, re.MULTILINE)
-    assert len(commands) >= 10
-    for script, comment in commands:
+    """Those of the results page, too. test_6_relatives.py has an attention of your own."""
+    program = r"^(?:python|torchrun).*? (train_\w+|nala_min\.lab\.\w+)(?:\.py)?\b(.*)$"
+    commands = re.findall(program, README + PAGE, re.MULTILINE)
+    assert len(commands) >= 20
+    for name, comment in commands:
         flags = shlex.split(comment, comments=True)
-        if "mine.py" not in comment.partition("#")[0]:
-            parse_flags(scripts[script].Settings, flags)
+        if not any("mine.py" in flag for flag in flags):
+            parse_flags(importlib.import_module(name).Settings, flags)
     (code,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
     exec(code, scope := {})
     assert scope["out_rest"] == pytest.approx(scope["out"][:, :, 700:], abs=1e-5)

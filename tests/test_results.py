@@ -2,7 +2,6 @@
 studies and scripts still have the recipes that the cards record."""
 
 import re
-import shlex
 from dataclasses import fields, replace
 from fnmatch import filter as matching
 from functools import cache, partial
@@ -338,7 +337,7 @@ alone takes {ratio(SPEED["attention"], "product", length=4096, **CAUSAL):.0%} at
 def about_faults():
     results = read("faults")["results"]
     yield from faults.table(results).replace(" %", "%").splitlines()
-    assert faults.table(results).count("| nothing |") == len(faults.ROWS) == 10
+    assert faults.table(results).count("| nothing |") == len(faults.FAULTS) == 5
     for script in ("train_shakespeare", "train_cifar"):
         kills = results[script]["kill -9"]
         assert kills["times"] >= 20 and min(kills["phases"].values()) >= 5
@@ -430,12 +429,3 @@ def test_a_study_s_recipe_data_and_models_are_those_of_its_card(study, tmp_path)
         assert sum(x.numel() for x in weights if x.requires_grad) == parameters[name]
         twice = study.startswith("sharpness") and name.endswith(", same state")
         assert parameters[name] == pytest.approx((1 + twice) * parameters[tried[0]], rel=0.01)
-
-
-def test_the_commands_for_a_gpu_are_accepted():
-    programs = {x.__name__: x for x in (train_shakespeare, train_cifar, bench, compare)}
-    (commands,) = re.findall(r"```bash\n(.+?)```", PAGE[PAGE.index("## On a GPU") :], re.DOTALL)
-    assert len(commands.splitlines()) == 7
-    for line in commands.splitlines():
-        name, *flags = shlex.split(line.replace("-m ", ""))[1:]
-        assert parse_flags(programs[name.removesuffix(".py")].Settings, flags).device == "cuda"

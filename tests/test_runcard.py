@@ -106,16 +106,3 @@ def test_a_run_card_names_another_device_and_counts_processes(monkeypatch):
         card = runcard.run_card({}, {}, torch.device(device), 1.0, {})
         assert (card["hardware"]["device"], card["hardware"]["processes"]) == (name, 2)
         assert card["command"] == "torchrun --nproc_per_node=2 train.py"
-
-
-def test_expected_results_are_from_cards_of_the_same_config_and_data(tmp_path, monkeypatch):
-    assert (runcard.RESULTS / "shakespeare_cpu_default.json").exists()
-    monkeypatch.setattr(runcard, "RESULTS", tmp_path)
-    for i, (seed, sha256, loss) in enumerate([(1, "a", 1.0), (2, "a", 1.6), (1, "b", 9.0)]):
-        card = {"config": {"dim": 16, "seed": seed}, "data": {"sha256": sha256}}
-        runcard.write_json(tmp_path / f"run_{i}.json", card | {"results": {"test_loss": loss}})
-    expected = "Expect a test loss of about 1.30 (1.000 to 1.600 in 2 runs)."
-    config = {"dim": 16, "seed": 7}
-    assert runcard.expected("run_*", config, "a", "test_loss") == expected
-    for other in (("*", config, "c"), ("*", config | {"dim": 32}, "a"), ("x*", config, "a")):
-        assert runcard.expected(*other, "test_loss").startswith("No committed run")

@@ -4,7 +4,6 @@ from itertools import product
 from unittest.mock import Mock, call
 
 import torch
-from scripts import assert_independent_of_defaults
 
 from nala_min import data, synthetic
 
@@ -15,30 +14,20 @@ def test_the_manual_is_a_long_text_of_many_topics():
     assert len(text) > 400_000
 
 
-def test_drawn_images_have_the_shape_of_cifar10():
-    digits = data.drawn_images(500, 100)
-    assert (digits.name, digits.mirror) == ("drawn digits (stand-in)", False)
-    assert digits.classes == tuple("0123456789")
-    for (pictures, labels), count in ((digits.train, 500), (digits.test, 100)):
-        assert pictures.shape == (count, 3, 32, 32) and pictures.dtype == torch.uint8
-        assert labels.shape == (count,) and labels.dtype == torch.int64
-
-
 def test_digits_are_tested_in_fonts_that_are_not_trained_on(monkeypatch):
     monkeypatch.setattr(data, "drawn_digits", drawn := Mock())
-    data.drawn_images()
+    digits = data.drawn_images()
+    assert (digits.name, digits.mirror) == ("drawn digits (stand-in)", False)
+    assert digits.classes == tuple("0123456789")
     training, test = call(20_000, range(12), seed=0), call(4_000, range(12, 15), seed=1)
     assert drawn.mock_calls == [training, test] and len(synthetic.FONTS) == 15
-
-
-def test_drawn_digits_do_not_depend_on_torch_s_defaults():
-    assert_independent_of_defaults(lambda: synthetic.drawn_digits(7, range(12), seed=0))
 
 
 def test_digits_are_light_on_dark_as_often_as_dark_on_light_and_anywhere():
     """So no linear classifier reads them. Backgrounds are from 80 to 175, contrasts from 20 to 80,
     and shifts up to 8 pixels."""
     pictures, labels = synthetic.drawn_digits(3000, range(1), seed=0)
+    assert pictures.shape == (3000, 3, 32, 32) and pictures.dtype == torch.uint8
     assert labels[:12].tolist() == [8, 6, 5, 2, 3, 0, 0, 0, 1, 8, 6, 9]  # as in earlier runs
     shares = labels.bincount() / 3000
     assert len(shares) == 10 and shares.min() > 0.08 and shares.max() < 0.12
@@ -59,13 +48,10 @@ def test_digits_are_light_on_dark_as_often_as_dark_on_light_and_anywhere():
 
 
 def test_every_glyph_shows_its_digit():
-    """In every font, the 6 upside down is closest to the 9, and the 1 or 7 has the least ink."""
+    """In every font, the 6 upside down is closest to the 9, and the 1 or 7 has the least ink. All
+    have a border, so that they may be shifted."""
     glyphs = synthetic.draw_glyphs()
     assert glyphs.shape == (15, 10, 48, 48) and glyphs.min() == 0 and glyphs.max() == 1
-    height = (glyphs.amax(dim=3) > 0.5).sum(dim=2)
-    assert height.min() >= 20 and height.max() <= 26
-    centre = glyphs.sum(dim=3) @ torch.arange(48.0) / glyphs.sum(dim=(2, 3))
-    assert 23 < centre.mean() < 25
     assert glyphs[:, :, [0, -1]].max() == 0 and glyphs[..., [0, -1]].max() == 0
     for font in glyphs:
         six = [font[6].flip(0, 1).roll(shift, (0, 1)) for shift in product(range(-4, 5), repeat=2)]

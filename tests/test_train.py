@@ -210,18 +210,3 @@ def test_only_training_is_compiled_and_a_plain_run_resumes_it(tmp_path, monkeypa
     train_small(model, path, compile=True, **options)
     assert seen == {(nn.Sequential, 2), (type(model), 0)}
     train_small(model, path, resume=True)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_each_process_trains_on_its_share_and_only_the_first_writes(rank, tmp_path, monkeypatch):
-    """As the loop behaves in one of two processes; test_distributed.py runs two."""
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: rank)
-    monkeypatch.setattr(distributed, "gather", lambda value=None: [value, value])
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda net, **options: net)
-    seen, path = [], tmp_path / "checkpoint.pt"
-    recording = noting(lambda model, inputs, targets: seen.append(inputs), loss)
-    history, _ = train_small(small_model(), path, loss=recording)
-    assert all(torch.equal(x, batch(i)[0][rank : rank + 1]) for i, x in enumerate(seen))
-    assert [point["step"] for point in history] == ([3, 6, 7] if rank == 0 else [])
-    assert path.exists() == (rank == 0)

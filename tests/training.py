@@ -36,6 +36,11 @@ def noting(note, function):
     return lambda *args: (note(*args), function(*args))[1]
 
 
+def stopping_at(stop, number=signal.SIGINT):
+    """A batch function that raises the signal in step stop."""
+    return noting(lambda step: step == stop and signal.raise_signal(number), batch)
+
+
 @torch.no_grad()
 def evaluate(model):
     return {"validation_loss": loss(model, *batch(1000)).item()}

@@ -1,4 +1,4 @@
-"""Break the training scripts and compare in every way that happens in practice: what is lost?
+"""Break training runs in every way that happens in practice: what is lost?
 
 `python tests/tools/faults.py` takes half an hour and writes notebooks/results/faults.json for the
 results page; `--times 1` is quick. "Lost" is each difference between a run that was broken and
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,20 +32,12 @@ SIZES = "--preset cpu --device cpu --layers 1 --heads 2 --dim 32 --steps 60 --dr
 FLAGS = {
     "train_shakespeare": [*SIZES, *"--batch 4 --block 32 --data text.txt".split()],
     "train_cifar": [*SIZES, *"--batch 20 --shift 1 --data-dir images".split()],
-    "compare": "--study sharpness --workers 2".split(),
 }
 PLAIN = ("--dropout", 0)  # dropout depends on the number of processes
-COMPARED = ("nala", "elu")  # one seed each
-PHASES = {
-    "training": train.fit,
-    "evaluation": train.Run.add_point,
-    "writing": train.write_atomically,
-}
-CALLS = {"training": 400_000, "evaluation": 400_000, "writing": 1500}  # about as many as in a run
-ENDS = {  # of compare: its exit code, and what it says; "a worker": kill -9 of one
-    "SIGKILL": (-9, ""),
-    "a worker": (1, "error: a worker was killed"),
-    **dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), (130, "interrupted")),
+PHASES = {  # each a function, and about how many calls a run makes within it
+    "training": (train.fit, 400_000),
+    "evaluation": (train.Run.add_point, 400_000),
+    "writing": (train.write_atomically, 1500),
 }
 
 
@@ -68,13 +59,9 @@ def child(script, sent="", phase="", count="", rank=""):
     after the first checkpoint."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if nohup started faults.py
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or a shell, in the background
-    module = importlib.import_module(f"nala_min.lab.{script}" if script == "compare" else script)
-    if script == "compare":
-        study = module.STUDIES["sharpness"]
-        task = replace(study.task, steps=1000)
-        module.STUDIES["sharpness"] = replace(study, task=task, variants=COMPARED, seeds=1)
+    module = importlib.import_module(script)
     data.IMAGES_PER_FILE = COUNT
-    codes = {function.__code__: name for name, function in PHASES.items()}
+    codes = {function.__code__: name for name, (function, _) in PHASES.items()}
     began, phases = False, [""]
 
     def at_call(frame, event, arg):
@@ -94,9 +81,9 @@ def child(script, sent="", phase="", count="", rank=""):
     run_script(module.main)
 
 
-def start(script, folder, name, *flags, processes=1, fault=(), stdout=None):
-    """Start script in folder, from its checkpoint if there is one; with torchrun, if in several
-    processes. fault: further arguments of child. What is printed goes to log.txt."""
+def run(script, folder, name, *flags, processes=1, fault=()):
+    """Run script in folder, from its checkpoint if there is one; with torchrun, if in several
+    processes. fault: further arguments of child. Returns its exit code and output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     torchrun += ["--local-addr=127.0.0.1"]  # the host name may not resolve
     variables = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "GLOO_SOCKET_IFNAME": "lo"}
@@ -104,30 +91,16 @@ def start(script, folder, name, *flags, processes=1, fault=(), stdout=None):
     flags = [*FLAGS[script], "--out", name, *map(str, flags)]
     flags += ["--resume"] * (folder / name / "checkpoint.pt").exists()
     with (folder / "log.txt").open("wb") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, *torchrun * (processes > 1), __file__, *flags],
             **{"cwd": folder, "env": os.environ | variables, "start_new_session": True},
-            **{"stdout": stdout or log, "stderr": log},
+            **{"stdout": log, "stderr": log},
         )
-
-
-def end(process, folder):
-    """Wait for the end of process, at most 10 minutes. Returns its exit code and output."""
     try:
         process.wait(600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
     return process.wait(), (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-
-
-def run(script, folder, name, *flags, **options):
-    return end(start(script, folder, name, *flags, **options), folder)
-
-
-def rows_of(folder, name):
-    """The rows of a finished study, without times."""
-    rows = runcard.read_json(folder / name / "sharpness.json")["results"]["runs"]
-    return [row | {"seconds": 0} for row in rows]
 
 
 def results_of(folder, name):
@@ -138,8 +111,6 @@ def differences(folder, one, other):
     """What is not equal bit for bit in what two finished runs leave, by path. Not their times."""
 
     def leaves(name):
-        if (folder / name / "sharpness.json").exists():
-            return dict(enumerate(rows_of(folder, name)))
         saved = train.load_checkpoint(folder / name / "checkpoint.pt") | {"seconds": 0}
         pairs, _ = tree_flatten_with_path(saved | {"card": results_of(folder, name)})
         return {keystr(path): getattr(x, "tolist", lambda x=x: x)() for path, x in pairs}
@@ -167,24 +138,12 @@ def refused(code, text, words):
 def send(signals, script, folder, name, rng, hits):
     """One of signals at a random call within the phase that was hit least often."""
     sent, phase = signals[len(hits) % len(signals)], min(PHASES, key=hits.count)
-    fault = (sent, phase, rng.randint(1, CALLS[phase]), 0)
+    fault = (sent, phase, rng.randint(1, PHASES[phase][1]), 0)
     code, text = run(script, folder, name, fault=fault)
     if "\nFAULT\n" not in text:
         return None, [] if code == 0 else [text]
     clear = code == 130 and ": --resume continues from" in text.rstrip().rsplit("\n", 1)[-1]
     return phase, [] if clear or (sent == "SIGKILL" and code == -9) else [text]
-
-
-def break_pipe(script, folder, name, rng, hits):
-    """Stop reading the output after a few lines, like `| head -1`."""
-    read, write = os.pipe()
-    process = start(script, folder, name, stdout=write)
-    os.close(write)
-    with open(read, "rb") as reader:
-        for _ in range(rng.randrange(4)):
-            reader.readline()
-    code, text = end(process, folder)
-    return "reading", [] if code in (0, 1) and "Traceback" not in text else [text]
 
 
 def fill_disk(script, folder, name, rng, hits):
@@ -194,39 +153,6 @@ def fill_disk(script, folder, name, rng, hits):
     (folder / name).mkdir(exist_ok=True)
     (folder / name / "checkpoint.pt.part").symlink_to("/dev/full")
     return "writing", refused(*run(script, folder, name), "No space left on device")
-
-
-def end_study(folder, name, how, rng):
-    """Start compare and end it, as ENDS says, while it trains. Returns whether it was still
-    training, what was lost, and whether it left a process behind, 0 or 1."""
-    process, left = start("compare", folder, name, stdout=subprocess.PIPE), 0
-    runs, pid = partial((folder / name).glob, "*/*/checkpoint.pt"), process.pid
-    while process.poll() is None and len([*runs()]) < len(COMPARED):
-        time.sleep(0.001)
-    time.sleep(rng.uniform(0.2, 0.5))
-    if training := process.poll() is None:
-        if how == "a worker":
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-            commands = {x: Path(f"/proc/{x}/cmdline").read_bytes() for x in children}
-            pid = int(rng.choice([x for x in children if b"spawn_main" in commands[x]]))
-        os.kill(pid, getattr(signal, how, signal.SIGKILL))
-    try:  # returns once all processes that can print have ended
-        process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        left = 1
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    (code, text), (expected, words) = end(process, folder), ENDS[how]
-    steps = [train.load_checkpoint(path)["step"] for path in runs()]
-    saved = steps.count(0) <= (how == "a worker")  # a killed worker saves nothing
-    clear = code == expected and words in text and "Traceback" not in text
-    return training, [] if (saved and clear) or not training else [f"steps {steps}: {text}"], left
-
-
-def end_studies(script, folder, name, rng, hits):
-    """Each of ENDS in turn."""
-    training, lost, left = end_study(folder, name, [*ENDS][len(hits) % len(ENDS)], rng)
-    return ("left" if left else "ended") if training else None, lost
 
 
 def repeat(fault, script, folder, times, rng, chain=1):
@@ -241,7 +167,7 @@ def repeat(fault, script, folder, times, rng, chain=1):
         lost += [path.name for path in (folder / "broken").glob("*.part")]
         shutil.rmtree(folder / "broken")
     phases = {phase: hits.count(phase) for phase in PHASES}
-    return {"times": len(hits), "lost": lost, "phases": phases, "left": hits.count("left")}
+    return {"times": len(hits), "lost": lost, "phases": phases}
 
 
 # --- Other faults ---------------------------------------------------------------------------------
@@ -251,9 +177,10 @@ def bad_checkpoints(script, folder, times, rng):
     """Resume with other flags, and from damaged checkpoints: refused, and not overwritten."""
     lost = refused(*run(script, folder, "whole", "--lr", 0.5), "was trained with lr = ")
     path = folder / "whole" / "checkpoint.pt"
-    whole, saved, middle = path.read_bytes(), torch.load(path), path.stat().st_size // 2
-    damaged = [whole[:middle], b"", b"garbage\n" * 999]
-    damaged += [whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]]
+    whole, saved = path.read_bytes(), torch.load(path)
+    bit = whole.index(saved["model"]["head.weight"].numpy().tobytes())
+    damaged = [whole[:bit], b"", b"garbage\n" * 999]
+    damaged += [whole[:bit] + bytes([whole[bit] ^ 1]) + whole[bit + 1 :]]
     for value in ({"model": argparse.Namespace()}, saved | {"format": 1}):
         torch.save(value, path)
         damaged.append(path.read_bytes())
@@ -265,21 +192,13 @@ def bad_checkpoints(script, folder, times, rng):
     return {"times": len(damaged) + 1, "lost": lost}
 
 
-def unwritable(script, folder, times, rng):
-    return {"times": 1, "lost": refused(*run(script, folder, "/dev/null/x"), "cannot be written")}
-
-
-def processes(script, folder, times, rng):
-    """One process and two, without a fault."""
-    ends = [run(script, folder, name, *PLAIN, processes=n) for name, n in (("one", 1), ("two", 2))]
-    lost = [text for code, text in ends if code]
-    gap = 0.0 if lost else max_difference(folder, "one", "two")
-    return {"times": 1, "lost": lost, "difference": gap}
-
-
 def killed_workers(script, folder, times, rng):
-    """kill -9 of one of two processes, then --resume with 1, 2 or 4; after processes."""
-    lost, gaps = [], [0.0]
+    """kill -9 of one of two processes, then --resume with 1, 2 or 4. Compared with one process and
+    two that were not killed."""
+    ends = [run(script, folder, name, *PLAIN, processes=n) for name, n in (("one", 1), ("two", 2))]
+    if lost := [text for code, text in ends if code]:
+        return {"times": 0, "lost": lost}
+    gaps = [max_difference(folder, "one", "two")]
     for i in range(times):
         name, count = f"worker{i}", (1, 2, 4)[i % 3]
         fault = ("SIGKILL", "training", rng.randint(100_000, 300_000), rng.randrange(2))
@@ -291,48 +210,44 @@ def killed_workers(script, folder, times, rng):
     return {"times": times, "lost": lost, "difference": max(gaps)}
 
 
-FAULTS = {
-    "kill -9": partial(repeat, partial(send, ["SIGKILL"]), chain=4),
-    "stop": partial(repeat, partial(send, ["SIGINT", "SIGTERM"])),
-    "closed terminal": partial(repeat, partial(send, ["SIGHUP"])),
-    "broken pipe": partial(repeat, break_pipe),
-    "full disk": partial(repeat, fill_disk),
-    "bad checkpoint": bad_checkpoints,
-    "unwritable folder": unwritable,
-    "two processes": processes,
-    "killed worker": killed_workers,
-    "ended study": partial(repeat, end_studies),
-}
 # --- The table and the card -----------------------------------------------------------------------
 
 RESUME = "then `--resume`"
-ROWS = {  # the columns of the results page: each fault, and how it was tried
-    "kill -9": f"`kill -9` | at random moments of {{phases}}; {RESUME}",
-    "stop": f"Ctrl-C or SIGTERM | at random moments; {RESUME}",
-    "closed terminal": f"a closed terminal (SIGHUP) | at random moments; {RESUME}",
-    "broken pipe": f"a closed output pipe (`head -1`) | the run stops at its next line; {RESUME}",
-    "full disk": f"a full disk | the first or a later checkpoint goes to `/dev/full`; {RESUME}",
-    "bad checkpoint": "a bad checkpoint | truncated, empty, garbage, one bit, code in a pickle,"
-    " another version, other flags: refused in one line",
-    "unwritable folder": "a folder that cannot be created | refused in one line before training",
-    "two processes": "two processes instead of one | same batches: curves at most {far} apart",
-    "killed worker": "one of two processes killed | then `--resume` with 2, 1 or 4: the same bits"
-    " with 2, else curves at most {far} apart",
-    "ended study": "`compare` ended | with `kill -9` of it or of a worker, Ctrl-C, SIGTERM or"
-    " SIGHUP: {left} of these left a process behind; then the same command again",
+FAULTS = {  # name: how it is tried, and the row of the results page: the fault, how it was tried
+    "kill -9": (
+        partial(repeat, partial(send, ["SIGKILL"]), chain=4),
+        f"`kill -9` | at random moments of {{phases}}; {RESUME}",
+    ),
+    "stop": (
+        partial(repeat, partial(send, ["SIGINT", "SIGTERM", "SIGHUP"])),
+        f"Ctrl-C, SIGTERM or a closed terminal (SIGHUP) | at random moments; {RESUME}",
+    ),
+    "full disk": (
+        partial(repeat, fill_disk),
+        f"a full disk | the first or a later checkpoint goes to `/dev/full`; {RESUME}",
+    ),
+    "bad checkpoint": (
+        bad_checkpoints,
+        "a bad checkpoint | truncated, empty, garbage, one bit, code in a pickle, another version,"
+        " other flags: refused in one line",
+    ),
+    "killed worker": (
+        killed_workers,
+        "one of two processes killed | then `--resume` with 2, 1 or 4: the same bits with 2, else"
+        " curves at most {far} apart",
+    ),
 }
 
 
 def table(results):
     """The rows of the results page's table: fault, how it was tried, how often, what was lost."""
     rows = []
-    for name, columns in ROWS.items():
-        parts = [of_script[name] for of_script in results.values() if name in of_script]
+    for name, (_, columns) in FAULTS.items():
+        parts = [of_script[name] for of_script in results.values()]
         phases = {x: sum(part.get("phases", {}).get(x, 0) for part in parts) for x in PHASES}
         columns = columns.format(
             phases=", ".join(f"{phase} ({count})" for phase, count in phases.items()),
             far=f"{max(part.get('difference', 0) for part in parts):.0e}",
-            left=sum(part.get("left", 0) for part in parts) or "none",
         )
         times, lost = (sum(part["times"] for part in parts), sum(len(p["lost"]) for p in parts))
         rows.append(f"| {columns} | {times} | {lost or 'nothing'} |")
@@ -352,11 +267,10 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             prepare(folder := Path(folder))
             run(script, folder, "whole")
-            for name, fault in FAULTS.items():
-                if (name == "ended study") == (script == "compare"):
-                    times = settings.times if name == "kill -9" else max(1, settings.times // 4)
-                    results[script][name] = fault(script, folder, times, rng)
-                    print(f"{script}, {name}: {results[script][name]}", flush=True)
+            for name, (fault, _) in FAULTS.items():
+                times = settings.times if name == "kill -9" else max(1, settings.times // 4)
+                results[script][name] = fault(script, folder, times, rng)
+                print(f"{script}, {name}: {results[script][name]}", flush=True)
     print(table(results))
     config = {"times": settings.times, "seed": settings.seed, "flags": FLAGS}
     info, seconds = {"name": "Python manual, and images of noise"}, time.perf_counter() - begin

@@ -22,7 +22,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -59,11 +58,11 @@ ROOMS = {
     "fast.py": ("fast 2_forms 3_safety", 40),
     "relatives.py": ("6_relatives", 40),
     "train.py": ("train checkpoint scripts", 40),
-    "flags.py, runcard.py, distributed.py": ("flags runcard train checkpoint", 40),
+    "flags.py, runcard.py, distributed.py": ("flags runcard distributed train checkpoint", 40),
     "data.py, synthetic.py": ("data synthetic", 40),
     "measure.py, plots.py": ("measure plots", 40),
     "lab/": ("compare bench results", 40),
-    "course/": ("exercises", 40),
+    "course/": ("exercises notebooks", 40),
     "train_cifar.py": ("scripts", 40),
     "train_shakespeare.py": ("scripts", 40),
 }
@@ -222,16 +221,6 @@ def test_that_catches(folder: Path, tests: list[str], first: list[str]) -> str |
     return caught
 
 
-def copy_of_project(folder: Path) -> Path:
-    """Copy the files that git knows or would add to folder."""
-    command = "git ls-files -coz --exclude-standard".split()
-    listed = subprocess.run(command, capture_output=True, check=True)
-    for name in filter(os.path.isfile, listed.stdout.decode().split("\0")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(name, folder / name)
-    return folder
-
-
 def try_room(name: str, flags: argparse.Namespace, folders: Queue[Path]) -> dict[str, Any]:
     """Try mutants of the files of a room. Returns the room's part of the card."""
     tests, count = ROOMS[name]
@@ -283,7 +272,8 @@ def main() -> None:
     start, folders = time.perf_counter(), Queue()
     with tempfile.TemporaryDirectory() as temporary:
         for i in range(flags.jobs):
-            folders.put(copy_of_project(Path(temporary) / str(i)))
+            others = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
+            folders.put(shutil.copytree(ROOT, Path(temporary, str(i)), ignore=others))
         updates = flags.out and flags.out.exists()
         rooms = runcard.read_json(flags.out)["results"]["rooms"] if updates else {}
         for name in flags.rooms:
