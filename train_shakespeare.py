@@ -65,7 +65,7 @@ def generate_text(
     model: NaLaLM, vocabulary: data.Vocabulary, prompt: Tensor, length: int, seed: int
 ) -> str:
     """prompt (1, N), continued by length characters, as text."""
-    prompt = prompt.to(model.head.weight.device)
+    prompt = prompt.to(model.norm.weight.device)
     return vocabulary.decode(model.generate(prompt, length, temperature=0.8, seed=seed)[0])
 
 

@@ -19,43 +19,9 @@ Teaching:
     course/         code that the lessons share, and the checkers of the exercises
 """
 
-from nala_min import relatives  # noqa: F401, registers the attentions
+from nala_min import relatives  # registers the attentions
 from nala_min.model import (
-    ATTENTIONS,
-    Config,
-    NaLaLM,
-    NaLaViT,
-    attention_weights,
-    cosine_map,
-    decompose,
-    entropy,
-    key_features,
-    key_magnitude,
-    linear_attention,
-    nala_attention,
-    query_features,
-    query_magnitude,
-    query_power,
-    sign_split,
-    softmax_attention,
-)
-
-__all__ = [
-    "ATTENTIONS",
-    "Config",
-    "NaLaLM",
-    "NaLaViT",
-    "attention_weights",
-    "cosine_map",
-    "decompose",
-    "entropy",
-    "key_features",
-    "key_magnitude",
-    "linear_attention",
-    "nala_attention",
-    "query_features",
-    "query_magnitude",
-    "query_power",
-    "sign_split",
-    "softmax_attention",
-]
+    ATTENTIONS, Config, NaLaLM, NaLaViT, attention_weights, cosine_map, decompose, entropy,
+    key_features, key_magnitude, linear_attention, nala_attention, query_features,
+    query_magnitude, query_power, sign_split, softmax_attention,
+)  # fmt: skip

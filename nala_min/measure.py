@@ -77,7 +77,7 @@ def eval_batch_size(model: NaLaLM | NaLaViT, inputs: Tensor) -> int:
 @torch.no_grad()
 def classify(model: NaLaViT, images: Tensor) -> Tensor:
     """Logits (n, Y), on the CPU, of images (n, 3, height, width) uint8."""
-    weight = model.head.weight
+    weight = model.norm.weight
     parts = (part.to(weight.device) for part in images.split(eval_batch_size(model, images)))
     with in_mode(model, training=False):
         return torch.cat([model(normalise(part).to(weight.dtype)).cpu() for part in parts])
@@ -85,8 +85,8 @@ def classify(model: NaLaViT, images: Tensor) -> Tensor:
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Mean cross-entropy in nats and accuracy, from logits (n, Y)."""
-    accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-    return {"test_loss": F.cross_entropy(logits, labels).item(), "test_accuracy": accuracy}
+    loss, right = F.cross_entropy(logits.float(), labels), logits.argmax(dim=1) == labels
+    return {"test_loss": loss.item(), "test_accuracy": right.float().mean().item()}
 
 
 def smoothed_loss(model: NaLaViT, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ def smoothed_loss(model: NaLaViT, inputs: Tensor, labels: Tensor) -> Tensor:
 def next_token_loss(model: NaLaLM, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats per character. inputs, targets: (B, N)."""
     logits, _ = model(inputs)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long())
 
 
 @torch.no_grad()
 def validation_loss(model: NaLaLM, tokens: Tensor, block_size: int, every: int = 1) -> float:
     """Mean loss over consecutive windows of tokens, or over every n-th window."""
-    device, windows = model.head.weight.device, eval_batch_size(model, tokens[None, :block_size])
+    device, windows = model.norm.weight.device, eval_batch_size(model, tokens[None, :block_size])
     total, count = 0.0, 0
     with in_mode(model, training=False):
         for inputs, targets in all_windows(tokens, block_size, windows, every):
@@ -150,9 +150,9 @@ def attention_inputs(model: NaLaLM | NaLaViT, inputs: Tensor) -> list[AttentionI
     hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call)) for layer in layers]
     try:
         with in_mode(model, training=False):
-            inputs = inputs.to(model.head.weight.device)
+            inputs = inputs.to(model.norm.weight.device)
             if isinstance(model, NaLaViT):
-                inputs = normalise(inputs).to(model.head.weight.dtype)
+                inputs = normalise(inputs).to(model.norm.weight.dtype)
             model(inputs)
     finally:
         for hook in hooks:

@@ -65,7 +65,7 @@ def query_power(norm: Tensor, lam=3.0, tau=0.5) -> Tensor:
 def query_magnitude(direction: Tensor, power: Tensor) -> Tensor:
     """|d|^p per channel, Eq. (7), with the largest scaled to 1, Eq. (12). (..., D) to (..., D).
     Scaling cancels in (5) and avoids underflow, like subtracting the maximum in a safe softmax."""
-    size = direction.abs()  # (..., D)
+    size = at_least_float32(direction).abs()  # (..., D)
     tiny = torch.finfo(size.dtype).tiny
     ratio = size / size.amax(dim=-1, keepdim=True).clamp_min(tiny)  # (..., D)
     return torch.exp2(power * torch.log2(ratio.clamp_min(tiny)))  # ratio^p, finite slope at 0
@@ -73,8 +73,8 @@ def query_magnitude(direction: Tensor, power: Tensor) -> Tensor:
 
 def key_magnitude(k: Tensor, lam=3.0) -> Tensor:
     """|k|^lam per channel, Eq. (8): a key keeps its norm. (..., D) to (..., D)."""
-    size = k.abs().clamp_min(torch.finfo(k.dtype).tiny)  # (..., D), for a finite slope at 0
-    return torch.where(k == 0, 0.0, size.pow(lam))
+    size = at_least_float32(k).abs()  # (..., D)
+    return torch.where(k == 0, 0.0, size.clamp_min(torch.finfo(size.dtype).tiny).pow(lam))
 
 
 # --- 2. Cosine mapping: non-negative without clipping ---------------------------------------------
@@ -116,9 +116,8 @@ def key_features(k: Tensor, feature_map="cosine", *, lam=3.0, alpha=20.0) -> Ten
     """phi(k): Eqs. (2), (8), then (9) or (11), as in query_features. Safe for entries from 1e-12 to
     1e12, since they are cubed. Scaling by the largest key would leak the future into the past."""
     check_features(feature_map, lam=lam, alpha=alpha)
-    k = at_least_float32(k)
     if feature_map in BASELINES:
-        return BASELINES[feature_map](k)
+        return BASELINES[feature_map](at_least_float32(k))
     _, direction = decompose(k)  # (..., 1), (..., D)
     if feature_map == "split":
         return sign_split(key_magnitude(k, lam), direction)
@@ -214,6 +213,8 @@ def linear_attention(
 def nala_attention(q, k, v, *, feature_map="cosine", lam=3.0, tau=0.5, alpha=20.0, **options):
     """Norm-aware linear attention: Eq. (5) with the features of Eqs. (2) to (12). q, k, v and
     options: see linear_attention; the others: see query_features."""
+    for name in {"is_causal", "attn_mask", "key_padding_mask"} & options.keys():
+        require(False, name, "called causal, or key_mask (True: visible)", options[name])
     query_map = partial(query_features, feature_map=feature_map, lam=lam, tau=tau, alpha=alpha)
     key_map = partial(key_features, feature_map=feature_map, lam=lam, alpha=alpha)
     return linear_attention(q, k, v, query_map, key_map, **options)
@@ -400,7 +401,7 @@ class NaLaLM(nn.Module):
     def forward(self, tokens: Tensor, state: Sequence[tuple] | None = None):
         """Integer tokens (B, N), which follow those in state, to logits (B, N, V) and a new state:
         one per block. A sequence can be split anywhere."""
-        check_tensor("tokens", tokens, (None, None), self.head.weight, (torch.int64, torch.int32))
+        check_tensor("tokens", tokens, (None, None), self.norm.weight, (torch.int64, torch.int32))
         states = [(None, None)] * len(self.blocks) if state is None else list(state)
         require(len(states) == len(self.blocks), "state", "one per block", len(states))
         x = self.dropout(self.embed(tokens))  # (B, N, E)
@@ -455,7 +456,7 @@ class NaLaViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, height, width), of about zero mean and unit variance, to logits (B, Y)."""
-        check_tensor("images", images, (None, 3, None, None), self.head.weight)
+        check_tensor("images", images, (None, 3, None, None), self.norm.weight)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             [len(range(side)) for side in images.shape[2:]]  # a graph per size: PyTorch #172204
         x = self.dropout(self.stem(images).movedim(1, -1))  # (B, R, P, E)
@@ -490,11 +491,10 @@ def check_tensor(name: str, x: Any, shape: tuple, like: Tensor, dtypes: tuple = 
     dtypes = dtypes or ((torch.float64,) if like.dtype == torch.float64 else lower)
     fits = isinstance(x, Tensor) and x.ndim == len(shape) and x.device == like.device
     fits = fits and all(n in (None, m) for n, m in zip(shape, x.shape, strict=True))
-    must_be = f"a {dtypes[0]} tensor {shape} on {like.device}"  # None: any size
-    require(fits and x.dtype in dtypes, name, must_be, x)
+    require(fits and x.dtype in dtypes, name, f"a {dtypes[0]} {shape} on {like.device}", x)
 
 
-def check_inputs(q, k, v, causal, key_mask, mode="auto", chunk_size=None) -> None:
+def check_inputs(q, k, v, causal, key_mask, mode="auto", size=None) -> None:
     check_tensor("q", q, (None,) * 4, q if isinstance(q, Tensor) else torch.empty(()))
     check_tensor("k", k, (*q.shape[:2], None, q.shape[3]), q)
     check_tensor("v", v, (*k.shape[:3], None), q)
@@ -503,4 +503,4 @@ def check_inputs(q, k, v, causal, key_mask, mode="auto", chunk_size=None) -> Non
     require(isinstance(causal, bool), "causal", "True or False", causal)
     modes = ("auto", "parallel", "quadratic", "chunked", "recurrent")[: 5 if causal else 2]
     require(mode in modes, "mode", f"one of {', '.join(modes)} if causal={causal}", mode)
-    require(chunk_size is None or chunk_size > 0, "chunk_size", "positive", chunk_size)
+    require(size is None or (isinstance(size, int) and size > 0), "chunk_size", "positive", size)

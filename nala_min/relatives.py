@@ -12,6 +12,7 @@ import importlib.util
 import math
 import modulefinder
 import os
+import random
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,24 +21,15 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nala_min.model import (
-    ATTENTIONS,
-    Config,
-    at_least_float32,
-    chunked,
-    decompose,
-    key_features,
-    linear_attention,
-    nala_attention,
-    parallel,
-    query_features,
-    query_power,
-    require,
-)
+    ATTENTIONS, Config, at_least_float32, check_inputs, check_tensor, chunked, decompose,
+    key_features, linear_attention, nala_attention, parallel, query_features, query_power, require,
+)  # fmt: skip
 
 # --- The closest relatives of NaLa ----------------------------------------------------------------
 
@@ -62,7 +54,7 @@ def clipped_key_features(k: Tensor) -> Tensor:
 
 def clipped_power(x: Tensor, power: Tensor | float) -> Tensor:
     """ReLU(x)^power, with a finite slope at 0."""
-    positive = x > 0
+    x, positive = at_least_float32(x), x > 0
     return torch.where(positive, x, 1.0).pow(power) * positive
 
 
@@ -103,6 +95,7 @@ def magnitude_aware(
     """
     # [S z] of Eq. (14), sum of v, number of tokens read.
     sums, value_sum, position = state or (None, 0.0, 0)
+    dtype, v = v.dtype, at_least_float32(v)
     o, after = nala_attention(
         q, k, v, feature_map="elu", causal=causal, state=sums, return_state=True
     )  # (B, H, N, M), (B, H, F, M + 1)
@@ -115,7 +108,7 @@ def magnitude_aware(
     else:
         key_sum, value_sum, n = phi_k.sum(2, keepdim=True), v.sum(2, keepdim=True), k.shape[2]
     s = (phi_q * key_sum / n).sum(dim=-1, keepdim=True) / math.sqrt(q.shape[-1])  # (B, H, N, 1)
-    out = ((1 + s) * o - s * value_sum / n).to(v.dtype)
+    out = ((1 + s) * o - s * value_sum / n).to(dtype)
     state = (after, value_sum[:, :, -1:].clone(), position + q.shape[2]) if causal else None
     return (out, state) if return_state else out
 
@@ -132,6 +125,7 @@ def injective(
     """Injective linear attention (InLine, arXiv 2412.06590): weights a_i - mean a + 1 / n over n
     visible keys, with a_i = q k_i. They sum to 1 without a division, can be negative, and differ
     more for longer queries. We divide a_i by n sqrt(D), so they do not grow with n."""
+    check_inputs(q, k, v, causal, None)
     dtype = v.dtype
     q, k, v = (at_least_float32(x) for x in (q, k, v))
     values = F.pad(v, (0, 1), value=1.0)  # (B, H, N, M + 1)
@@ -163,6 +157,7 @@ class Delta(nn.Module):
         self.share = nn.Parameter(torch.zeros(config.num_heads))  # beta before the sigmoid
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal, state=None, return_state=False):
+        check_inputs(q, k, v, causal, None)
         dtype = v.dtype
         q, k, v = (at_least_float32(x) for x in (q, k, v))
         q, k = (decompose(F.silu(x))[1] for x in (q, k))  # (B, H, N, D)
@@ -198,6 +193,7 @@ def rotary_attention(
 ) -> Tensor:
     """Bidirectional NaLa with the rotary positions of the released code, Eq. (17), in the numerator
     of (5) only: weights can be negative. positions: (N, A), A = 1 for text, 2 for images."""
+    check_tensor("positions", positions, (q.shape[2], None), q, (positions.dtype,))
     angles = rotary_angles(positions, q.shape[3])  # (N, D / 2)
     phi_q, phi_k = query_features(q, feature_map), key_features(k, feature_map)  # (B, H, N, 2D)
     normaliser = phi_q @ phi_k.sum(dim=2)[..., None]  # (B, H, N, 1)
@@ -229,7 +225,7 @@ def rotate(features: Tensor, angles: Tensor) -> Tensor:
 
 def is_file(name: str) -> bool:
     """Whether an attention's name is a file name."""
-    return name.endswith(".py")
+    return name.lower().endswith(".py")
 
 
 def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
@@ -246,64 +242,89 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
     """
     path = os.fspath(path)
     folder = str(Path(path).absolute().parent)
-    finder = modulefinder.ModuleFinder([folder], excludes=["nala_min"])
+    numbers = np.random.get_state(), random.getstate()  # noqa: NPY002, the file may draw from them
     try:
-        finder.run_script(path)  # runs nothing: finds what is imported
-        files = sorted(x.__file__ for x in finder.modules.values() if x.__file__)
-        digest = hashlib.sha256(b"".join(Path(x).read_bytes() for x in files)).hexdigest()
-        for name in finder.modules.keys() - {"__main__"}:  # not another folder's of the same name
+        digest, neighbours = files_of(path)
+        for name in neighbours:  # not another folder's of the same name
             sys.modules.pop(name, None)
         spec = importlib.util.spec_from_file_location(f"attention_{digest[:12]}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         with torch.random.fork_rng(devices=[]), patch.object(sys, "path", [folder, *sys.path]):
-            torch.manual_seed(0)
+            for seed in (torch.default_generator.manual_seed, np.random.seed, random.seed):
+                seed(0)
             spec.loader.exec_module(module)
             ATTENTIONS[path] = _attention_of(module, dim, causal)
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         line, *_ = str(error).splitlines() or [""]
         raise ValueError(f"{path}: {kind}{line}") from error
+    finally:
+        np.random.set_state(numbers[0])  # noqa: NPY002
+        random.setstate(numbers[1])
     return digest
+
+
+def files_of(path: str) -> tuple[str, list[str]]:
+    """The SHA-256 of a file and of its neighbours that it imports; the neighbours' names."""
+    finder = modulefinder.ModuleFinder([str(Path(path).absolute().parent)], excludes=["nala_min"])
+    finder.run_script(path)  # runs nothing: finds what is imported
+    files = {name: x.__file__ for name, x in finder.modules.items() if x.__file__}
+    content = b"".join(Path(x).read_bytes() for x in sorted(files.values()))
+    return hashlib.sha256(content).hexdigest(), [*files.keys() - {"__main__"}]
 
 
 def _attention_of(module: ModuleType, dim: int, causal: bool) -> Callable:
     """The attention that module defines, tried on a few tokens."""
-    for name, x in vars(module).items():
-        weights = x.parameters() if isinstance(x, nn.Module) else [x] * isinstance(x, Tensor)
-        require(not any(w.requires_grad for w in weights), name, "in a class, to be trained", x)
     names = [x for x in ("query_features", "key_features", "attention") if hasattr(module, x)]
     if names not in (["query_features", "key_features"], ["attention"]):
         needed = "query_features and key_features, or attention"
         raise ValueError(f"the file must define {needed}, got {', '.join(names) or 'neither'}")
     q, k, v = 2 * torch.randn(3, 2, 3, 6, dim, generator=torch.Generator().manual_seed(0))
     k[:, :, 3] = 0
+    first, second, middle = np.s_[:1], np.s_[:, 1:2], np.s_[:, :, 2:5]
     if names == ["attention"]:
-        attention = module.attention
+        found = attend = module.attention
     else:
-        attention = with_features(module.query_features, module.key_features)
+        found = attend = with_features(module.query_features, module.key_features)
         for name, x in (("query_features", q), ("key_features", k)):
-            phi, first = (torch.as_tensor(getattr(module, name)(y)) for y in (x, x[:, :, :4]))
+            features = partial(_unchanged, getattr(module, name), name)
+            phi = torch.as_tensor(features(x))
             is_valid = phi.is_floating_point() and phi.shape[:-1] == x.shape[:-1]
             require(is_valid, f"{name}'s result", "floating-point (B, H, N, F)", phi)
             wrong = phi[~(phi.isfinite() & (phi >= 0))]
             require(not wrong.numel(), name, "finite and non-negative", wrong[:1])
-            same = torch.allclose(first, phi[:, :, :4], 1e-4, 1e-6)
-            require(same, name, "features of each token by itself", "other ones for fewer tokens")
-    if isinstance(attention, type):  # made once per block, with the config
-        return attention
-
-    run = partial(attention, causal=causal, return_state=True)
+            for part in (first, second, middle):
+                same = torch.allclose(features(x[part]), phi[part], 1e-4, 1e-6)
+                require(same, name, "features of each token by itself", "others for fewer tokens")
+    if isinstance(found, type):  # made once per block, with the config
+        require(issubclass(found, nn.Module), "attention", "a function or an nn.Module", found)
+        attend = found(Config(num_heads=3, dim=3 * dim)).eval()
+    run = partial(_unchanged, attend, "attention", causal=causal, return_state=True)
     result = run(q, k, v)
     is_pair = isinstance(result, tuple) and len(result) == 2
     require(is_pair, "attention's result", "output and state with return_state=True", type(result))
     out = result[0]
     require(out.shape == v.shape, "attention's output", f"{tuple(v.shape)}", out)
     require(out.isfinite().all(), "attention's output", "finite", out[~out.isfinite()][:1])
-    if causal:
-        first, state = run(q[:, :, :4], k[:, :, :4], v[:, :, :4])
-        rest, _ = run(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], state=state)
-        if not torch.allclose(first, out[:, :, :4], 1e-4, 1e-5):
-            raise ValueError("attention sees the future: a later token changes an earlier output")
-        if not torch.allclose(rest, out[:, :, 4:], 1e-3, 1e-4):
-            raise ValueError("attention does not continue from its state")
-    return attention
+    is_trained = isinstance(attend, nn.Module) or not out.requires_grad
+    require(is_trained, "parameters", "in an nn.Module called attention, to be trained", out)
+    for texts, cut in ((2, 4), (1, 3)):
+        whole, tokens = out[:texts], [x[:texts] for x in (q, k, v)]
+        if not torch.allclose(run(*tokens)[0], whole, 1e-4, 1e-5):
+            raise ValueError("attention depends on the other examples of a batch, or on chance")
+        if causal:
+            begin, state = run(*(x[:, :, :cut] for x in tokens))
+            rest, _ = run(*(x[:, :, cut:] for x in tokens), state=state)
+            if not torch.allclose(begin, whole[:, :, :cut], 1e-4, 1e-5):
+                raise ValueError("attention sees the future: a later token changes earlier outputs")
+            if not torch.allclose(rest, whole[:, :, cut:], 1e-3, 1e-4):
+                raise ValueError("attention does not continue from its state")
+    return found
+
+
+def _unchanged(function: Callable, name: str, *tensors: Tensor, **options: Any) -> Any:
+    """What function returns. It must not write to the tensors that it is given."""
+    copies = [x.clone() for x in tensors]
+    result = function(*copies, **options)
+    require(all(map(torch.equal, copies, tensors)), name, "without writing to its arguments", "")
+    return result

@@ -12,7 +12,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,11 @@ import torch
 
 from nala_min import distributed
 from nala_min.flags import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"  # the committed run cards
 
@@ -48,9 +54,11 @@ def run_card(
 
 @lru_cache  # as it was when the run began
 def code_sha256(*others: Path) -> str:
-    """Hash of the code on which every run depends, and of others. Comments do not count."""
+    """Hash of the code on which every run depends: the method, the training, the program that was
+    started, and others. Comments do not count."""
     names = "model.py fast.py relatives.py train.py data.py measure.py".split()
-    paths = *map(Path(__file__).with_name, names), *others
+    program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")  # none in a notebook
+    paths = *map(Path(__file__).with_name, names), *[program] * program.is_file(), *others
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in paths)
     return hashlib.sha256("\n".join(map(ast.unparse, trees)).encode("utf-8")).hexdigest()
 
@@ -102,6 +110,21 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str) -> Any:
     """Read what write_json wrote."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Inside the block, any other that names this folder raises UsageError. Not on Windows."""
+    file = os.open(folder, os.O_RDONLY) if fcntl else os.open(os.devnull, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"another run trains in {folder}: use another --out") from error
+    else:
+        yield
+    finally:
+        os.close(file)
 
 
 def write_atomically(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,9 @@ from tqdm import tqdm
 from nala_min import distributed, relatives
 from nala_min.flags import UsageError, flag, interrupts
 from nala_min.model import ATTENTIONS, Config, in_mode
-from nala_min.runcard import check_writable, code_sha256, to_plain, write_atomically
+from nala_min.runcard import check_writable, code_sha256, only_writer, to_plain, write_atomically
 
-FORMAT = 5  # version of checkpoints: incremented when a model, or what Run saves, changes
+FORMAT = 6  # version of checkpoints: incremented when a model, or what Run saves, changes
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES: dict[str, Callable[[float], float]] = {  # rate / peak, after a fraction of the run
     "linear": lambda done: 1 - done,
@@ -42,6 +43,7 @@ class Settings:
     NAME: ClassVar[str] = ""  # starts the name of the run's folder
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     CAUSAL: ClassVar[bool] = True  # whether a token sees only the past
+    READS: ClassVar[tuple[str, ...]] = ("sample", "eval", "predict")  # use a run, and train none
 
     preset: str | None = flag(None, "size, recipe (default: gpu on CUDA, else cpu)", ("cpu", "gpu"))
     attention: str = flag("nala", "a name or your own FILE.py, or one per block: nala,softmax")
@@ -78,9 +80,12 @@ class Settings:
         names = self.attention.split(",")  # one, or one per block
         try:
             dim, files = max(1, self.dim // self.heads), filter(relatives.is_file, names)
-            register = partial(relatives.register, dim=dim, causal=self.CAUSAL)
-            self.attention_sha256 = {name: register(name) for name in files}
-            Config(**block_options(self.config()))
+            if any(getattr(self, x, None) not in (None, False) for x in self.READS):
+                self.attention_sha256 = {name: relatives.files_of(name)[0] for name in files}
+            else:
+                register = partial(relatives.register, dim=dim, causal=self.CAUSAL)
+                self.attention_sha256 = {name: register(name) for name in files}
+                Config(**block_options(self.config()))
         except ValueError as error:
             raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
         parts = [self.NAME, self.preset, "-".join(Path(name).stem for name in names)]
@@ -134,6 +139,7 @@ def load_run(settings: Settings, *names: str) -> dict[str, Any]:
         ATTENTIONS[name] = ATTENTIONS[path]
     if saved["extra"]["code"]["sha256"] != code_sha256():
         print("note: nala_min's code has changed since this run", file=sys.stderr)
+    torch.manual_seed(saved["extra"]["seed"])  # for the model, as when it was trained
     return saved
 
 
@@ -175,12 +181,14 @@ class Recipe:
     seed: int = 1  # for dropout
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, got {self.schedule!r}")
-        for name, x in vars(self).items():
-            least = 1 if name in ("steps", "eval_every") else 0
-            if isinstance(x, int | float) and not x >= least:  # NaN is refused
-                raise ValueError(f"{name} must be at least {least}, got {x}")
+        for name, kind in ((item.name, item.type) for item in fields(self)):
+            x, least = getattr(self, name), int(name in ("steps", "eval_every"))
+            number = isinstance(x, Integral if kind == "int" else Real) and type(x) is not bool
+            is_valid = number and least <= x < (1 if name == "beta2" else math.inf)
+            others = {"schedule": x in [*SCHEDULES], "bfloat16": type(x) is bool, "muon": x is None}
+            if not others.get(name, is_valid) and not is_valid:
+                must_be = f"one of {', '.join(SCHEDULES)}" if name == "schedule" else kind
+                raise ValueError(f"{name} must be {must_be}, at least {least}, got {x!r}")
 
     def learning_rate_at(self, step: int, peak: float) -> float:
         """Learning rate at step 0, 1, ..., steps - 1, with this peak."""
@@ -264,9 +272,14 @@ def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
     return saved
 
 
+def is_file(x: Any) -> bool:
+    """Whether a value in extra describes a file, by its name and SHA-256."""
+    return isinstance(x, dict) and {"name", "sha256"} <= x.keys()
+
+
 def _identity(extra: dict[str, Any]) -> dict[str, Any]:
     """extra, with the SHA-256 of each file in place of its name: files may be renamed."""
-    data = {n: x["sha256"] for n, x in extra.items() if isinstance(x, dict) and "sha256" in x}
+    data = {n: x["sha256"] for n, x in extra.items() if is_file(x)}
     digests = extra.get("attention_sha256", {})
     names = [digests.get(name, name) for name in str(extra.get("attention")).split(",")]
     return extra | data | {"attention": names, "attention_sha256": None}
@@ -297,7 +310,7 @@ class Run:
         for name in extras[0] | extras[1]:
             if repr(before.get(name)) != repr(now.get(name)):  # NaN equals itself
                 values = (extra.get(name) for extra in extras)
-                old, new = (x["name"] if "sha256" in str(x) else f"{x}"[:99] for x in values)
+                old, new = (x["name"] if is_file(x) else f"{x}"[:99] for x in values)
                 change = f"{name} = {old}, " + (f"not {new}" if new != old else "since changed")
                 remedy = "use the same flags, move it aside, or use another --out"
                 raise UsageError(f"{self.path} was trained with {change}: {remedy}")
@@ -318,6 +331,9 @@ class Run:
         if distributed.rank() == 0:
             with in_mode(self.model, training=False):
                 numbers = to_plain(evaluate(self.model))
+            values = numbers.values() if isinstance(numbers, dict) else [None]
+            if not all(isinstance(x, int | float) for x in values):
+                raise ValueError(f"evaluate must return numbers by name, got {numbers!r:.99}")
             if taken := {"step", "train_loss"} & numbers.keys():
                 raise ValueError(f"evaluate must call its numbers something else than {taken}")
             numbers = {"train_loss": statistics.fmean(self.losses), **numbers}
@@ -335,7 +351,8 @@ class Run:
             numbers = [*self.losses, *(x for point in self.history[-1:] for x in point.values())]
             numbers += [(0 * weight.detach()).sum() for weight in self.model.parameters()]
             if not all(map(math.isfinite, numbers)):
-                raise UsageError(f"the loss is not finite at step {self.step}: lower --lr")
+                what = "the loss, a result of evaluate or a weight"
+                raise UsageError(f"{what} is not finite at step {self.step}: lower --lr?")
             state = {name: getattr(self, name) for name in ("step", "losses", "history", "extra")}
             state |= {"format": FORMAT, "seconds": time.perf_counter() - self.start}
             state["model"] = self.model.state_dict()
@@ -368,13 +385,18 @@ def fit(
     device, rank = next(model.parameters()).device, distributed.rank()
     is_cuda = device.type == "cuda"  # elsewhere, an asynchronous copy may outlive its source
     optimizers, peaks = make_optimizers(model, recipe), (recipe.learning_rate, recipe.muon)
-    code = {"name": "nala_min", "sha256": code_sha256()}
-    run = Run(model, optimizers, Path(checkpoint), to_plain(extra | {"code": code}))
+    extra = extra | {"code": {"name": "nala_min", "sha256": code_sha256()}}
+    extra |= {f"recipe.{x}": vars(recipe)[x] for x in vars(recipe) if x != "bfloat16"}
+    if "attention" not in extra:  # which may be a renamed file
+        extra["model"] = str(getattr(model, "config", type(model).__name__))
+    run = Run(model, optimizers, Path(checkpoint), to_plain(extra))
     stops: list[int] = []  # signals that asked the run to stop after the current step
     with ExitStack() as stack:
         stack.enter_context(interrupts(lambda number, frame: stops.append(number)))
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         run.begin(resume)
+        if rank == 0:
+            stack.enter_context(only_writer(run.path.parent))
         net = torch.compile(model) if compile else model
         if distributed.world_size() > 1:  # static: a parameter may be unused
             net = DistributedDataParallel(net, static_graph=True)
@@ -392,7 +414,7 @@ def fit(
             if any(distributed.gather(bool(stops))):
                 run.save()
                 raise KeyboardInterrupt(f"interrupted: --resume continues from step {run.step}")
-            if run.step == recipe.steps:
+            if run.step >= recipe.steps:
                 return run.history, time.perf_counter() - run.start
             for optimizer, peak in zip(optimizers, peaks, strict=False):
                 for group in optimizer.param_groups:

@@ -160,6 +160,7 @@ def test_key_keeps_its_norm():
         assert_close(twice, 8 * once)
     assert model.key_magnitude(torch.tensor([2.0, 0.0, -1.0])).tolist() == [8, 0, 1]
     assert model.key_magnitude(torch.tensor([3.0]), lam=2.0).tolist() == [9]
+    assert model.key_magnitude(torch.tensor([100.0]).half()).tolist() == [1e6]  # more than 65,504
 
 
 PUBLISHED = np.load(Path(__file__).parent / "published_forms.npz")

@@ -33,7 +33,7 @@ STATES = [state[:1], state[:, :1], state[:, :, :D], state[..., :M], state.double
 LINEAR = SHARED | {
     "state": [*STATES, state.to("meta"), *({"state": x, "mode": "parallel"} for x in STATES)],
     "mode": ["banana", "recurrent"],  # recurrent is causal
-    "chunk_size": [{"causal": True, "chunk_size": 0}, {"causal": True, "chunk_size": -1}],
+    "chunk_size": [{"causal": True, "chunk_size": x} for x in (0, -1, 2.5, "a")],
 }
 BAD = [0, -1.0, math.nan, math.inf]
 FEATURES = {"feature_map": ["sofmax", "softmax"], "lam": BAD, "alpha": BAD}
@@ -53,9 +53,11 @@ CONFIG = {
 }
 TOKENS = [tokens[0], tokens.float(), [[1]]]
 GENERATE = {"tokens": TOKENS, "top_k": [0, -1], "num_tokens": [-1], "temperature": BAD[1:]}
+ELSEWHERE = {"tau": [-1.0, math.inf], "is_causal": [True], "key_padding_mask": [mask]}
 QKV, EARLIER = {"q": q, "k": k, "v": v}, {"tokens": tokens[:1], "state": blocks}
 CASES = {  # function, correct arguments, and wrong ones
-    "nala": (nala_min.nala_attention, QKV, LINEAR | FEATURES | {"tau": [-1.0, math.inf]}),
+    "nala": (nala_min.nala_attention, QKV, LINEAR | FEATURES | ELSEWHERE),
+    "injective": (nala_min.ATTENTIONS["injective"], QKV, {"k": SHARED["k"][:4], "causal": ["no"]}),
     "softmax": (nala_min.softmax_attention, QKV, SOFTMAX),
     "weights": (nala_min.attention_weights, {"q": q, "k": k}, WEIGHTS),
     "queries": (nala_min.query_features, {"q": q}, FEATURES),

@@ -5,30 +5,21 @@ import argparse
 import math
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import training
-from training import (
-    EXTRA,
-    SAVED,
-    SIGNALS,
-    batch,
-    evaluate,
-    loss,
-    noting,
-    small_model,
-    stopping_at,
-    train_small,
-)
+from training import EXTRA, RECIPE, SAVED, batch, evaluate, loss, noting, small_model, train_small
 
-from nala_min import runcard, train
+from nala_min import NaLaLM, runcard, train
 from nala_min.flags import UsageError, run_script
 from nala_min.train import Recipe
 
-signals_stay_inside = training.signals_stay_inside
+signals_stay_inside, stopping_at = training.signals_stay_inside, training.stopping_at
+SIGNALS = training.SIGNALS
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # a closed terminal; Windows has no such signal
 
 
@@ -127,7 +118,7 @@ def test_a_checkpoint_is_written_before_the_first_step_and_around_each_evaluatio
     first, second, third = [(0, 0, 0)] * 3, [(3, 0, 1)] * 3, [(6, 0, 2)]
     assert seen == [*first, (3, 3, 0), *second, (6, 3, 1), *third, (7, 1, 2)]
     saved = train.load_checkpoint(path)
-    assert (saved["format"], saved["losses"], saved["extra"]) == (5, [], SAVED)
+    assert (saved["format"], saved["losses"], saved["extra"]) == (6, [], SAVED)
 
 
 @pytest.mark.parametrize("failing", [3, 7])
@@ -151,8 +142,8 @@ def flip_a_bit(path):
     [
         flip_a_bit,
         lambda path: path.write_bytes(path.read_bytes()[:2000]),
-        lambda path: torch.save({"format": 4, "extra": SAVED}, path),
-        lambda path: torch.save({"format": 5, "extra": argparse.Namespace()}, path),  # code
+        lambda path: torch.save({"format": 5, "extra": SAVED}, path),
+        lambda path: torch.save({"format": 6, "extra": argparse.Namespace()}, path),  # code
         lambda path: path.unlink() or path.mkdir(),
     ],
 )
@@ -183,6 +174,8 @@ def test_a_run_s_description_may_hold_nan(path):
 def test_an_evaluation_does_not_replace_our_numbers(path, name):
     with pytest.raises(ValueError, match=name):
         train_small(small_model(), path, evaluate=lambda model: {name: 0.5})
+    with pytest.raises(ValueError, match="must return numbers by name"):
+        train_small(small_model(), path, evaluate=lambda _: None, resume=True)
 
 
 def test_no_run_is_overwritten(path):
@@ -195,8 +188,19 @@ def test_no_run_is_overwritten(path):
             train_small(small_model(), path, batch=None)
         with pytest.raises(UsageError, match="trained with dim = 16, not 32: use the same flags"):
             train_small(small_model(), path, extra=EXTRA | {"dim": 32}, batch=None)
+        other = replace(RECIPE, clip=5.0)
+        with pytest.raises(UsageError, match=r"recipe.clip = 1.0, not 5.0: use the same flags"):
+            train_small(small_model(), path, other, resume=True)
         assert path.read_bytes() == before
         train_small(small_model(), path, resume=True)
+
+
+def test_a_run_from_code_knows_its_model(path):
+    """A script's extra names its attention, perhaps by a file's SHA-256."""
+    other = NaLaLM(replace(small_model().config, attention="softmax"))
+    train_small(small_model(), path, extra={})
+    with pytest.raises(UsageError, match=r"model = Config\(.*, not Config\("):
+        train_small(other, path, extra={}, resume=True)
 
 
 def files(attention, text="1", **digests):
@@ -212,6 +216,7 @@ def files(attention, text="1", **digests):
         (files("nala", "1"), files("nala", "2"), "data = 1.txt, not 2.txt"),
         (files("a.py,nala", a="1"), files("a.py,nala", a="2"), "attention = .*, since changed"),
         (EXTRA, EXTRA | {"attention": "softmax"}, "attention = nala, not softmax"),
+        (EXTRA | {"note": "no sha256"}, EXTRA | {"note": "other"}, "note = no sha256, not other"),
         (EXTRA, EXTRA | {"letters": "x" * 5000}, f"letters = None, not {'x' * 99}"),
     ],
 )
@@ -220,7 +225,7 @@ def test_a_run_resumes_with_renamed_files_but_not_as_another_run(before, now, ch
     if change is None:
         return train_small(small_model(), path, recipe, extra=now, resume=True)
     with pytest.raises(UsageError, match=f"{change}: use the same flags"):
-        train_small(small_model(), path, extra=now, resume=True)
+        train_small(small_model(), path, recipe, extra=now, resume=True)
 
 
 @pytest.mark.parametrize("broken", ["loss", "evaluation", "weight"])

@@ -109,7 +109,8 @@ def pictures(monkeypatch):
     dark, light = torch.zeros(40, 3, 32, 32).byte(), torch.full((5, 3, 32, 32), 184).byte()
     dark[..., 0], labels = 184, torch.arange(5)
     images = data.Images("Edges", (), (dark, labels.repeat(8)), (light, labels), mirror=True)
-    monkeypatch.setattr(studies, "_images", lambda name, folder: images)
+    monkeypatch.setattr(data, "load_images", lambda folder: images)
+    monkeypatch.setattr(studies, "_images", studies._images.__wrapped__)
     return PICTURES
 
 
@@ -378,20 +379,3 @@ def test_an_ended_study_saves_its_runs_and_leaves_no_process(killed, tmp_path):
     assert process.returncode == code and words in printed and "Traceback" not in printed, printed
     steps = [train.load_checkpoint(path)["step"] for path in saved]
     assert steps.count(0) <= (killed == "worker"), printed  # a killed worker saves nothing
-
-
-# --- Flags ----------------------------------------------------------------------------------------
-
-
-def test_flags_set_seeds_steps_data_and_workers(monkeypatch):
-    def chosen(name, **flags):
-        return compare.configured_study(compare.Settings(**flags), name)
-
-    assert chosen("recall") == chosen("recall", data=Path("a.txt")) == STUDIES["recall"]
-    quick = chosen("recall", quick=True)
-    assert (quick.seeds, quick.task.steps, chosen("recall", seeds=20).seeds) == (1, 60, 20)
-    assert chosen("text", data=Path("a.txt")).task.file == Path("a.txt")
-    assert chosen("images", data_dir=Path("b")).task.folder == Path("b")
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
-    assert [compare.Settings(device=x).workers for x in ("cpu", "cuda")] == [3, 1]

@@ -284,6 +284,8 @@ def test_every_exercise_has_mistakes_and_any_function_gets_a_sentence():
         assert words in verdict_on(load(source), "entropy")
     function = solution("entropy")["entropy"]  # a decorator may hide the names of its arguments
     assert verdict_on({"entropy": lambda *args: function(*args)}, "entropy") == "right"
+    hidden = "entropy = (lambda f: lambda *x: f(*x))(entropy)\nchecks.check(entropy)"
+    exec(hidden, {"entropy": function, "checks": checks})
     verdict = verdict_on({"entropy": lambda *args: function(*args).detach()}, "entropy")
     assert "No gradient reaches argument 1" in verdict
     broken = load(read("find_the_bug"))

@@ -57,13 +57,6 @@ def texts(artists):
     return [text.get_text() for text in artists]
 
 
-def test_a_picture_is_written_with_the_project_s_settings(tmp_path):
-    plots.write(plots.entropy_gap([0.1, 1.0], {"softmax": [1.0, 2.0]}), tmp_path / "gap.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["gap.png"]
-    pixels = matplotlib.image.imread(tmp_path / "gap.png")
-    assert pixels.shape == (585, 960, 4) and pixels[0, 0].tolist() == [1, 1, 1, 1]
-
-
 DRAWN = {  # the pictures of the results page, from their cards
     "entropy_gap": lambda results: plots.entropy_gap(**results),
     "speed_cpu_float32": plots.speed,

@@ -26,6 +26,7 @@ OTHERS = ATTENTIONS[1:]
 SCRIPTS = {"shakespeare": train_shakespeare, "cifar": train_cifar}
 LOSS, POINTS = "{:+.3f} ± {:.3f}", "{:+.1f} ± {:.1f} points"
 FORMS = {"text": LOSS, "shakespeare": LOSS, "images": POINTS, "cifar": POINTS}
+BARE = ", no convolution"  # added to a variant's name
 OPENED = set()  # names of cards
 
 
@@ -76,9 +77,17 @@ def verdict(study, *variants):
     return "level" if abs(difference) < half else "better" if is_better else "worse"
 
 
+EARLIER = {  # questions of studies that an earlier commit ran; other cards have one each
+    "text-powers": ("lam 1", "lam 2", "lam 1 of queries", "lam 1 of keys"),
+    "text-convolution": tuple(f"{x}{BARE}" for x in (*OTHERS, "split", "lam 1", "no query norm")),
+}
+
+
 @cache
 def p_of(study, variant):
-    asked = STUDIES.get(study) or replace(base_of(study), questions=((variant, "nala"),))
+    baseline = "no convolution" if study == "text-convolution" else "nala"
+    questions = tuple((name, baseline) for name in EARLIER.get(study, [variant]))
+    asked = STUDIES.get(study) or replace(base_of(study), questions=questions)
     (p,) = [x.p for x in compare.answers(runs_of(study), asked) if x.variant == variant]
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -177,7 +186,6 @@ takes about {sum(seconds[:3]) / 120:.0f} minutes on two cores
 """.strip().splitlines()
 
 
-BARE = ", no convolution"
 LABELS = {  # on the page
     "softmax": "softmax", "elu": "elu + 1", "elu, same state": "elu + 1, same state",
     "relu": "ReLU", "relu, same state": "ReLU, same state", "split": "sign split",
@@ -200,7 +208,7 @@ def about_text_and_images():
         label, than = LABELS.get(name, "softmax with one norm"), baseline.replace("nala", "NaLa")
         answers = " | ".join(answer(study, name, baseline) for study in ("text", "images"))
         yield f"| {label} | {than} | {answers} |"
-    yield from (f"| {LABELS[x]} | {answer(powers, x)} |" for x, _ in STUDIES[powers].questions)
+    yield from (f"| {LABELS[x]} | {answer(powers, x)} |" for x in EARLIER[powers])
     others = {"lam 1": "NaLa, λ = 1", "split": "NaLa with the sign split"}
     for name in ("lam 1", "no query norm", "split", *OTHERS):
         usual = losses(name, name + BARE, powers if name == "lam 1" else "text")

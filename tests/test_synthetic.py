@@ -8,12 +8,6 @@ import torch
 from nala_min import data, synthetic
 
 
-def test_the_manual_is_a_long_text_of_many_topics():
-    text = synthetic.python_manual()
-    assert text.startswith('The "assert" statement\n***') and '\nThe "yield" statement\n' in text
-    assert len(text) > 400_000
-
-
 def test_digits_are_tested_in_fonts_that_are_not_trained_on(monkeypatch):
     monkeypatch.setattr(data, "drawn_digits", drawn := Mock())
     digits = data.drawn_images()

@@ -69,7 +69,9 @@ def test_a_recipe_without_sense_is_refused():
     good = {"steps": 1, "learning_rate": 0.0, "muon": 0.0, "warmup": 0, "weight_decay": 0.0}
     Recipe(**good, clip=0.0, eval_every=1)
     wrong = {"clip": -1.0, "warmup": -1, "eval_every": 0, "steps": 0, "schedule": "step"}
-    for name, value in (wrong | {"learning_rate": math.nan, "muon": -0.1}).items():
+    wrong |= {"learning_rate": math.nan, "muon": -0.1, "beta2": 1.0, "bfloat16": "no"}
+    more = ("steps", 3.5), ("steps", True), ("eval_every", np.int64(0)), ("clip", math.inf)
+    for name, value in (*wrong.items(), *more, ("schedule", ["linear"]), ("seed", None)):
         with pytest.raises(ValueError, match=f"^{name} must be "):
             Recipe(**good | {name: value})
 

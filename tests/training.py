@@ -12,7 +12,9 @@ from nala_min.runcard import code_sha256
 from nala_min.train import Recipe, fit
 
 EXTRA = {"attention": "nala", "dim": 16, "text": "märchen.txt"}
-SAVED = EXTRA | {"code": {"name": "nala_min", "sha256": code_sha256()}}
+RECIPE = Recipe(steps=7, learning_rate=0.01, warmup=2, eval_every=3)
+CODE = {"code": {"name": "nala_min", "sha256": code_sha256()}}
+SAVED = EXTRA | CODE | {f"recipe.{x}": y for x, y in vars(RECIPE).items() if x != "bfloat16"}
 SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
 
 
@@ -49,8 +51,7 @@ def evaluate(model):
 def train_small(model, path, recipe=None, **options):
     """fit with the functions above, unless options replace them: points at steps 3, 6 and 7."""
     options = dict(batch=batch, loss=loss, evaluate=evaluate, extra=EXTRA) | options
-    recipe = recipe or Recipe(steps=7, learning_rate=0.01, warmup=2, eval_every=3)
-    return fit(model, recipe, checkpoint=path, **options)
+    return fit(model, recipe or RECIPE, checkpoint=path, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -282,7 +282,7 @@ class Text(Task):
         return {"validation loss": measure.validation_loss(model, validation, self.block)}
 
 
-_images = cache(data.load_images)
+_images = cache(lambda folder: data.load_images(folder))
 
 
 @dataclass(frozen=True)
@@ -297,20 +297,20 @@ class Pictures(Task):
     loss = staticmethod(measure.smoothed_loss)
 
     def data_info(self) -> dict[str, str]:
-        images = _images("cifar10", self.folder)
+        images = _images(self.folder)
         return {"name": images.name, "sha256": images.sha256}
 
     def build(self, attention: str, heads: float) -> NaLaViT:
         return NaLaViT(self.config(attention, heads)).to(memory_format=torch.channels_last)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        images = _images("cifar10", self.folder)
+        images = _images(self.folder)
         inputs, labels = data.shuffled_batch(*images.train, self.images, seed, step)
         inputs = data.augment(inputs, seed, step, shift=0, mirror=images.mirror)
         return data.normalise(inputs), labels
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        images, labels = _images("cifar10", self.folder).test
+        images, labels = _images(self.folder).test
         found = measure.score(measure.classify(model, images), labels)
         return {name.replace("_", " "): value for name, value in found.items()}
 
@@ -341,12 +341,6 @@ OTHERS = ("softmax", "elu", "elu, same state", "relu", "relu, same state", "spli
 OTHERS += ("no query norm", "no cosine map, same state")
 QUESTIONS = (*((name, "nala") for name in OTHERS), ("softmax, one norm", "softmax"))
 COMPARED = ("nala", *OTHERS, "softmax, one norm")
-# Added later: is it the power that holds NaLa back on text?
-POWERS = ("lam 1", "lam 2", "lam 1 of queries", "lam 1 of keys")
-# Does the convolution, which shows each token its neighbours, hide a difference? All pairs but
-# softmax's were added after its result was known.
-KERNELS = ("softmax", "elu", "relu", "split", "lam 1", "no query norm")
-BARE = tuple(f"{name}, no convolution" for name in KERNELS)
 
 RECALL = Recall(steps=500, learning_rate=5e-3, muon=0.02)
 SHARPNESS = Sharpness(steps=1500, learning_rate=1e-2)
@@ -360,8 +354,4 @@ STUDIES: dict[str, Study] = {
     "sharpness-all": Study(replace(SHARPNESS, of=16), 300, 5, VARIANTS),
     "text": Study(TEXT, 40, 8, COMPARED, QUESTIONS),
     "images": Study(PICTURES, 40, 5, COMPARED, QUESTIONS),
-    "text-powers": Study(TEXT, 40, 8, ("nala", *POWERS), tuple((x, "nala") for x in POWERS)),
-    "text-convolution": Study(
-        TEXT, 40, 8, ("no convolution", *BARE), tuple((x, "no convolution") for x in BARE)
-    ),
 }
