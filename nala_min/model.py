@@ -264,8 +264,8 @@ def entropy(weights: Tensor) -> Tensor:
 
 # --- 6. The gated block ---------------------------------------------------------------------------
 
-# The choices for --attention: functions (q, k, v, *, causal, state, return_state), or classes. A
-# class is instantiated once per block, with the config, and may have parameters.
+# The choices for --attention: functions (q, k, v, *, causal, state, return_state), or classes, made
+# once per block with the config. With takes_input, they get the block's input x (B, N, E) as well.
 ATTENTIONS: dict[str, Callable] = {"nala": nala_attention, "softmax": softmax_attention} | {
     name: partial(nala_attention, feature_map=name) for name in ("split", "elu", "relu")
 }
@@ -292,8 +292,7 @@ class Config:
         require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
         require(self.dim % self.num_heads == 0, "dim", f"divisible by {self.num_heads}", self.dim)
         ok = set(self.attentions) <= {*ATTENTIONS} and len(self.attentions) == self.num_layers
-        must_be = f"1 or {self.num_layers} of {', '.join(ATTENTIONS)}"
-        require(ok, "attention", must_be, self.attention)
+        require(ok, "attention", f"1 or {self.num_layers} of {[*ATTENTIONS]}", self.attention)
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -336,7 +335,8 @@ class GatedAttention(nn.Module):
         q, k, v, gate = self.project(x).chunk(4, dim=-1)  # (..., E)
         local, past_v = self.local(v, state[1])  # (..., E), (B, W - 1, E)
         q, k, v = (self.split_heads(y) for y in (q, k, v))  # (B, H, N, D)
-        o, past = self.attend(q, k, v, causal=self.causal, state=state[0], return_state=True)
+        own = {"x": x.flatten(1, -2)} if getattr(self.attend, "takes_input", False) else {}
+        o, past = self.attend(q, k, v, causal=self.causal, state=state[0], return_state=True, **own)
         o = o.transpose(1, 2).reshape(x.shape)  # (..., E)
         return self.out(self.norm(o + local) * F.silu(gate)), (past, past_v)  # (..., E)
 

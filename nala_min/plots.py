@@ -27,46 +27,30 @@ STYLES = {
     "relu": {"label": "linear, ReLU", "color": GREEN, "linestyle": ":"},
 }
 # The styles of a study's variants. In dot plots, all others are grey.
-VARIANT_STYLES = {
-    "softmax": STYLES["softmax"],
-    "nala": STYLES["nala"],
+VARIANT_STYLES = {"softmax": STYLES["softmax"], "nala": STYLES["nala"]} | {
     "no query norm": {"color": YELLOW, "linestyle": "-"},
     "no cosine map, same state": {"color": YELLOW, "linestyle": ":"},
-    "elu, same state": STYLES["elu"],
-    "relu, same state": STYLES["relu"],
+    **{f"{name}, same state": STYLES[name] for name in ("elu", "relu")},
 }
 DISPLAY_NAMES = {name: style["label"] for name, style in STYLES.items()} | {
-    "focused": "FLatten",
-    "polar": "PolaFormer",
-    "magnitude-aware": "MALA",
-    "hedgehog": "Hedgehog",
-    "injective": "InLine",
-    "delta": "DeltaNet",
-    "no query norm": "NaLa, no query norm",
-    "no cosine map": "NaLa, ReLU instead of cosines",
-    "tanh(norm/s)": "NaLa, tanh(norm/s)",
-    "error of one": "squared error, one item",
-    "error of many": "squared error, mean",
-    **{f"lam {lam}": f"NaLa, λ = {lam}" for lam in (1, 2, 4)},
+    "focused": "FLatten", "polar": "PolaFormer", "magnitude-aware": "MALA", "hedgehog": "Hedgehog",
+    "injective": "InLine", "delta": "DeltaNet", "nala-delta": "NaLa + DeltaNet",
+    "gated-delta": "Gated DeltaNet", "nala-gated-delta": "NaLa + Gated DeltaNet",
+    "no query norm": "NaLa, no query norm", "no cosine map": "NaLa, ReLU instead of cosines",
+    "constant power": "NaLa, constant power", "tanh(norm/s)": "NaLa, tanh(norm/s)",
+    "error of one": "squared error, one item", "error of many": "squared error, mean",
+    **{f"lam {x}": f"NaLa, λ = {x}" for x in (1, 2, 4)},
     **{f"lam 1 of {what}": f"NaLa, λ = 1 for {what}" for what in ("queries", "keys")},
-    **{f"tau {tau}": f"NaLa, τ = {tau}" for tau in (0, 1)},
-    "alpha 2": "NaLa, α = 2",  # noqa: RUF001
-}
+    **{f"tau {x}": f"NaLa, τ = {x}" for x in (0, 1)},
+    **{f"alpha {x}": f"NaLa, α = {x}" for x in (1, 2, 5)},  # noqa: RUF001
+}  # fmt: skip
 RC_PARAMS = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
+    "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2,
     "axes.prop_cycle": matplotlib.cycler(color=[ORANGE, BLUE, GREEN, PURPLE, YELLOW, BLACK]),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.use": True,
-    "figure.titlesize": "medium",
-    "grid.alpha": 0.3,
-    "image.cmap": "cividis",
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-    "savefig.dpi": 150,
-}
+    "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True, "figure.titlesize": "medium", "image.cmap": "cividis",
+    "legend.frameon": False, "savefig.dpi": 150,
+}  # fmt: skip
 _styled = matplotlib.style.context(["default", RC_PARAMS])  # whatever the user's own settings are
 
 

@@ -130,7 +130,6 @@ def injective(
     q, k, v = (at_least_float32(x) for x in (q, k, v))
     values = F.pad(v, (0, 1), value=1.0)  # (B, H, N, M + 1)
     zeros = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1)
-    # Sums of k^T [v 1] and of v; number of tokens read.
     sums, value_sum, position = state or (zeros, 0.0, 0)
     if causal:
         total, sums = chunked(q, k, values, sums)  # (B, H, N, M + 1), (B, H, D, M + 1)
@@ -145,31 +144,77 @@ def injective(
     return (out.to(dtype), state) if return_state else out.to(dtype)
 
 
-class Delta(nn.Module):
-    """DeltaNet (arXiv 2406.06484): before a key's value is written, a share beta of its old value
-    is erased from the state. S_t = S_{t-1} + beta k_t^T (v_t - k_t S_{t-1}), o_t = q_t S_t, with
-    the directions of SiLU(q) and SiLU(k). Each head learns one beta; DeltaNet computes it from the
-    token. This loops over tokens, so use it for short texts. For images, all patches are written
-    before any is read."""
+class DeltaRule(nn.Module):
+    """DeltaNet (arXiv 2406.06484): before a token's value is written, a share of what its key reads
+    is erased. This share, and Gated DeltaNet's (arXiv 2412.06464) decay, depend on the token x.
+    Features are SiLU's, of length 1; in the paper's language model (section 4.4) NaLa's. Nothing is
+    divided: the query norm acts through the power alone. Images: all is written, then read."""
+
+    takes_input, features, decays = True, (F.silu, F.silu), False
 
     def __init__(self, config: Config):
         super().__init__()
-        self.share = nn.Parameter(torch.zeros(config.num_heads))  # beta before the sigmoid
+        size = config.num_heads, config.dim
+        self.share = nn.Parameter(torch.zeros(size))  # initially half
+        if self.decays:  # a token's decay is exp(-rate softplus(dt x + bias))
+            spread = (torch.arange(config.num_heads) + 0.5) / config.num_heads
+            self.dt = nn.Parameter(torch.zeros(size))
+            self.bias = nn.Parameter((0.001 * 100**spread).expm1().log())
+            self.log_rate = nn.Parameter((16 * spread).log())
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal, state=None, return_state=False):
+    def forward(self, q, k, v, *, x, causal, state=None, return_state=False):
         check_inputs(q, k, v, causal, None)
         dtype = v.dtype
-        q, k, v = (at_least_float32(x) for x in (q, k, v))
-        q, k = (decompose(F.silu(x))[1] for x in (q, k))  # (B, H, N, D)
-        beta = torch.sigmoid(self.share)[:, None, None]
-        if state is None:
-            state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
-        outputs = []
-        for q_t, k_t, v_t in zip(*(x.split(1, dim=2) for x in (q, k, v)), strict=True):
-            state = state + k_t.mT @ (beta * (v_t - k_t @ state))  # (B, H, D, M)
-            outputs.append(q_t @ state)
-        out = (torch.cat(outputs, dim=2) if causal else q @ state).to(dtype)  # (B, H, N, M)
-        return (out, state if causal else None) if return_state else out
+        with torch.autocast("cpu" if v.is_meta else v.device.type, enabled=False):
+            q, k, v, x = (at_least_float32(y) for y in (q, k, v, x))
+            q, k = (decompose(phi(y))[1] for phi, y in zip(self.features, (q, k), strict=True))
+            share = F.linear(x, self.share).sigmoid().mT  # (B, H, N)
+            log_decay = torch.zeros_like(share)
+            if self.decays:
+                dt = F.softplus(F.linear(x, self.dt, self.bias))  # (B, N, H)
+                log_decay = -(self.log_rate.exp() * dt).mT
+            if state is None:
+                state = v.new_zeros(*v.shape[:2], k.shape[3], v.shape[3])
+            o, state = delta_rule(q, k, v, share, log_decay, state)
+            o = (o if causal else q @ state).to(dtype)  # (B, H, N, M)
+        return (o, state if causal else None) if return_state else o
+
+
+NALA = {"features": (query_features, key_features)}
+NaLaDelta = type("NaLaDelta", (DeltaRule,), NALA)
+GatedDelta = type("GatedDelta", (DeltaRule,), {"decays": True})
+NaLaGatedDelta = type("NaLaGatedDelta", (GatedDelta,), NALA)
+
+
+def delta_rule(q, k, v, share, log_decay, state, chunk_size=32):
+    """S_t = a_t S_{t-1} + k_t^T u_t, u_t = b_t (v_t - a_t k_t S_{t-1}), o_t = q_t S_t, in chunks.
+
+    q, k: (B, H, N, F), v: (B, H, N, M), share b and log_decay log(a): (B, H, N), state S: (B, H, F,
+    M). Returns o (B, H, N, M) and the last state. In a chunk that begins with S_0, let A_t be the
+    product of its decays up to t. Then u_t + b_t sum_{i<t} A_t / A_i (k_t k_i) u_i = b_t (v_t -
+    A_t k_t S_0): solved in all chunks at once, up to the part linear in S_0, which a loop adds.
+    """
+    num_tokens, chunk_size = q.shape[2], min(chunk_size, q.shape[2])
+    padding = -num_tokens % chunk_size  # with share 0: nothing is written
+    q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+    q, k, v = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v))  # (B, H, T, C, .)
+    share, log_decay = (F.pad(x, (0, padding)) for x in (share, log_decay))
+    share, log_decay = (x.unflatten(2, (-1, chunk_size)) for x in (share, log_decay))
+    log_a = log_decay.cumsum(-1)[..., None]  # log A_t: (B, H, T, C, 1)
+    a, share = log_a.exp(), share[..., None]
+    ratio = (log_a - log_a.mT).tril().exp().tril()  # A_t / A_i for i <= t: (B, H, T, C, C)
+    system = (share * ratio * (k @ k.mT)).tril(-1) + torch.eye(chunk_size).to(q)
+    both = share * torch.cat([v, a * k], dim=-1)  # (B, H, T, C, M + F)
+    both = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True)
+    alone, per_state = both.split([v.shape[-1], k.shape[-1]], dim=-1)  # u = alone - per_state S_0
+    scores = ratio * (q @ k.mT)  # (B, H, T, C, C)
+    q, last = a * q, (log_a[..., -1:, :] - log_a).exp() * k  # A_t q_t and A_C / A_t k_t
+    outputs, end = [], a[..., -1:, :]
+    for t in range(q.shape[2]):
+        u = alone[:, :, t] - per_state[:, :, t] @ state  # (B, H, C, M)
+        outputs.append(q[:, :, t] @ state + scores[:, :, t] @ u)
+        state = end[:, :, t] * state + last[:, :, t].mT @ u
+    return torch.cat(outputs, dim=2)[:, :, :num_tokens], state
 
 
 def with_features(query_map: Callable, key_map: Callable) -> Callable:
@@ -183,7 +228,8 @@ ATTENTIONS["polar"] = Polar
 ATTENTIONS["magnitude-aware"] = magnitude_aware
 ATTENTIONS["hedgehog"] = with_features(softmax_features, softmax_features)
 ATTENTIONS["injective"] = injective
-ATTENTIONS["delta"] = Delta
+ATTENTIONS |= {"delta": DeltaRule, "nala-delta": NaLaDelta}
+ATTENTIONS |= {"gated-delta": GatedDelta, "nala-gated-delta": NaLaGatedDelta}
 
 # --- Rotary positions, as the released code has them ----------------------------------------------
 
@@ -234,12 +280,10 @@ def register(path: str | os.PathLike, dim: int, *, causal: bool) -> str:
 
     The file defines query_features(q) and key_features(k), (..., D) to non-negative (..., F), for
     linear_attention; or attention(q, k, v, *, causal, state=None, return_state=False), which takes
-    and returns the same as nala_attention, with any object as its state. A class is made once per
-    block, with the config; only there, parameters are trained. The file is executed like any Python
-    script, from a fixed seed, and tried on a few tokens of dim channels.
-
-    Raises ValueError, in one line, if the file cannot be run, or its functions are wrong.
-    """
+    and returns the same as nala_attention, with any object as its state; or such an nn.Module, made
+    once per block with the config. Only a module's parameters are trained. The file is executed
+    like any Python script, from a fixed seed, and tried on a few tokens of dim channels. Raises
+    ValueError, in one line, if the file cannot be run, or its functions are wrong."""
     path = os.fspath(path)
     folder = str(Path(path).absolute().parent)
     numbers = np.random.get_state(), random.getstate()  # noqa: NPY002, the file may draw from them
@@ -300,6 +344,8 @@ def _attention_of(module: ModuleType, dim: int, causal: bool) -> Callable:
         require(issubclass(found, nn.Module), "attention", "a function or an nn.Module", found)
         attend = found(Config(num_heads=3, dim=3 * dim)).eval()
     run = partial(_unchanged, attend, "attention", causal=causal, return_state=True)
+    if getattr(attend, "takes_input", False):
+        plain, run = run, lambda q, *kv, **y: plain(q, *kv, x=q.transpose(1, 2).flatten(2), **y)
     result = run(q, k, v)
     is_pair = isinstance(result, tuple) and len(result) == 2
     require(is_pair, "attention's result", "output and state with return_state=True", type(result))

@@ -12,8 +12,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,11 +22,6 @@ import torch
 
 from nala_min import distributed
 from nala_min.flags import UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"  # the committed run cards
 
@@ -112,19 +106,16 @@ def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Inside the block, any other that names this folder raises UsageError. Not on Windows."""
-    file = os.open(folder, os.O_RDONLY) if fcntl else os.open(os.devnull, os.O_RDONLY)
+def lock(folder: Path) -> int:
+    """A file descriptor that locks folder until it is closed. Raises UsageError if it is locked."""
+    import fcntl  # not on Windows
+
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(f"another run trains in {folder}: use another --out") from error
-    else:
-        yield
-    finally:
-        os.close(file)
+    return descriptor
 
 
 def write_atomically(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import random
 import statistics
 import sys
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from nala_min import distributed, relatives
 from nala_min.flags import UsageError, flag, interrupts
 from nala_min.model import ATTENTIONS, Config, in_mode
-from nala_min.runcard import check_writable, code_sha256, only_writer, to_plain, write_atomically
+from nala_min.runcard import check_writable, code_sha256, lock, to_plain, write_atomically
 
 FORMAT = 6  # version of checkpoints: incremented when a model, or what Run saves, changes
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -43,7 +44,6 @@ class Settings:
     NAME: ClassVar[str] = ""  # starts the name of the run's folder
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     CAUSAL: ClassVar[bool] = True  # whether a token sees only the past
-    READS: ClassVar[tuple[str, ...]] = ("sample", "eval", "predict")  # use a run, and train none
 
     preset: str | None = flag(None, "size, recipe (default: gpu on CUDA, else cpu)", ("cpu", "gpu"))
     attention: str = flag("nala", "a name or your own FILE.py, or one per block: nala,softmax")
@@ -80,7 +80,8 @@ class Settings:
         names = self.attention.split(",")  # one, or one per block
         try:
             dim, files = max(1, self.dim // self.heads), filter(relatives.is_file, names)
-            if any(getattr(self, x, None) not in (None, False) for x in self.READS):
+            reads = (getattr(self, x, None) for x in ("sample", "eval", "predict"))
+            if any(x not in (None, False) for x in reads):  # an earlier run, of other sizes
                 self.attention_sha256 = {name: relatives.files_of(name)[0] for name in files}
             else:
                 register = partial(relatives.register, dim=dim, causal=self.CAUSAL)
@@ -272,14 +273,10 @@ def load_checkpoint(path: Path, *names: str) -> dict[str, Any]:
     return saved
 
 
-def is_file(x: Any) -> bool:
-    """Whether a value in extra describes a file, by its name and SHA-256."""
-    return isinstance(x, dict) and {"name", "sha256"} <= x.keys()
-
-
 def _identity(extra: dict[str, Any]) -> dict[str, Any]:
     """extra, with the SHA-256 of each file in place of its name: files may be renamed."""
-    data = {n: x["sha256"] for n, x in extra.items() if is_file(x)}
+    files = {n: x for n, x in extra.items() if isinstance(x, dict) and {"name", "sha256"} <= {*x}}
+    data = {name: x["sha256"] for name, x in files.items()}
     digests = extra.get("attention_sha256", {})
     names = [digests.get(name, name) for name in str(extra.get("attention")).split(",")]
     return extra | data | {"attention": names, "attention_sha256": None}
@@ -310,7 +307,8 @@ class Run:
         for name in extras[0] | extras[1]:
             if repr(before.get(name)) != repr(now.get(name)):  # NaN equals itself
                 values = (extra.get(name) for extra in extras)
-                old, new = (x["name"] if is_file(x) else f"{x}"[:99] for x in values)
+                named = (x.get("name", x) if isinstance(x, dict) else x for x in values)
+                old, new = (f"{x}"[:99] for x in named)
                 change = f"{name} = {old}, " + (f"not {new}" if new != old else "since changed")
                 remedy = "use the same flags, move it aside, or use another --out"
                 raise UsageError(f"{self.path} was trained with {change}: {remedy}")
@@ -351,8 +349,7 @@ class Run:
             numbers = [*self.losses, *(x for point in self.history[-1:] for x in point.values())]
             numbers += [(0 * weight.detach()).sum() for weight in self.model.parameters()]
             if not all(map(math.isfinite, numbers)):
-                what = "the loss, a result of evaluate or a weight"
-                raise UsageError(f"{what} is not finite at step {self.step}: lower --lr?")
+                raise UsageError(f"a loss or weight is not finite at step {self.step}: lower --lr")
             state = {name: getattr(self, name) for name in ("step", "losses", "history", "extra")}
             state |= {"format": FORMAT, "seconds": time.perf_counter() - self.start}
             state["model"] = self.model.state_dict()
@@ -362,17 +359,11 @@ class Run:
 
 
 def fit(
-    model: nn.Module,
-    recipe: Recipe,
-    *,
-    batch: Callable[[int], tuple[Tensor, Tensor]],
+    model: nn.Module, recipe: Recipe, *, batch: Callable[[int], tuple[Tensor, Tensor]],
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    evaluate: Callable[[nn.Module], dict[str, float]],
-    checkpoint: Path | str,
-    extra: dict[str, Any],
-    resume: bool = False,
-    compile: bool = False,
-) -> tuple[list[dict[str, float]], float]:
+    evaluate: Callable[[nn.Module], dict[str, float]], checkpoint: Path | str,
+    extra: dict[str, Any], resume: bool = False, compile: bool = False,
+) -> tuple[list[dict[str, float]], float]:  # fmt: skip
     """Train model. Returns its curve, a dict per point, and the seconds spent.
 
     batch(step) returns inputs and targets; loss(model, inputs, targets) a scalar; evaluate(model)
@@ -395,8 +386,8 @@ def fit(
         stack.enter_context(interrupts(lambda number, frame: stops.append(number)))
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         run.begin(resume)
-        if rank == 0:
-            stack.enter_context(only_writer(run.path.parent))
+        if rank == 0 and sys.platform != "win32":
+            stack.callback(os.close, lock(run.path.parent))
         net = torch.compile(model) if compile else model
         if distributed.world_size() > 1:  # static: a parameter may be unused
             net = DistributedDataParallel(net, static_graph=True)

@@ -1,5 +1,4 @@
-"""Helpers that run the training scripts as a user would, without a network and on one thread, and
-that change PyTorch's defaults."""
+"""Helpers that run the scripts as a user would, offline and on one thread, or change defaults."""
 
 import io
 import itertools

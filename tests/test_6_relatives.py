@@ -1,11 +1,12 @@
-"""relatives.py: each attention equals its paper's sum over keys, in float64; the released
-code's rotary positions, (17); and your own file, as in the README, in a script and in a study."""
+"""relatives.py: each attention equals its paper's sum over keys, in float64; rotary positions (17);
+and your own file, as in the README, in a script and in a study."""
 
 import hashlib
 import math
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +17,27 @@ from scripts import assert_mistake, flags_of, run_here
 from torch.testing import assert_close
 
 import train_shakespeare
-from nala_min import ATTENTIONS, key_features, query_features, runcard, train
+from nala_min import ATTENTIONS, key_features, query_features, relatives, runcard, train
 from nala_min.model import Config, nala_attention
-from nala_min.relatives import register, rotary_attention, rotate
+from nala_min.relatives import register, rotary_attention
 
 B, H, N, D = 2, 3, 7, 4
-PARAMETERS = {"polar": "exponent", "delta": "share"}  # the others have none
+DELTAS = "delta", "nala-delta", "gated-delta", "nala-gated-delta"
 both = pytest.mark.parametrize("causal", [True, False])
 
 
-def attention(name):
-    """The attention called name, in float64. If it has a parameter, the values are random."""
+def attention(name, dtype=torch.float64):
+    """The attention called name, with random parameters. The input that it may take is q."""
     attend = ATTENTIONS[name]
-    if isinstance(attend, type):
-        attend = attend(Config(num_heads=H, dim=H * D)).double()
-        parameter = getattr(attend, PARAMETERS[name])
-        parameter.data = torch.randn_like(parameter)
-    return attend
+    if not isinstance(attend, type):
+        return attend
+    attend = attend(Config(num_heads=H, dim=H * D))
+    for parameter in attend.parameters():
+        parameter.data.normal_()
+    attend = attend.to(dtype)
+    if name not in DELTAS:
+        return attend
+    return lambda q, k, v, **options: attend(q, k, v, x=q.transpose(1, 2).flatten(2), **options)
 
 
 def qkv(num_tokens=N):
@@ -64,7 +69,7 @@ SCORES = {
     "magnitude-aware": lambda q, k: (F.elu(q) + 1) @ (F.elu(k) + 1).mT / math.sqrt(D),
     "injective": lambda q, k: q @ k.mT / math.sqrt(D),
 }
-NAMES = [*SCORES, *PARAMETERS]
+NAMES = [*SCORES, "polar", *DELTAS]
 
 
 def weights(scores, causal, name=""):
@@ -100,18 +105,50 @@ def test_polar_has_half_the_channels_for_equal_and_half_for_opposite_signs(causa
     assert_close(polar(q, k, v, causal=causal), want)
 
 
+def delta_loop(q, k, v, share, log_decay, state):
+    """The delta rule as it is defined, a token at a time."""
+    outputs = []
+    for t in range(q.shape[2]):
+        k_t, kept = k[:, :, t, :, None], log_decay[:, :, t, None, None].exp() * state
+        state = kept + k_t @ (share[:, :, t, None, None] * (v[:, :, t, None] - k_t.mT @ kept))
+        outputs.append(q[:, :, t, None] @ state)
+    return torch.cat(outputs, dim=2), state
+
+
+@pytest.mark.parametrize(("num_tokens", "chunk_size"), [(1, 32), (31, 32), (70, 32), (20, 7)])
+def test_chunks_give_the_delta_rule_with_gradients(num_tokens, chunk_size):
+    """Outputs and last state, from a first state. Even a decay that underflows is finite."""
+    (q, k, v), results = qkv(num_tokens), []
+    share, log_decay = torch.rand(2, B, H, num_tokens, dtype=torch.float64)
+    log_decay = torch.where(share < 0.1, -800.0, -log_decay)
+    tensors = q, F.normalize(k, dim=-1), v, share, log_decay, torch.randn(B, H, D, D).double()
+    tensors = [x.clone().requires_grad_() for x in tensors]
+    for rule in (partial(relatives.delta_rule, chunk_size=chunk_size), delta_loop):
+        out, state = rule(*tensors)
+        loss = out.cos().sum() + state.sin().sum()
+        results.append([out, state, *torch.autograd.grad(loss, tensors)])
+    assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
 @both
-def test_delta_corrects_its_state_at_each_key(causal):
-    delta, tensors = attention("delta"), qkv()
-    share, state, states = torch.sigmoid(delta.share.detach()), torch.zeros(B, H, D, D).double(), []
-    q, k = (F.normalize(F.silu(x), dim=-1) for x in tensors[:2])
-    for t in range(N):
-        error = tensors[2][:, :, t] - torch.einsum("bhd,bhdm->bhm", k[:, :, t], state)
-        state = state + torch.einsum("h,bhd,bhm->bhdm", share, k[:, :, t], error)
-        states.append(state)
-    states = states if causal else states[-1:] * N
-    want = torch.einsum("bhnd,nbhdm->bhnm", q, torch.stack(states))
-    assert_close(delta(*tensors, causal=causal), want)
+@pytest.mark.parametrize("name", DELTAS)
+def test_delta_attentions_have_features_of_length_1_and_shares_of_the_token(name, causal):
+    """The published models' SiLU, or NaLa's features (7) to (9) in its place."""
+    attend = ATTENTIONS[name](Config(num_heads=H, dim=H * D)).double()
+    (q, k, v), x = qkv(), torch.randn(B, N, H * D, dtype=torch.float64)
+    assert torch.equal(attend.share, torch.zeros(H, H * D))  # so all shares begin at 1/2
+    for parameter in attend.parameters():
+        parameter.data.normal_()
+    phi = (query_features, key_features) if "nala" in name else (F.silu, F.silu)
+    phi_q, phi_k = (F.normalize(f(y), dim=-1) for f, y in zip(phi, (q, k), strict=True))
+    share = torch.sigmoid(x @ attend.share.T).mT
+    log_decay = torch.zeros_like(share)
+    if "gated" in name:
+        log_decay = -attend.log_rate.exp()[:, None] * F.softplus(x @ attend.dt.T + attend.bias).mT
+    state = torch.zeros(B, H, phi_k.shape[-1], D, dtype=torch.float64)
+    want, state = delta_loop(phi_q, phi_k, v, share, log_decay, state)
+    want = want if causal else phi_q @ state
+    assert_close(attend(q, k, v, x=x, causal=causal), want)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,17 +174,11 @@ def test_a_text_may_be_cut_anywhere(name):
 @both
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_rounded_only_at_the_end(name, causal):
-    attend, tensors = attention(name), [x.bfloat16() for x in qkv()]
-    want = attend(*(x.double() for x in tensors), causal=causal)
-    attend = attend.float() if isinstance(attend, torch.nn.Module) else attend
-    assert_close(attend(*tensors, causal=causal), want.bfloat16(), rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize(("name", "shape"), [("polar", (2, 1, 4)), ("delta", (2,))])
-def test_parameters_begin_at_0_one_per_channel_or_head(name, shape):
-    """test_4_models.py trains them."""
-    parameter = getattr(ATTENTIONS[name](Config(num_heads=2, dim=8)), PARAMETERS[name])
-    assert parameter.shape == shape and (parameter == 0).all()
+    tensors, outs = [x.bfloat16() for x in qkv()], []
+    for inputs, dtype in ((tensors, torch.float32), ([x.double() for x in tensors], torch.float64)):
+        torch.manual_seed(0)  # the same parameters
+        outs.append(attention(name, dtype)(*inputs, causal=causal).bfloat16())
+    assert_close(*outs, rtol=0.02, atol=0.02)
 
 
 # --- Rotary positions, as in the released code ----------------------------------------------------
@@ -182,7 +213,6 @@ def test_rotary_turns_only_the_numerator(feature_map):
     want = turned(phi_q) @ turned(phi_k).mT @ v / mass.masked_fill(mass == 0, math.inf)
     got = rotary_attention(q, k, v, torch.arange(N)[:, None], feature_map)
     assert_close(got, want, rtol=1e-10, atol=1e-10)
-    assert rotate(torch.randn(3, 4), torch.rand(3, 2).double()).dtype == torch.float32
 
 
 # --- Your own file --------------------------------------------------------------------------------

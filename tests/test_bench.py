@@ -116,9 +116,6 @@ def test_the_crossover_is_where_nala_stays_at_least_as_fast(softmax, nala, lengt
     ]
     others = [rows[0] | {"causal": False}, rows[3] | {"causal": False, "median": 99}]
     assert bench.crossover(rows + others) == length
-    if length == 20:  # 2 s instead of 4 s, after 40 tokens
-        last = "40 forward + backward nala 2000.000 ms (1000.000 to 9000.000) 2.00 x 1.00 MiB"
-        assert bench.table(rows).splitlines()[-1].split() == last.split()
 
 
 def test_rows_name_the_mask_that_was_measured_and_flags_reach_all(tmp_path, monkeypatch):

@@ -304,14 +304,10 @@ def test_hints_come_one_by_one_and_unknown_names_are_errors(capsys):
     (first, second), last = HINTS["power_slope"], "There are no more hints for power_slope."
     lines = [f"Hint 1 of 2: {first}", f"Hint 2 of 2: {second}", last, last]
     assert capsys.readouterr().out.splitlines() == lines
-    for call, words in {
-        lambda: checks.hint("norm"): "must be one of entropy, ",
-        lambda: checks.check(read): "must be one of entropy, ",
-        lambda: checks.report(8): "lesson must be 1 to 7 or 'find_the_bug': 8",
-        lambda: checks.add_tests({"x": 1}): "must be named like an exercise",
-    }.items():
-        with pytest.raises(ValueError, match=words):
-            call()
+    wrong = (checks.hint, "norm"), (checks.check, read), (checks.report, 8), (checks.add_tests, {})
+    for function, argument in wrong:
+        with pytest.raises(ValueError, match="must be"):
+            function(argument)
 
 
 def test_a_check_works_under_any_defaults_and_restores_them():
@@ -345,7 +341,6 @@ def test_a_report_and_pytest_have_a_line_or_test_per_exercise(monkeypatch, capsy
         with pytest.raises(checks.Wrong) as error:
             file[f"test_{name}"]()
         assert str(error.value) == sentence and "a print" in capsys.readouterr().out
-    assert calls[2:] == [("mine.py", names)]  # once
 
 
 # --- A fresh process for each file ----------------------------------------------------------------

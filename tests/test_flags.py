@@ -133,8 +133,6 @@ def test_a_wrong_flag_is_one_line_that_names_it(settings, monkeypatch, capsys):
 def test_numbers_at_their_limits_are_accepted():
     run = toy("--steps=1 --lr=1e-9 --muon=0 --weight-decay=0 --dropout=0 --seed=0 --shift=0")
     assert (run.steps, run.lr, run.seed, run.shift) == (1, 1e-9, 0, 0)
-    run = toy("--steps=2147483647 --dropout=0.99 --seed=9223372036854775807 --heads=1 --dim=1")
-    assert (run.steps, run.seed) == (2**31 - 1, 2**63 - 1)
 
 
 def test_a_batch_is_divisible_by_the_processes(monkeypatch):

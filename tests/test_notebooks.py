@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from nbconvert import SlidesExporter
 from PIL import Image
 
 from nala_min import NaLaLM, entropy, plots
@@ -117,15 +116,6 @@ def test_the_first_cell_finds_the_project(tmp_path):
         command = [sys.executable, "-IS", "-c", code]
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
         assert (folder / found).samefile(home / "nala_min" / "__init__.py")
-
-
-@pytest.mark.slow
-def test_a_notebook_exports_to_slides_without_code():
-    cells = read(NOTEBOOKS[0]).cells
-    deck, _ = SlidesExporter(exclude_input=True).from_filename(str(NOTEBOOKS[0]))
-    assert "hosted notebook" not in deck
-    assert deck.count("<section>") >= sum(cell.source.startswith("#") for cell in cells) > 3
-    assert deck.count("<img") == sum(len(pictures(x)) for x in cells if x.cell_type == "code")
 
 
 # --- What the lessons share -----------------------------------------------------------------------

@@ -52,7 +52,6 @@ def test_its_table_agrees_with_the_run_cards():
 
 
 def test_its_sample_and_sentences_agree_with_the_run_cards():
-    """test_results.py holds the sentences of the results page to the cards."""
     (sample,) = re.findall(r"```text\n(.+?)\n```", README, re.DOTALL)
     assert sample in card("shakespeare_cpu_default")["results"]["sample"]
     for pattern in (r"With a small.+? everything\.", "On Sh.+? ReLU", r"In runs a.+? behind\."):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from training import noting
 
-from nala_min import distributed, runcard
+from nala_min import runcard
 from nala_min.flags import UsageError
 
 
@@ -33,10 +33,11 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")
 def test_a_folder_has_one_writer_at_a_time(tmp_path):
-    with runcard.only_writer(tmp_path), pytest.raises(UsageError, match="another run trains in"):
-        runcard.only_writer(tmp_path).__enter__()
-    with runcard.only_writer(tmp_path):
-        pass
+    descriptor = runcard.lock(tmp_path)
+    with pytest.raises(UsageError, match="another run trains in"):
+        runcard.lock(tmp_path)
+    os.close(descriptor)
+    os.close(runcard.lock(tmp_path))
 
 
 def test_json_takes_numpy_numbers_tensors_and_paths(tmp_path):
@@ -105,14 +106,3 @@ def test_a_run_knows_the_code_that_it_depends_on(tmp_path, monkeypatch):
         path.write_text(text + "\nx = 1\n", encoding="utf-8")
         assert hash_now() != before
         path.write_text(text, encoding="utf-8")
-
-
-def test_a_run_card_names_another_device_and_counts_processes(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    monkeypatch.setattr(platform, "processor", lambda: "arm")
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    for device, name in (("cuda:1", "card 1"), ("mps", "mps, arm")):
-        card = runcard.run_card({}, {}, torch.device(device), 1.0, {})
-        assert (card["hardware"]["device"], card["hardware"]["processes"]) == (name, 2)
-        assert card["command"] == "torchrun --nproc_per_node=2 train.py"

@@ -103,5 +103,4 @@ def test_every_shape_comment_is_true():
     model.record = record
     for run, sizes, attention, options in RUNS:
         run(model, sizes, attention, **options)
-    assert len(COMMENTS) > 40
-    assert reached == COMMENTS.keys()
+    assert reached == COMMENTS.keys() and len(reached) > 40

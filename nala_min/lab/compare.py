@@ -207,11 +207,6 @@ def table(rows: list[Row], result: str) -> str:
 # --- The program ----------------------------------------------------------------------------------
 
 
-def processors() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 @dataclass
 class Settings:
     """Compare attentions under the same conditions. By default: recall, sharpness and text."""
@@ -228,7 +223,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.workers is None:
-            self.workers = processors() if self.device == "cpu" else 1
+            linux = sys.platform == "linux"  # where a process may be held to some processors
+            cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+            self.workers = cores if self.device == "cpu" else 1
         for name, most in (("workers", 10_000), ("seeds", len(T_QUANTILES) + 1)):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:

@@ -42,15 +42,14 @@ def no_query_norm(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     return method.nala_attention(2.0**30 * q, k, v, **options)  # a power of 2 changes no direction
 
 
-for name in ("lam 1", "lam 2", "lam 4", "tau 0", "tau 1", "alpha 2"):
+for name in ("lam 1", "lam 2", "lam 4", "tau 0", "tau 1", "alpha 1", "alpha 2", "alpha 5"):
     option, value = name.split()
     ATTENTIONS[name] = partial(method.nala_attention, **{option: float(value)})
 maps = {"query_map": method.query_features, "key_map": method.key_features}
 for name, which in (("lam 1 of queries", "query_map"), ("lam 1 of keys", "key_map")):
     one = {which: partial(maps[which], lam=1.0)}
     ATTENTIONS[name] = partial(method.linear_attention, **maps | one)
-ATTENTIONS["no query norm"] = no_query_norm
-ATTENTIONS["no cosine map"] = ATTENTIONS["clipped"]
+ATTENTIONS |= {"no query norm": no_query_norm, "no cosine map": ATTENTIONS["clipped"]}
 ATTENTIONS["softmax, one norm"] = OneNorm
 
 
@@ -342,14 +341,20 @@ OTHERS += ("no query norm", "no cosine map, same state")
 QUESTIONS = (*((name, "nala") for name in OTHERS), ("softmax, one norm", "softmax"))
 COMPARED = ("nala", *OTHERS, "softmax, one norm")
 
-RECALL = Recall(steps=500, learning_rate=5e-3, muon=0.02)
-SHARPNESS = Sharpness(steps=1500, learning_rate=1e-2)
-# The scripts' recipes with fewer steps.
+# The paper's language model: do NaLa's features help where SiLU stands? And the angle as printed.
+RULES = [f"{x}{end}" for end in ("", ", no convolution") for x in ("delta", "gated-delta")]
+PAIRS = (*((x, f"nala-{x}") for x in RULES), ("delta, same state", "nala-delta"))
+DELTAS = tuple(dict.fromkeys(name for pair in PAIRS for name in pair))
+ANGLES = ("alpha 1", "alpha 5", "split")
+
+RECALL, SHARPNESS = Recall(500, 5e-3, 0.02), Sharpness(1500, 1e-2)
 TEXT = Text(1000, 4e-3, 0.02, 0.02, "linear")
 PICTURES = Pictures(500, 2e-3, 0.02, 0.02, "linear")
 
 STUDIES: dict[str, Study] = {
-    "recall": Study(RECALL, 60, 5, (*VARIANTS, "polar", "delta", "delta, same state")),
+    "recall": Study(RECALL, 60, 5, (*VARIANTS, "polar")),
+    "recall-delta": Study(RECALL, 60, 8, ("nala", "softmax", *DELTAS), PAIRS),
+    "recall-alpha": Study(RECALL, 60, 8, ("nala", *ANGLES), tuple((x, "nala") for x in ANGLES)),
     "sharpness": Study(SHARPNESS, 300, 5, VARIANTS),
     "sharpness-all": Study(replace(SHARPNESS, of=16), 300, 5, VARIANTS),
     "text": Study(TEXT, 40, 8, COMPARED, QUESTIONS),
