@@ -18,7 +18,6 @@ from nala_min.runcard import write_atomically
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#d55e00", "#0072b2", "#009e73"
 PURPLE, YELLOW, GREY = "#cc79a7", "#e69f00", "#666666"
 
-# The line style of each attention in every plot.
 STYLES = {
     "softmax": {"label": "softmax", "color": BLACK, "linestyle": "--"},
     "nala": {"label": "NaLa", "color": ORANGE, "linestyle": "-"},

@@ -203,7 +203,7 @@ def delta_rule(q, k, v, share, log_decay, state, chunk_size=32):
     log_a = log_decay.cumsum(-1)[..., None]  # log A_t: (B, H, T, C, 1)
     a, share = log_a.exp(), share[..., None]
     ratio = (log_a - log_a.mT).tril().exp().tril()  # A_t / A_i for i <= t: (B, H, T, C, C)
-    system = (share * ratio * (k @ k.mT)).tril(-1) + torch.eye(chunk_size).to(q)
+    system = share * ratio * (k @ k.mT)  # below its diagonal, which is taken for 1
     both = share * torch.cat([v, a * k], dim=-1)  # (B, H, T, C, M + F)
     both = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True)
     alone, per_state = both.split([v.shape[-1], k.shape[-1]], dim=-1)  # u = alone - per_state S_0

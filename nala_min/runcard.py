@@ -113,8 +113,9 @@ def lock(folder: Path) -> int:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(f"another run trains in {folder}: use another --out") from error
+    except OSError as error:  # a file system may have no locks
+        if isinstance(error, BlockingIOError):
+            raise UsageError(f"another run trains in {folder}: use another --out") from error
     return descriptor
 
 

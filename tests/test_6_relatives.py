@@ -137,6 +137,10 @@ def test_delta_attentions_have_features_of_length_1_and_shares_of_the_token(name
     attend = ATTENTIONS[name](Config(num_heads=H, dim=H * D)).double()
     (q, k, v), x = qkv(), torch.randn(B, N, H * D, dtype=torch.float64)
     assert torch.equal(attend.share, torch.zeros(H, H * D))  # so all shares begin at 1/2
+    if "gated" in name:  # and the decays of three heads at exp(-rate dt)
+        dt, rates = F.softplus(attend.bias) + attend.dt.sum(dim=1), attend.log_rate.exp()
+        want = [[0.00215443, 0.01, 0.0464159], [16 / 6, 16 / 2, 16 * 5 / 6]]
+        assert_close(torch.stack([dt, rates]), torch.tensor(want).double(), rtol=1e-5, atol=0)
     for parameter in attend.parameters():
         parameter.data.normal_()
     phi = (query_features, key_features) if "nala" in name else (F.silu, F.silu)
@@ -335,7 +339,9 @@ def test_a_neighbour_is_imported_and_is_a_part_of_the_file(folder):
     helper = folder / "sub" / "helper.py"
     drawn = "torch.randn(4, 9) + random.random() + numpy.random.rand()"
     helper.write_text(f"import numpy, random, torch\nP = {drawn}", encoding="utf-8")
-    source = "import sys\nfrom helper import P\ndef query_features(q): return (q @ P.to(q)).exp()\n"
+    source = (
+        "import sys\nfrom helper import P\ndef query_features(q): return (q @ P.to(q)).relu()\n"
+    )
     (folder / "sub" / "own.py").write_text(source + "key_features = query_features", "utf-8")
     digest, tensors = register("sub/own.py", D, causal=True), qkv()
     assert sys.modules["sys"] is sys

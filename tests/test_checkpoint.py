@@ -123,7 +123,6 @@ def test_a_checkpoint_is_written_before_the_first_step_and_around_each_evaluatio
 
 @pytest.mark.parametrize("failing", [3, 7])
 def test_a_failed_evaluation_costs_no_step_and_is_repeated(failing, path, whole):
-    """For a full disk, see test_runcard.py and test_faults.py."""
     fail = lambda model: 1 // (train.load_checkpoint(path)["step"] != failing)  # noqa: E731
     with pytest.raises(ZeroDivisionError):
         train_small(small_model(), path, evaluate=noting(fail, evaluate))

@@ -318,7 +318,6 @@ def test_a_study_writes_its_card_and_repeats_no_finished_run(tmp_path, monkeypat
 
 
 def test_a_run_is_repeated_only_if_task_data_or_code_have_changed(tmp_path, monkeypatch, trained):
-    """Contents count, names do not."""
     text, edited = 80 * "to be, or not to be: ", tmp_path / "edited.py"
     files = {"t.txt": text, "same.txt": text, "other.txt": text + "!", "mine.py": OWN}
     for name, content in files.items():

@@ -196,7 +196,6 @@ def assert_edited(module, causal=True, feature_map="cosine"):
 
 @pytest.mark.parametrize("name", fast.FUNCTIONS)
 def test_an_edited_model_has_correct_gradients(name):
-    """By finite differences."""
     feature_map = "split" if name == "sign_split" else "cosine"
     assert_edited(mutant(*EDITS[name]), name != "parallel", feature_map)
 

@@ -82,7 +82,6 @@ def small_vit():
 
 @pytest.mark.parametrize("make", [small_model, small_vit])
 def test_muon_takes_what_lies_between_embedding_and_head(make):
-    """Matrices and convolutions."""
     model, ends = make(), ("embed.weight", "head.weight")
     adam, muon = train.make_optimizers(model, Recipe(3, 0.25, muon=0.5))
     names = {weight: name for name, weight in model.named_parameters()}

@@ -57,7 +57,7 @@ ROOMS = {
     "model.py": ("1_equations 2_forms 3_safety 4_models arguments", 150),
     "fast.py": ("fast 2_forms 3_safety", 60),
     "relatives.py": ("6_relatives", 60),
-    "train.py": ("train checkpoint scripts", 60),
+    "train.py": ("train checkpoint flags scripts 6_relatives", 60),
     "flags.py, runcard.py, distributed.py": ("flags runcard distributed train checkpoint", 60),
     "data.py, synthetic.py": ("data synthetic", 60),
     "measure.py, plots.py": ("measure plots", 60),
