@@ -338,10 +338,8 @@ def test_a_neighbour_is_imported_and_is_a_part_of_the_file(folder):
     (folder / "sub").mkdir()
     helper = folder / "sub" / "helper.py"
     drawn = "torch.randn(4, 9) + random.random() + numpy.random.rand()"
-    helper.write_text(f"import numpy, random, torch\nP = {drawn}", encoding="utf-8")
-    source = (
-        "import sys\nfrom helper import P\ndef query_features(q): return (q @ P.to(q)).relu()\n"
-    )
+    helper.write_text(f"import numpy, random, sys, torch\nP = {drawn}", encoding="utf-8")
+    source = "from helper import P\ndef query_features(q): return (q @ P.to(q)).relu()\n"
     (folder / "sub" / "own.py").write_text(source + "key_features = query_features", "utf-8")
     digest, tensors = register("sub/own.py", D, causal=True), qkv()
     assert sys.modules["sys"] is sys

@@ -58,7 +58,7 @@ ROOMS = {
     "fast.py": ("fast 2_forms 3_safety", 60),
     "relatives.py": ("6_relatives", 60),
     "train.py": ("train checkpoint flags scripts 6_relatives", 60),
-    "flags.py, runcard.py, distributed.py": ("flags runcard distributed train checkpoint", 60),
+    "flags.py, runcard.py, distributed.py": ("flags runcard distributed train scripts", 60),
     "data.py, synthetic.py": ("data synthetic", 60),
     "measure.py, plots.py": ("measure plots", 60),
     "lab/": ("compare bench results", 60),
