@@ -216,9 +216,10 @@ def test_the_difference_is_paired_and_its_interval_is_student_s():
     found = compare.difference([1.0, 2.0, 4.0], [0.5, 1.6, 3.9])  # 0.5, 0.4 and 0.1
     assert found == pytest.approx((1 / 3, 4.303 * 0.2081666 / math.sqrt(3)))
     assert compare.difference([1.0], [2.0]) == (-1.0, math.inf)
-    for pairs, t in ((2, 12.706), (5, 2.776), (8, 2.365), (20, 2.093)):  # from a textbook
-        half = t * np.std(range(pairs), ddof=1) / math.sqrt(pairs)
-        assert compare.difference([*range(pairs)], pairs * [0])[1] == pytest.approx(half, rel=3e-4)
+    for pairs in range(2, 21):  # at the end of the interval, p is 0.05
+        values = [*range(pairs)]
+        t = compare.difference(values, pairs * [0])[1] / np.std(values, ddof=1) * math.sqrt(pairs)
+        assert compare.p_value(t, pairs) == pytest.approx(0.05, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -376,3 +377,11 @@ def test_an_ended_study_saves_its_runs_and_leaves_no_process(killed, tmp_path):
     assert process.returncode == code and words in printed and "Traceback" not in printed, printed
     steps = [train.load_checkpoint(path)["step"] for path in saved]
     assert steps.count(0) <= (killed == "worker"), printed  # a killed worker saves nothing
+
+
+def test_flags_change_a_study():
+    study, settings = compare.configured_study, compare.Settings
+    quick = study(settings(quick=True), "recall")
+    assert (quick.seeds, quick.task.steps, study(settings(seeds=20), "recall").seeds) == (1, 60, 20)
+    assert study(settings(data=Path("a.txt")), "text").task.file == Path("a.txt")
+    assert study(settings(data_dir=Path("b")), "images").task.folder == Path("b")

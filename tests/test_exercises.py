@@ -126,6 +126,7 @@ entropy
     weights / torch.where(total > 0, total, 1.0) -> weights | divide by their sum
     weights / torch -> weights.div_(total) / torch | weights in place
     torch.where(total > 0, total, 1.0) -> (total + 1e-12) | 1e-20
+    torch.where(total > 0, total, 1.0) -> total | NaN at index (1,)
     .masked_fill(share == 0, 1.0) -> | NaN at index (0,) (weights of 0)
     .masked_fill(share == 0, 1.0) -> .add(1e-9) | nearly right
     .masked_fill(share == 0, 1.0) -> .clamp_min(1e-300) | In float32
@@ -197,7 +198,6 @@ cosine_features
     (math.pi / 4) * torch -> 45 * torch | 45 degrees are pi/4
     torch.tanh(alpha * direction) -> alpha * direction | expected almost 0
     angle.sin() -> angle.cos() | norm of the features
-    angle = (math.pi / 4) -> angle = math.pi / 4 + (math.pi / 4) | right
 sign_split
     (direction > 0) -> (direction >= 0) | direction 0
     < 0) -> > 0) | hold the positive
