@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from scripts import assert_mistake, flags_of, run_here
 from torch.testing import assert_close
 
+import train_cifar
 import train_shakespeare
 from nala_min import ATTENTIONS, key_features, query_features, relatives, runcard, train
 from nala_min.model import Config, nala_attention
@@ -331,6 +332,14 @@ def test_a_text_model_trains_with_it_and_samples_until_the_file_changes(folder):
     assert_mistake(run_text(folder, *mine, "--resume"), train_shakespeare, "since changed")
     (folder / "mine.py").unlink()
     assert_mistake(run_text(folder, *sample), train_shakespeare, "No such file")
+
+
+def test_one_block_of_an_image_model_may_use_it(folder):
+    settings = train_cifar.Settings(preset="cpu", attention="nala,mine.py", layers=2)
+    assert settings.out.name == "cifar_cpu_nala-mine_seed1_layers2"
+    first, second = train_cifar.build_model(settings.config() | {"classes": range(10)}).blocks
+    assert first.attention.attend is ATTENTIONS["nala"]
+    assert second.attention.attend is ATTENTIONS["mine.py"]
 
 
 def test_a_neighbour_is_imported_and_is_a_part_of_the_file(folder):

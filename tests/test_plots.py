@@ -124,27 +124,6 @@ def test_attention_maps_frame_the_query_and_show_its_weights():
     assert texts(bar.get_yticklabels()) == ["1/16", "1/4", "1", "4", "16"]
 
 
-def test_attention_stats_show_medians_the_middle_90_percent_and_limits():
-    """tanh varies for norms up to 2. Powers lie between 1.5 and 4.5, entropies below log 64."""
-    nala = {"query_norm": [1, 2, 3, 4, 6], "power": [2, 2, 3, 4, 4], "entropy": [0, 1, 2, 3, 4]}
-    softmax = {"query_norm": [2, 3, 4, 5, 9], "entropy": [1, 1, 1, 1, 1]}
-    norm, power, entropies = axes_of(plots.attention_stats([nala] * 2, [softmax] * 2, 64))
-    found = []
-    for bar in (*norm.containers, *power.containers, *entropies.containers):
-        dot, _, (bars,) = bar
-        assert [round(x) for x in dot.get_xdata()] == [1, 2] == list(bar[0].axes.get_xticks())
-        found.append((dot.get_color(), dot.get_ydata()[0], *bars.get_segments()[1][:, 1]))
-    nala, softmax = [(ORANGE, 3, 1, 6), (BLACK, 4, 2, 9)], [(ORANGE, 2, 0, 4), (BLACK, 1, 1, 1)]
-    assert found == [*nala, (ORANGE, 3, 2, 4), *softmax]
-    assert texts(power.get_legend().get_texts()) == ["NaLa", "softmax"]
-    assert norm.get_xlabel() == "block" and "norm" in norm.get_ylabel()
-    dotted = [line.get_ydata()[0] for line in power.lines if line.get_linestyle() == ":"]
-    assert dotted == [1.5, 4.5] == [text.xy[1] for text in power.texts]
-    assert texts(entropies.texts) == ["uniform over 64 keys: 4.16"]
-    box = norm.patches[0].get_window_extent().transformed(norm.transData.inverted())
-    assert (box.y0, box.y1) == (pytest.approx(0, abs=1e-9), pytest.approx(2))
-
-
 if __name__ == "__main__":  # draw those in pictures/ anew
     for name in {*DRAWN} - {path.stem for path in runcard.RESULTS.glob("*.png")}:
         plots.write(DRAWN[name](), path := PICTURES / f"{name}.png")

@@ -338,6 +338,18 @@ def test_the_accuracy_is_that_of_the_test_images(finished):
     assert torch.equal(finished.shown[0], finished.test[0][:4]) and finished.shown[2] == "NaLa"
 
 
+def test_the_three_most_confused_pairs_are_printed(monkeypatch, capsys):
+    """In either direction: a cat for a dog counts like a dog for a cat."""
+    pairs = [(3, 5)] * 2 + [(5, 3)] * 2 + [(0, 8)] * 3 + [(9, 1), (7, 4)] + [(2, 2)] * 9
+    true, predicted = torch.tensor(pairs).T
+    monkeypatch.setattr(measure, "classify", lambda *_: torch.eye(10)[predicted])
+    train_cifar.test(None, data.Images("noise", CLASSES, None, (None, true), mirror=True))
+    assert capsys.readouterr().out == (
+        "Test accuracy 50.00%, loss 1.9612, on 18 images of noise. Most often confused:\n"
+        "  cat and dog: 4 times\n  airplane and ship: 3 times\n  automobile and truck: 1 times\n"
+    )
+
+
 def test_the_loss_of_images_is_smoothed_by_a_tenth(folder):
     """-log(0.9526) = 0.0486 for the right one of two classes, 3.0486 for the other."""
     loss = handed_to_fit(train_cifar, folder, flags(train_cifar)).loss

@@ -63,8 +63,8 @@ ROOMS = {
     "measure.py, plots.py": ("measure plots", 60),
     "lab/": ("compare bench results", 60),
     "course/": ("exercises notebooks", 60),
-    "train_cifar.py": ("scripts", 60),
-    "train_shakespeare.py": ("scripts", 60),
+    "train_cifar.py": ("scripts results 6_relatives", 60),
+    "train_shakespeare.py": ("scripts results 6_relatives", 60),
 }
 
 # Mutants that behave like the original: {key, as printed for a survivor: reason}.
