@@ -87,7 +87,7 @@ class Settings:
                 register = partial(relatives.register, dim=dim, causal=self.CAUSAL)
                 self.attention_sha256 = {name: register(name) for name in files}
                 Config(**block_options(self.config()))
-        except ValueError as error:
+        except (ValueError, OSError, SyntaxError) as error:
             raise UsageError(f"--attention, --layers, --heads, --dim: {error}") from error
         parts = [self.NAME, self.preset, "-".join(Path(name).stem for name in names)]
         if (data := getattr(self, "data", None)) != getattr(type(self), "data", None):

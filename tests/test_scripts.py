@@ -218,7 +218,7 @@ MISTAKES = [  # flags, and what the message names
     (train_shakespeare, ["--block", len(TEXT) - CUT], "--data text.txt"),
     (train_shakespeare, ["--prompt", "ß"], "--prompt"),
     (train_shakespeare, [*OF_TEXT, "--sample", 5, "--prompt", "ß"], "--prompt"),
-    (train_shakespeare, [*OF_TEXT, "--sample", 0], "--sample"),
+    (train_shakespeare, [*OF_TEXT, "--sample", 5, "--attention", "no.py"], "no.py"),
     (train_shakespeare, [*OF_IMAGES, "--sample", 5], "train_cifar"),
     (train_cifar, ["--data-dir", "nowhere"], "--data-dir"),
     (train_cifar, ["--data-dir", "truncated"], "data_batch_5.bin"),
