@@ -83,7 +83,11 @@ def committed(name):
 def test_a_picture_shows_its_card(name, tmp_path):
     """Those in pictures/ are a third as large. Other versions of matplotlib draw other letters."""
     plots.write(DRAWN[name](), tmp_path / "new.png")
-    new, old = Image.open(tmp_path / "new.png"), Image.open(committed(name))
+    new, path = Image.open(tmp_path / "new.png"), committed(name)
+    if not path.exists():
+        new.convert("RGB").reduce(3).save(path)
+        pytest.fail(f"{path} was missing: look at the new one, and commit it")
+    old = Image.open(path)
     size, limit = (1, 1e-4) if matplotlib.__version__ == VERSION else (16, 0.02)
     small = new.convert("RGB").reduce(new.width // old.width)
     blocks = [np.asarray(x.convert("RGB").reduce(size)) / 255 for x in (small, old)]
@@ -122,9 +126,3 @@ def test_attention_maps_frame_the_query_and_show_its_weights():
         assert shown.get_clim() == (1 / 16, 16)  # the middle is 1: uniform attention
         assert panels[2 * i + 1].get_xlabel() == "effectively 4 of 15"
     assert texts(bar.get_yticklabels()) == ["1/16", "1/4", "1", "4", "16"]
-
-
-if __name__ == "__main__":  # draw those in pictures/ anew
-    for name in {*DRAWN} - {path.stem for path in runcard.RESULTS.glob("*.png")}:
-        plots.write(DRAWN[name](), path := PICTURES / f"{name}.png")
-        Image.open(path).convert("RGB").reduce(3).save(path)
