@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from training import batch, evaluate, loss, noting, small_model, train_small
 
-from nala_min import Config, NaLaViT, distributed, train
+from nala_min import distributed, train
 from nala_min.flags import UsageError
 from nala_min.train import Recipe
 
@@ -74,19 +74,6 @@ def test_a_recipe_without_sense_is_refused():
     for name, value in (*wrong.items(), *more, ("schedule", ["linear"]), ("seed", None)):
         with pytest.raises(ValueError, match=f"^{name} must be "):
             Recipe(**good | {name: value})
-
-
-def small_vit():
-    return NaLaViT(Config(num_layers=1, num_heads=2, dim=16))
-
-
-@pytest.mark.parametrize("make", [small_model, small_vit])
-def test_muon_takes_what_lies_between_embedding_and_head(make):
-    model, ends = make(), ("embed.weight", "head.weight")
-    adam, muon = train.make_optimizers(model, Recipe(3, 0.25, muon=0.5))
-    names = {weight: name for name, weight in model.named_parameters()}
-    hidden = [weight for weight, name in names.items() if weight.ndim > 1 and name not in ends]
-    assert {*muon.param_groups[0]["params"]} == {*hidden} and adam.defaults["fused"]
 
 
 def jordan(x):
