@@ -371,7 +371,7 @@ def test_an_ended_study_saves_its_runs_and_leaves_no_process(killed, tmp_path):
         is_worker = [b"spawn_main" in Path(f"/proc/{x}/cmdline").read_bytes() for x in children]
         pid = int(children[is_worker.index(True)])
     os.kill(pid, getattr(signal, killed, signal.SIGKILL))
-    printed = process.communicate(timeout=60)[0].decode()
+    printed = process.communicate(timeout=300)[0].decode()
     expected = {"SIGINT": (130, "interrupted"), "SIGKILL": (-9, "")}
     code, words = expected.get(killed, (1, "error: a worker was killed"))
     assert process.returncode == code and words in printed and "Traceback" not in printed, printed

@@ -390,13 +390,13 @@ def test_a_file_is_marked_as_python_runs_it(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_file_that_hangs_ends_or_floods_costs_no_more_than_its_mark(tmp_path, monkeypatch):
     """What it prints is not mistaken for a verdict. 9**9**9 keeps Python's lock."""
-    monkeypatch.setattr(checks, "TIME_LIMIT", 10)
+    monkeypatch.setattr(checks, "TIME_LIMIT", 30)
     monkeypatch.setattr(checks, "PRINT_LIMIT", 1e6)
     source = read(1, solved=True).replace("share = weights", "9**9**9\n    share = weights")
     source = source.replace("scores = q @ k.mT", 'print("right"), __import__("os")._exit(0)')
     verdicts, printed = mark(tmp_path, source)
     assert printed == "right\n" and verdicts["entropy_slope"] == "right"
-    assert "did not end within 10 s" in verdicts["entropy"]
+    assert "did not end within 30 s" in verdicts["entropy"]
     assert "exit code 0" in verdicts["softmax_weights"]
     for source, words in {
         "def entropy(weights:\n    pass": "SyntaxError in line 1",
