@@ -364,7 +364,7 @@ def test_an_ended_study_saves_its_runs_and_leaves_no_process(killed, tmp_path):
     )  # fmt: skip
     while len(saved := [*tmp_path.glob("*/*/checkpoint.pt")]) < 2 and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(0.3)
+    time.sleep(1)
     pid = process.pid
     if killed == "worker":
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
