@@ -354,6 +354,7 @@ PICTURES = Pictures(500, 2e-3, 0.02, 0.02, "linear")
 STUDIES: dict[str, Study] = {
     "recall": Study(RECALL, 60, 5, (*VARIANTS, "polar")),
     "recall-delta": Study(RECALL, 60, 8, ("nala", "softmax", *DELTAS), PAIRS),
+    "text-delta": Study(TEXT, 40, 8, DELTAS[:4], PAIRS[:2]),
     "recall-alpha": Study(RECALL, 60, 8, ("nala", *ANGLES), tuple((x, "nala") for x in ANGLES)),
     "sharpness": Study(SHARPNESS, 300, 5, VARIANTS),
     "sharpness-all": Study(replace(SHARPNESS, of=16), 300, 5, VARIANTS),
