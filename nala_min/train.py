@@ -185,11 +185,11 @@ class Recipe:
         for name, kind in ((item.name, item.type) for item in fields(self)):
             x, least = getattr(self, name), int(name in ("steps", "eval_every"))
             number = isinstance(x, Integral if kind == "int" else Real) and type(x) is not bool
-            is_valid = number and least <= x < (1 if name == "beta2" else math.inf)
             others = {"schedule": x in [*SCHEDULES], "bfloat16": type(x) is bool, "muon": x is None}
-            if not others.get(name, is_valid) and not is_valid:
-                must_be = f"one of {', '.join(SCHEDULES)}" if name == "schedule" else kind
-                raise ValueError(f"{name} must be {must_be}, at least {least}, got {x!r}")
+            below = 1 if name == "beta2" else math.inf
+            if not (others.get(name) or (number and least <= x < below)):
+                be = f"in {[*SCHEDULES]}" if kind == "str" else f"{kind} from {least} to {below}"
+                raise ValueError(f"{name} must be {be}, got {x!r}")
 
     def learning_rate_at(self, step: int, peak: float) -> float:
         """Learning rate at step 0, 1, ..., steps - 1, with this peak."""

@@ -5,6 +5,7 @@ import argparse
 import math
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -192,6 +193,14 @@ def test_no_run_is_overwritten(path):
             train_small(small_model(), path, other, resume=True)
         assert path.read_bytes() == before
         train_small(small_model(), path, resume=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")
+def test_a_folder_has_one_writer_at_a_time(path):
+    again = noting(lambda step: train_small(small_model(), path, resume=True), batch)
+    with pytest.raises(UsageError, match="another run trains in"):
+        train_small(small_model(), path, batch=again)
+    train_small(small_model(), path, resume=True)
 
 
 def test_a_run_from_code_knows_its_model(path):

@@ -31,15 +31,6 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     assert seen == [(3, b"old and longer")]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")
-def test_a_folder_has_one_writer_at_a_time(tmp_path):
-    descriptor = runcard.lock(tmp_path)
-    with pytest.raises(UsageError, match="another run trains in"):
-        runcard.lock(tmp_path)
-    os.close(descriptor)
-    os.close(runcard.lock(tmp_path))
-
-
 def test_json_takes_numpy_numbers_tensors_and_paths(tmp_path):
     path = str(tmp_path / "card.json")
     value = {"a": [np.float32(1.5), np.int64(3), np.arange(2)], "ü": torch.ones(1), "c": Path("x")}
